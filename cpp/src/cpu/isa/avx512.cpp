@@ -1,0 +1,7 @@
+#include "cpu/isa/workers.h"
+
+namespace rosa::cpu {
+
+extern const Kernels kAvx512Kernels = {spmm_worker<16>, sddmm_worker<16>};
+
+}  // namespace rosa::cpu

@@ -1,0 +1,7 @@
+#include "cpu/isa/workers.h"
+
+namespace rosa::cpu {
+
+extern const Kernels kPortableKernels = {spmm_worker<8>, sddmm_worker<8>};
+
+}  // namespace rosa::cpu

@@ -1,0 +1,23 @@
+#include "cpu/partition.h"
+
+#include <cstring>
+
+#include "cpu/parallel_for.h"
+
+namespace rosa::cpu {
+
+int64_t mark_active_cols(const CsrView& pattern, uint8_t* active, int threads) {
+  std::memset(active, 0, static_cast<size_t>(pattern.cols));
+  const int workers = useful_threads(pattern.nnz, threads);
+  parallel_for(workers, [&](int worker) {
+    const Range range = part_of(pattern.nnz, workers, worker);
+    // Workers may mark one column together; relaxed stores of one value keep that defined.
+    for (int64_t t = range.begin; t < range.end; ++t)
+      __atomic_store_n(active + pattern.col_indices[t], uint8_t{1}, __ATOMIC_RELAXED);
+  });
+  int64_t count = 0;
+  for (int64_t j = 0; j < pattern.cols; ++j) count += active[j];
+  return count;
+}
+
+}  // namespace rosa::cpu

@@ -1,0 +1,26 @@
+"""rosa-kernels: sparse kernels for sparse + low-rank fine-tuning, as PyTorch ops."""
+
+# torch first: it brings its OpenMP runtime, and _C must share that pool. Two pools fight for the
+# cores and run 5x slower.
+import torch  # noqa: F401  isort: skip
+
+from rosa_kernels import backends as _backends  # registers the kernels  # noqa: F401
+from rosa_kernels.ops import csr_add, csr_add_, csr_gather, csr_transpose, sddmm, spmm
+from rosa_kernels.pattern import CsrPattern
+from rosa_kernels.registry import Kernel, kernels, register, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CsrPattern",
+    "Kernel",
+    "csr_add",
+    "csr_add_",
+    "csr_gather",
+    "csr_transpose",
+    "kernels",
+    "register",
+    "sddmm",
+    "spmm",
+    "use_backend",
+]

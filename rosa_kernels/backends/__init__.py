@@ -1,0 +1,5 @@
+"""The kernels: importing this package registers every one of them. None touches autograd."""
+
+from rosa_kernels.backends import native, reference
+
+__all__ = ["native", "reference"]

@@ -1,0 +1,86 @@
+"""What bad input gets: an error that says what was expected and what was got, before any kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rosa_kernels.pattern import INT32_MAX, CsrPattern
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_pattern(op: str, pattern: CsrPattern) -> None:
+    if not isinstance(pattern, CsrPattern):
+        raise TypeError(f"{op}: expected a CsrPattern, got {type(pattern).__name__}")
+    if not torch.compiler.is_compiling():
+        pattern.check_unchanged()
+
+
+def check_matrix(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
+    _check_tensor(op, name, x, pattern)
+    if x.dim() != 2:
+        raise ValueError(f"{op}: expected {name} to be 2-D, got shape {tuple(x.shape)}")
+    if x.shape[0] > INT32_MAX or x.shape[1] > INT32_MAX:
+        raise ValueError(
+            f"{op}: expected {name} with dimensions below 2**31, got shape {tuple(x.shape)}"
+        )
+
+
+def check_values(op: str, values: Tensor, pattern: CsrPattern, dtype: torch.dtype) -> None:
+    """`values` (nnz,), of the dense operands' `dtype` or float32."""
+    _check_tensor(op, "values", values, pattern)
+    if values.dim() != 1 or values.shape[0] != pattern.nnz:
+        raise ValueError(
+            f"{op}: expected values of shape (nnz,) = ({pattern.nnz},), got {tuple(values.shape)}"
+        )
+    check_values_dtype(op, "values", values.dtype, dtype)
+
+
+def check_values_dtype(op: str, name: str, got: torch.dtype, dense: torch.dtype) -> None:
+    if got != dense and (got != torch.float32 or dense == torch.float64):
+        allowed = f"{dense}" if dense in (torch.float32, torch.float64) else f"{dense} or float32"
+        raise TypeError(f"{op}: expected {name} of dtype {allowed}, got {got}")
+
+
+def check_same_dtype(op: str, a: Tensor, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{op}: expected a and b of one dtype, got {a.dtype} and {b.dtype}")
+
+
+def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) -> None:
+    if x.shape[dim] != size:
+        raise ValueError(
+            f"{op}: expected {name} to have {what}, got shape {tuple(x.shape)}"
+        )
+
+
+def autocast(op_input: Tensor) -> Tensor:
+    """`op_input` as autocast wants a matmul's operand: in its dtype, float64 left alone."""
+    device = op_input.device.type
+    if torch.is_autocast_enabled(device) and op_input.dtype != torch.float64:
+        return op_input.to(torch.get_autocast_dtype(device))
+    return op_input
+
+
+def _check_tensor(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: expected {name} to be dense (torch.strided), got {x.layout}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
+        )
+    if x.device != pattern.col_indices.device:
+        raise RuntimeError(
+            f"{op}: expected {name} on the pattern's device {pattern.device}, got {x.device}"
+        )
+
+
+def check_shape_of_pattern(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
+    if tuple(x.shape) != pattern.shape:
+        raise ValueError(
+            f"{op}: expected {name} of the pattern's shape {pattern.shape}, "
+            f"got {tuple(x.shape)}"
+        )

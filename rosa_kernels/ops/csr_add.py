@@ -1,0 +1,155 @@
+"""csr_add: add a sparse matrix to a dense one, into a new matrix or in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa_kernels import registry
+from rosa_kernels.ops import _library, _validate
+from rosa_kernels.ops.csr_gather import csr_gather_op
+from rosa_kernels.pattern import CsrPattern
+from rosa_kernels.strides import overlaps_itself
+
+
+def csr_add(
+    w: Tensor,
+    pattern: CsrPattern,
+    values: Tensor,
+    alpha: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """w + alpha * S, as a new dense matrix.
+
+    Formula: out = w, except out[i_t, j_t] = w[i_t, j_t] + alpha * values[t], rounded once.
+
+    Shapes: w (m, n); pattern (m, n); values (nnz,), of w's dtype or float32 -> (m, n), w's dtype.
+    Backward: grad_w = grad; grad_values = alpha * csr_gather(grad, pattern).
+    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    """
+    _check("csr_add", w, pattern, values)
+    return csr_add_op(
+        w,
+        pattern.crow_indices,
+        pattern.col_indices,
+        values,
+        float(alpha),
+        registry.requested(backend),
+    )
+
+
+def csr_add_(
+    w: Tensor,
+    pattern: CsrPattern,
+    values: Tensor,
+    alpha: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """w += alpha * S, in place; returns w. Touches nnz elements, allocates nothing.
+
+    Has no autograd, which torch does not allow for an op that mutates: :func:`csr_add` does.
+
+    Shapes and dtypes: as for :func:`csr_add`; w in any strides without internal overlap.
+    Raises: what :func:`csr_add` raises; RuntimeError if elements of w share memory, if w requires
+    grad, or if values does while grad mode is on.
+    """
+    _check("csr_add_", w, pattern, values)
+    if w.requires_grad:
+        raise RuntimeError(
+            "csr_add_: expected a target that does not require grad, got one that does; use "
+            "csr_add, or pass w.detach() to change its data"
+        )
+    if values.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "csr_add_: expected values that do not require grad in grad mode, got values that do; "
+            "use csr_add, or torch.no_grad()"
+        )
+    if overlaps_itself(w):
+        raise RuntimeError(
+            "csr_add_: expected a target whose elements do not share memory, got shape "
+            f"{tuple(w.shape)} with strides {w.stride()}; clone it first"
+        )
+    csr_add__op(
+        w,
+        pattern.crow_indices,
+        pattern.col_indices,
+        values,
+        float(alpha),
+        registry.requested(backend),
+    )
+    return w
+
+
+def _check(op: str, w: Tensor, pattern: CsrPattern, values: Tensor) -> None:
+    _validate.check_pattern(op, pattern)
+    _validate.check_matrix(op, "w", w, pattern)
+    _validate.check_shape_of_pattern(op, "w", w, pattern)
+    _validate.check_values(op, values, pattern, w.dtype)
+
+
+def _run_(
+    w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str
+) -> None:
+    call = registry.Call(w.device.type, w.dtype, tuple(w.shape))
+    registry.select("csr_add_", call, backend).run(w, crow, col, values, alpha)
+    torch.autograd.graph.increment_version(w)
+
+
+def _fake_(
+    w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str
+) -> None:
+    return None
+
+
+def _run(
+    w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str
+) -> Tensor:
+    out = w.clone(memory_format=torch.preserve_format)
+    _run_(out, crow, col, values, alpha, backend)
+    return out
+
+
+def _fake(
+    w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str
+) -> Tensor:
+    return torch.empty_like(w)
+
+
+class _CsrAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, crow: Tensor, col: Tensor, *args: Any) -> Tensor:
+        values, ctx.alpha, ctx.backend = args
+        ctx.save_for_backward(crow, col)
+        ctx.values_dtype = values.dtype
+        return _library.below_autograd(csr_add_op, w, crow, col, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        crow, col = ctx.saved_tensors
+        grad_values = None
+        if ctx.needs_input_grad[3]:
+            gathered = csr_gather_op(grad, crow, col, ctx.backend)
+            grad_values = gathered.to(ctx.values_dtype) * ctx.alpha
+        grad_w = grad if ctx.needs_input_grad[0] else None
+        return grad_w, None, None, grad_values, None, None
+
+
+csr_add_op = _library.define(
+    "csr_add(Tensor w, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha, "
+    "str backend) -> Tensor",
+    _run,
+    _fake,
+    _CsrAdd,
+    differentiable=(0, 3),
+)
+
+csr_add__op = _library.define(
+    "csr_add_(Tensor(a!) w, Tensor crow_indices, Tensor col_indices, Tensor values, float alpha, "
+    "str backend) -> ()",
+    _run_,
+    _fake_,
+)

@@ -1,0 +1,116 @@
+"""sddmm: a dense product, sampled at a sparsity pattern."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa_kernels import registry
+from rosa_kernels.ops import _library, _validate
+from rosa_kernels.ops.csr_transpose import or_transpose, transpose_tensors
+from rosa_kernels.ops.spmm import spmm_op
+from rosa_kernels.pattern import CsrPattern
+
+
+def sddmm(
+    pattern: CsrPattern,
+    a: Tensor,
+    b: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sampled dense-dense matrix product: A B^T at the pattern's entries only.
+
+    Formula: values[t] = sum over l of a[i_t, l] * b[j_t, l], accumulated in float32 (float64 for
+    float64). The gradient of a sparse weight is dS = sddmm(pattern, dy.T, x.T).
+
+    Shapes: pattern (m, n) with nnz entries; a (m, k), b (n, k), any strides: token-major dy (T, m)
+    and x (T, n) go in as ``dy.T`` and ``x.T`` and are read where they lie -> values (nnz,).
+    Dtypes: a and b of one dtype among float32, bfloat16, float16, float64; out_dtype that dtype
+    (default) or float32, which spares a float16 gradient its overflow.
+    Under autocast, a and b are cast to the autocast dtype.
+    Backward: grad_a = spmm(pattern, grad, b); grad_b = spmm(pattern.T, grad_T, a).
+    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    Source: Nikdan et al., RoSA, arXiv 2401.04679; Gale et al., arXiv 2006.10901.
+    """
+    _validate.check_pattern("sddmm", pattern)
+    _validate.check_matrix("sddmm", "a", a, pattern)
+    _validate.check_matrix("sddmm", "b", b, pattern)
+    m, n = pattern.shape
+    _validate.check_size("sddmm", "a", a, 0, m, f"m={m} rows like the pattern")
+    _validate.check_size("sddmm", "b", b, 0, n, f"n={n} rows like the pattern's columns")
+    _validate.check_size("sddmm", "b", b, 1, a.shape[1], f"k={a.shape[1]} columns like a")
+    a, b = _validate.autocast(a), _validate.autocast(b)
+    _validate.check_same_dtype("sddmm", a, b)
+    if out_dtype is None:
+        out_dtype = a.dtype
+    else:
+        _validate.check_values_dtype("sddmm", "out_dtype", out_dtype, a.dtype)
+    needs_transpose = torch.is_grad_enabled() and b.requires_grad
+    return sddmm_op(
+        pattern.crow_indices,
+        pattern.col_indices,
+        transpose_tensors(pattern) if needs_transpose else [],
+        a,
+        b,
+        out_dtype,
+        registry.requested(backend),
+    )
+
+
+def _run(
+    crow: Tensor,
+    col: Tensor,
+    transpose: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    call = registry.Call(a.device.type, a.dtype, (*a.shape, b.shape[0]))
+    return registry.select("sddmm", call, backend).run(crow, col, a, b, out_dtype)
+
+
+def _fake(
+    crow: Tensor,
+    col: Tensor,
+    transpose: list[Tensor],
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return a.new_empty(col.shape[0], dtype=out_dtype)
+
+
+class _Sddmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, crow: Tensor, col: Tensor, transpose: list[Tensor], *args: Any) -> Tensor:
+        a, b, _, ctx.backend = args
+        ctx.save_for_backward(crow, col, a, b, *transpose)
+        return _library.below_autograd(sddmm_op, crow, col, transpose, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        crow, col, a, b, *transpose = ctx.saved_tensors
+        grad_a = grad_b = None
+        if ctx.needs_input_grad[3]:
+            grad_a = spmm_op(crow, col, transpose, grad, b, ctx.backend)
+        if ctx.needs_input_grad[4]:
+            crow_t, col_t, permutation = or_transpose(crow, col, b.shape[0], transpose)
+            grad_t = grad.index_select(0, permutation)
+            grad_b = spmm_op(crow_t, col_t, [], grad_t, a, ctx.backend)
+        return None, None, None, grad_a, grad_b, None, None
+
+
+sddmm_op = _library.define(
+    "sddmm(Tensor crow_indices, Tensor col_indices, Tensor[] transpose, Tensor a, Tensor b, "
+    "ScalarType out_dtype, str backend) -> Tensor",
+    _run,
+    _fake,
+    _Sddmm,
+    differentiable=(3, 4),
+)

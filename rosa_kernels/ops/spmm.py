@@ -1,0 +1,92 @@
+"""spmm: sparse times dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa_kernels import registry
+from rosa_kernels.ops import _library, _validate
+from rosa_kernels.ops.csr_transpose import or_transpose, transpose_tensors
+from rosa_kernels.pattern import CsrPattern
+from rosa_kernels.strides import empty_like_order
+
+
+def spmm(
+    pattern: CsrPattern, values: Tensor, b: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """Sparse-dense matrix product C = S B.
+
+    Formula: c[i, l] = sum over entries t of row i of values[t] * b[j_t, l], accumulated in float32
+    (float64 for float64).
+
+    Shapes: pattern (m, n) with nnz entries; values (nnz,); b (n, k), any strides -> (m, k), in the
+    stride order of b: token-major activations x (T, n) go in as ``x.T`` and y.T comes out.
+    Dtypes: b float32, bfloat16, float16 or float64; values of b's dtype or float32.
+    Under autocast, b is cast to the autocast dtype; values are taken as they are.
+    Backward: grad_values = sddmm(pattern, grad_c, b); grad_b = spmm(pattern.T, values_T, grad_c).
+    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    Source: Gale et al., Sparse GPU Kernels for Deep Learning, arXiv 2006.10901.
+    """
+    _validate.check_pattern("spmm", pattern)
+    _validate.check_matrix("spmm", "b", b, pattern)
+    m, n = pattern.shape
+    _validate.check_size("spmm", "b", b, 0, n, f"n={n} rows like the pattern's columns")
+    b = _validate.autocast(b)
+    _validate.check_values("spmm", values, pattern, b.dtype)
+    needs_transpose = torch.is_grad_enabled() and b.requires_grad
+    return spmm_op(
+        pattern.crow_indices,
+        pattern.col_indices,
+        transpose_tensors(pattern) if needs_transpose else [],
+        values,
+        b,
+        registry.requested(backend),
+    )
+
+
+def _run(
+    crow: Tensor, col: Tensor, transpose: list[Tensor], values: Tensor, b: Tensor, backend: str
+) -> Tensor:
+    call = registry.Call(b.device.type, b.dtype, (crow.shape[0] - 1, *b.shape))
+    return registry.select("spmm", call, backend).run(crow, col, values, b)
+
+
+def _fake(
+    crow: Tensor, col: Tensor, transpose: list[Tensor], values: Tensor, b: Tensor, backend: str
+) -> Tensor:
+    return empty_like_order(b, crow.shape[0] - 1)
+
+
+class _Spmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, crow: Tensor, col: Tensor, transpose: list[Tensor], *args: Any) -> Tensor:
+        values, b, ctx.backend = args
+        ctx.save_for_backward(crow, col, values, b, *transpose)
+        return _library.below_autograd(spmm_op, crow, col, transpose, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from rosa_kernels.ops.sddmm import sddmm_op
+
+        crow, col, values, b, *transpose = ctx.saved_tensors
+        grad_values = grad_b = None
+        if ctx.needs_input_grad[3]:
+            grad_values = sddmm_op(crow, col, transpose, grad, b, values.dtype, ctx.backend)
+        if ctx.needs_input_grad[4]:
+            crow_t, col_t, permutation = or_transpose(crow, col, b.shape[0], transpose)
+            values_t = values.index_select(0, permutation)
+            grad_b = spmm_op(crow_t, col_t, [], values_t, grad, ctx.backend)
+        return None, None, None, grad_values, grad_b, None
+
+
+spmm_op = _library.define(
+    "spmm(Tensor crow_indices, Tensor col_indices, Tensor[] transpose, Tensor values, Tensor b, "
+    "str backend) -> Tensor",
+    _run,
+    _fake,
+    _Spmm,
+    differentiable=(3, 4),
+)

@@ -1,0 +1,431 @@
+"""CsrPattern: an immutable CSR sparsity pattern and everything derived from it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+INT32_MAX = 2**31 - 1
+_FORMAT_VERSION = "1"
+# Tiles of KERNELS' heavy-tile statistic: 64 x 64, heavy from 0.8 % nonzeros up.
+_TILE, _HEAVY_FILL = 64, 0.008
+
+
+class CsrPattern:
+    """Where the nonzeros of an (m, n) sparse matrix are; the values live elsewhere.
+
+    Entry t of the nnz entries sits at (i_t, j_t): row i holds entries crow_indices[i] up to
+    crow_indices[i + 1], whose columns col_indices are strictly increasing.
+
+    The index tensors are validated once, here, which reads them back from the device; no op does so
+    again. They are kept as int32, without a copy where they already are. Changing them in place
+    afterwards is detected and refused by the ops.
+
+    Args:
+        crow_indices: (m + 1,) row pointers, int32 or int64.
+        col_indices: (nnz,) column indices, int32 or int64, on the same device.
+        shape: (m, n).
+
+    Raises:
+        TypeError: index tensors that are not integers.
+        ValueError: wrong ranks or lengths, row pointers that are not monotone from 0 to nnz, columns
+            that are negative, out of range, unsorted or repeated, or sizes of 2**31 and more.
+        RuntimeError: index tensors on different devices.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    shape: tuple[int, int]
+
+    def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> None:
+        m, n = _check_shape(shape)
+        _check_index_tensor("crow_indices", crow_indices)
+        _check_index_tensor("col_indices", col_indices)
+        if crow_indices.device != col_indices.device:
+            raise RuntimeError(
+                "CsrPattern: expected crow_indices and col_indices on one device, "
+                f"got {crow_indices.device} and {col_indices.device}"
+            )
+        if crow_indices.numel() != m + 1:
+            raise ValueError(
+                f"CsrPattern: expected crow_indices of length m + 1 = {m + 1}, "
+                f"got {crow_indices.numel()}"
+            )
+        _check_indices(crow_indices, col_indices, n)
+        self._assign(_to_int32(crow_indices), _to_int32(col_indices), (m, n))
+
+    def _assign(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> None:
+        self.crow_indices = crow_indices
+        self.col_indices = col_indices
+        self.shape = shape
+        self._versions = (crow_indices._version, col_indices._version)
+        self._derived: dict[str, Any] = {}
+
+    @classmethod
+    def _trusted(cls, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> CsrPattern:
+        """A pattern from index tensors that were derived from a validated one."""
+        pattern = cls.__new__(cls)
+        pattern._assign(crow, col, shape)
+        return pattern
+
+    # -- construction ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> CsrPattern:
+        """The pattern of the nonzero entries of a dense (m, n) mask of any dtype."""
+        if mask.dim() != 2:
+            raise ValueError(
+                f"CsrPattern.from_mask: expected a 2-D mask, got shape {tuple(mask.shape)}"
+            )
+        _check_shape(tuple(mask.shape))
+        mask = mask != 0
+        rows, cols = mask.nonzero(as_tuple=True)  # row-major order: sorted already
+        return cls(_row_pointers(rows, mask.shape[0]), cols, tuple(mask.shape))
+
+    @classmethod
+    def from_coo(cls, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> CsrPattern:
+        """The pattern of nonzeros at (rows[t], cols[t]), given in any order, without repeats."""
+        m, n = _check_shape(shape)
+        _check_index_tensor("rows", rows)
+        _check_index_tensor("cols", cols)
+        if rows.numel() != cols.numel():
+            raise ValueError(
+                "CsrPattern.from_coo: expected rows and cols of one length, "
+                f"got {rows.numel()} and {cols.numel()}"
+            )
+        for name, index, size in (("rows", rows, m), ("cols", cols, n)):
+            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= size):
+                raise ValueError(
+                    f"CsrPattern.from_coo: expected {name} in [0, {size}), "
+                    f"got values from {int(index.min())} to {int(index.max())}"
+                )
+        flat = (rows.long() * n + cols.long()).sort().values
+        if n == 0:
+            return cls(_row_pointers(rows.long(), m), cols, (m, n))
+        return cls(_row_pointers(flat // n, m), flat % n, (m, n))
+
+    @classmethod
+    def from_torch(cls, sparse_csr: Tensor) -> CsrPattern:
+        """The pattern of a ``torch.sparse_csr`` tensor; its values are ``sparse_csr.values()``."""
+        if sparse_csr.layout is not torch.sparse_csr or sparse_csr.dim() != 2:
+            raise TypeError(
+                "CsrPattern.from_torch: expected a 2-D tensor of layout torch.sparse_csr, "
+                f"got {sparse_csr.layout} of shape {tuple(sparse_csr.shape)}"
+            )
+        # Cloned: a view of a sparse tensor cannot enter torch.compile.
+        return cls(
+            sparse_csr.crow_indices().clone(),
+            sparse_csr.col_indices().clone(),
+            tuple(sparse_csr.shape),
+        )
+
+    @classmethod
+    def from_scipy(cls, matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> CsrPattern:
+        """The pattern of a scipy sparse matrix's stored entries, in canonical CSR order."""
+        csr = matrix.tocsr(copy=True)
+        csr.sum_duplicates()
+        return cls(torch.from_numpy(csr.indptr), torch.from_numpy(csr.indices), csr.shape)
+
+    # -- sizes ----------------------------------------------------------------------------------
+
+    @property
+    def nnz(self) -> int:
+        """Number of nonzeros."""
+        return self.col_indices.numel()
+
+    @property
+    def density(self) -> float:
+        """nnz / (m * n); 0 for an empty matrix."""
+        m, n = self.shape
+        return self.nnz / (m * n) if m and n else 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors live."""
+        return self.col_indices.device
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        return (
+            f"CsrPattern({m} x {n}, nnz={self.nnz}, density={self.density:.3%}, "
+            f"device={str(self.device)!r})"
+        )
+
+    # -- derived structure: built on first use, then kept ------------------------------------------
+
+    @property
+    def T(self) -> CsrPattern:  # noqa: N802 - torch's name for it
+        """The pattern of the transpose; ``p.T.T is p`` holds while p is alive."""
+        return self._transposed()[0]
+
+    @property
+    def transpose_permutation(self) -> Tensor:
+        """(nnz,) int32: values of the transpose are ``values[transpose_permutation]``."""
+        return self._transposed()[1]
+
+    def _transposed(self) -> tuple[CsrPattern, Tensor]:
+        if "transpose" not in self._derived:
+            from rosa_kernels import registry
+
+            kernel = registry.select(
+                "csr_transpose", registry.Call(self.device.type, torch.int32, self.shape)
+            )
+            m, n = self.shape
+            crow_t, col_t, permutation = kernel.run(self.crow_indices, self.col_indices, n)
+            transpose = CsrPattern._trusted(crow_t, col_t, (n, m))
+            inverse = torch.empty_like(permutation)
+            inverse[permutation.long()] = torch.arange(
+                self.nnz, dtype=torch.int32, device=self.device
+            )
+            transpose._derived["transpose"] = (self, inverse)
+            self._derived["transpose"] = (transpose, permutation)
+        return self._derived["transpose"]
+
+    @property
+    def row_nnz(self) -> Tensor:
+        """(m,) int32 number of nonzeros of each row."""
+        return self._once("row_nnz", lambda: self.crow_indices.diff())
+
+    @property
+    def col_nnz(self) -> Tensor:
+        """(n,) int32 number of nonzeros of each column."""
+        return self._once(
+            "col_nnz",
+            lambda: torch.bincount(self.col_indices, minlength=self.shape[1]).int(),
+        )
+
+    @property
+    def row_swizzle(self) -> Tensor:
+        """(m,) int32 rows by descending nnz, ties by row, so that neighbours are equal work."""
+        return self._once(
+            "row_swizzle",
+            lambda: torch.argsort(self.row_nnz, descending=True, stable=True).int(),
+        )
+
+    @property
+    def row_indices(self) -> Tensor:
+        """(nnz,) int32 row of each nonzero: the COO companion of col_indices."""
+        return self._once(
+            "row_indices",
+            lambda: torch.repeat_interleave(
+                torch.arange(self.shape[0], dtype=torch.int32, device=self.device), self.row_nnz
+            ),
+        )
+
+    def _once(self, name: str, build: Any) -> Any:
+        if name not in self._derived:
+            self._derived[name] = build()
+        return self._derived[name]
+
+    def stats(self) -> dict[str, float]:
+        """What decides the speed of a kernel on this pattern.
+
+        Returns:
+            nnz, density; empty_rows and empty_cols as shares; max_row_nnz; row_cov, the coefficient
+            of variation of the row lengths; top_rows and top_cols, the share of nnz in the fullest
+            tenth of the rows and columns; heavy_tiles, the share of 64 x 64 tiles that hold 0.8 % or
+            more nonzeros once rows and columns are sorted by nnz, and heavy_nnz, the share of nnz
+            inside them.
+        """
+        return dict(self._once("stats", self._compute_stats))
+
+    def _compute_stats(self) -> dict[str, float]:
+        m, n = self.shape
+        rows, cols = self.row_nnz.double().cpu(), self.col_nnz.double().cpu()
+        nnz = max(self.nnz, 1)
+
+        def top_tenth(counts: Tensor) -> float:
+            return float(counts.topk(max(len(counts) // 10, 1)).values.sum()) / nnz
+
+        stats = {
+            "nnz": self.nnz,
+            "density": self.density,
+            "empty_rows": float((rows == 0).double().mean()) if m else 0.0,
+            "empty_cols": float((cols == 0).double().mean()) if n else 0.0,
+            "max_row_nnz": int(rows.max()) if m else 0,
+            "row_cov": float(rows.std(correction=0) / rows.mean()) if self.nnz else 0.0,
+            "top_rows": top_tenth(rows) if m else 0.0,
+            "top_cols": top_tenth(cols) if n else 0.0,
+            "heavy_tiles": 0.0,
+            "heavy_nnz": 0.0,
+        }
+        if self.nnz:
+            tiles_m, tiles_n = -(-m // _TILE), -(-n // _TILE)
+            row_rank = torch.argsort(torch.argsort(rows, descending=True, stable=True))
+            col_rank = torch.argsort(torch.argsort(cols, descending=True, stable=True))
+            tile = (row_rank[self.row_indices.cpu().long()] // _TILE) * tiles_n
+            tile += col_rank[self.col_indices.cpu().long()] // _TILE
+            counts = torch.bincount(tile, minlength=tiles_m * tiles_n)
+            heavy = counts >= _HEAVY_FILL * _TILE * _TILE
+            stats["heavy_tiles"] = float(heavy.double().mean())
+            stats["heavy_nnz"] = float(counts[heavy].sum()) / nnz
+        return stats
+
+    # -- movement and storage ----------------------------------------------------------------------
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if an index tensor was written to since it was validated."""
+        if (self.crow_indices._version, self.col_indices._version) != self._versions:
+            raise RuntimeError(
+                "CsrPattern: expected index tensors as they were validated, got tensors changed in "
+                "place since; build a new CsrPattern from them"
+            )
+
+    def to(self, device: torch.device | str) -> CsrPattern:
+        """This pattern on `device`, with what has been derived from it so far."""
+        device = torch.device(device)
+        crow, col = self.crow_indices.to(device), self.col_indices.to(device)
+        if crow is self.crow_indices and col is self.col_indices:
+            return self
+        self.check_unchanged()
+        moved = CsrPattern._trusted(crow, col, self.shape)
+        for name, value in self._derived.items():
+            if isinstance(value, Tensor):
+                moved._derived[name] = value.to(device)
+            elif name == "stats":
+                moved._derived[name] = value
+            elif name == "transpose":
+                t, permutation = value
+                inverse = t._derived["transpose"][1]
+                t = CsrPattern._trusted(
+                    t.crow_indices.to(device), t.col_indices.to(device), t.shape
+                )
+                t._derived["transpose"] = (moved, inverse.to(device))
+                moved._derived["transpose"] = (t, permutation.to(device))
+        return moved
+
+    def to_torch(self, values: Tensor) -> Tensor:
+        """The ``torch.sparse_csr`` tensor with this pattern and `values` (nnz,)."""
+        if values.shape != (self.nnz,):
+            raise ValueError(
+                f"CsrPattern.to_torch: expected values of shape ({self.nnz},), "
+                f"got {tuple(values.shape)}"
+            )
+        return torch.sparse_csr_tensor(
+            self.crow_indices, self.col_indices, values, size=self.shape, check_invariants=False
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the pattern to `path` as safetensors: int32 indices and the int64 shape."""
+        from safetensors.torch import save_file
+
+        self.check_unchanged()
+        tensors = {
+            "crow_indices": self.crow_indices.cpu().contiguous(),
+            "col_indices": self.col_indices.cpu().contiguous(),
+            "shape": torch.tensor(self.shape, dtype=torch.int64),
+        }
+        # safetensors refuses tensors that share memory; from_torch or a user's views might.
+        tensors = {name: t.clone() for name, t in tensors.items()}
+        save_file(tensors, path, metadata={"format": "rosa_kernels.CsrPattern", "version": "1"})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CsrPattern:
+        """Read a pattern written by :meth:`save`, validated like any other.
+
+        Raises:
+            ValueError: a file that is not such a pattern, or indices that are not valid.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"CsrPattern.load: expected a safetensors file, got {os.fspath(path)}: {error}"
+            ) from error
+        expected = {"crow_indices", "col_indices", "shape"}
+        if set(tensors) != expected or metadata.get("version") != _FORMAT_VERSION:
+            raise ValueError(
+                f"CsrPattern.load: expected tensors {sorted(expected)} in format version "
+                f"{_FORMAT_VERSION}, got {sorted(tensors)} in version {metadata.get('version')} "
+                f"in {os.fspath(path)}"
+            )
+        shape = tensors["shape"]
+        if shape.dtype != torch.int64 or shape.shape != (2,):
+            raise ValueError(
+                f"CsrPattern.load: expected shape as 2 int64 numbers, got {shape.dtype} of shape "
+                f"{tuple(shape.shape)} in {os.fspath(path)}"
+            )
+        return cls(tensors["crow_indices"], tensors["col_indices"], tuple(shape.tolist()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CsrPattern, (self.crow_indices, self.col_indices, self.shape)
+
+
+def _check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) != 2 or any(int(size) < 0 for size in shape):
+        raise ValueError(f"CsrPattern: expected a shape (m, n) of sizes >= 0, got {tuple(shape)}")
+    m, n = int(shape[0]), int(shape[1])
+    if max(m, n) > INT32_MAX:
+        raise ValueError(
+            f"CsrPattern: expected dimensions below 2**31 (indices are int32), got {(m, n)}"
+        )
+    return m, n
+
+
+def _check_index_tensor(name: str, index: Tensor) -> None:
+    if index.dtype not in (torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"CsrPattern: expected {name} of dtype int32 or int64, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(
+            f"CsrPattern: expected {name} to be 1-D, got shape {tuple(index.shape)}"
+        )
+    if index.numel() > INT32_MAX:
+        raise ValueError(
+            f"CsrPattern: expected fewer than 2**31 entries in {name}, got {index.numel()}"
+        )
+
+
+def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
+    nnz = col.numel()
+    first, last = int(crow[0]), int(crow[-1])
+    if first != 0 or last != nnz:
+        raise ValueError(
+            f"CsrPattern: expected crow_indices to run from 0 to nnz = {nnz}, "
+            f"got {first} to {last}"
+        )
+    lengths = crow.diff()
+    if bool((lengths < 0).any()):
+        row = int((lengths < 0).nonzero()[0])
+        raise ValueError(
+            "CsrPattern: expected non-decreasing crow_indices, got "
+            f"{int(crow[row])} then {int(crow[row + 1])} at row {row}"
+        )
+    if nnz == 0:
+        return
+    low, high = int(col.min()), int(col.max())
+    if low < 0 or high >= n:
+        raise ValueError(
+            f"CsrPattern: expected col_indices in [0, {n}), got values from {low} to {high}"
+        )
+    # Strictly increasing, except where a row starts.
+    increasing = col[1:] > col[:-1]
+    starts = crow[1:-1].long()
+    increasing[starts[(starts > 0) & (starts < nnz)] - 1] = True
+    if not bool(increasing.all()):
+        t = int((~increasing).nonzero()[0])
+        row = int(torch.searchsorted(crow, torch.tensor(t, device=crow.device), right=True)) - 1
+        what = "repeated" if int(col[t]) == int(col[t + 1]) else "unsorted"
+        raise ValueError(
+            "CsrPattern: expected sorted, unique col_indices within each row, got "
+            f"{what} columns {int(col[t])}, {int(col[t + 1])} in row {row}"
+        )
+
+
+def _to_int32(index: Tensor) -> Tensor:
+    return index.to(torch.int32).contiguous()
+
+
+def _row_pointers(rows: Tensor, m: int) -> Tensor:
+    crow = torch.zeros(m + 1, dtype=torch.int64, device=rows.device)
+    crow[1:] = torch.bincount(rows, minlength=m).cumsum(0)
+    return crow
