@@ -2,6 +2,7 @@
 
 #include "cpu/dtype.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/pages.h"
 #include "cpu/parallel_for.h"
 #include "cpu/partition.h"
 #include "rosa/check.h"
@@ -73,6 +74,9 @@ void spmm(const CsrView& pattern, const VectorView& values, const MatrixView& b,
   Arena arena(workspace);
   const Workspace w = lay_out(arena, pattern, k, b.dtype, grid);
   const int64_t active = mark_active_cols(pattern, w.active_cols, threads);
+  // Dense outputs are one span in either stride order; what a slice skips is not written anyway.
+  prefer_huge_pages(c.data, ((c.rows - 1) * c.row_stride + (k - 1) * c.col_stride + 1) *
+                                item_size(c.dtype));
   const void* wide = wide_values(values, b.dtype, w.values, threads);
 
   parallel_for(grid.workers(), [&](int worker) {
