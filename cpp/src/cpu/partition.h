@@ -73,8 +73,9 @@ inline int block_of(int64_t tokens, int64_t active_cols, int64_t accumulator_siz
   return 32;
 }
 
-// Sets active[j] to whether column j has a nonzero; returns how many have.
-int64_t mark_active_cols(const CsrView& pattern, uint8_t* active, int threads);
+// Sets active[j] to whether column j is to be packed; returns how many are. Columns without a
+// nonzero need not be, but for few tokens finding them costs more than packing them.
+int64_t mark_active_cols(const CsrView& pattern, int64_t tokens, uint8_t* active, int threads);
 
 // Consecutive pieces of a workspace, each aligned to a cache line.
 class Arena {

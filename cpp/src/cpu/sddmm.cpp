@@ -83,7 +83,7 @@ void sddmm(const CsrView& pattern, const MatrixView& a, const MatrixView& b, con
   const Grid grid = grid_of_call(pattern, k, threads);
   Arena arena(workspace);
   const Workspace w = lay_out(arena, pattern, k, a.dtype, grid);
-  const int64_t active = mark_active_cols(pattern, w.active_cols, threads);
+  const int64_t active = mark_active_cols(pattern, k, w.active_cols, threads);
 
   parallel_for(grid.workers(), [&](int worker) {
     const int group = worker / grid.row_groups;

@@ -114,15 +114,43 @@ template <class A>
 inline Vec<A, 8> add_pairs(Vec<A, 8> a, Vec<A, 8> b) {
   return shuffle<0, 2, 8, 10, 4, 6, 12, 14>(a, b) + shuffle<1, 3, 9, 11, 5, 7, 13, 15>(a, b);
 }
+inline Vec<float, 16> add_pairs(Vec<float, 16> a, Vec<float, 16> b) {
+  return shuffle<0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30>(a, b) +
+         shuffle<1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31>(a, b);
+}
 
-// Lane i of the result is the sum of all lanes of x[i]; with kCount 4, lanes 4 to 7 are not defined.
-template <int kCount, class A>
-inline Vec<A, 8> sum_lanes(const Vec<A, 8>* x) {
-  const Vec<A, 8> low = add_pairs<A>(add_pairs<A>(x[0], x[1]), add_pairs<A>(x[2], x[3]));
-  const Vec<A, 8> high =
-      kCount == 4 ? low : add_pairs<A>(add_pairs<A>(x[4], x[5]), add_pairs<A>(x[6], x[7]));
-  return shuffle<0, 1, 2, 3, 8, 9, 10, 11>(low, high) +
-         shuffle<4, 5, 6, 7, 12, 13, 14, 15>(low, high);
+// The sums of the two halves of a, then of b.
+template <class A>
+inline Vec<A, 8> add_halves(Vec<A, 8> a, Vec<A, 8> b) {
+  return shuffle<0, 1, 2, 3, 8, 9, 10, 11>(a, b) + shuffle<4, 5, 6, 7, 12, 13, 14, 15>(a, b);
+}
+inline Vec<float, 16> add_halves(Vec<float, 16> a, Vec<float, 16> b) {
+  return shuffle<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(a, b) +
+         shuffle<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(a, b);
+}
+// The sums of neighbouring quarters of a, then of b.
+inline Vec<float, 16> add_quarters(Vec<float, 16> a, Vec<float, 16> b) {
+  return shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(a, b) +
+         shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(a, b);
+}
+
+// Lane i of the result is the sum of all lanes of x[i].
+template <class A>
+inline Vec<A, 8> sum_lanes(const Vec<A, 8> (&x)[8]) {
+  return add_halves<A>(add_pairs<A>(add_pairs<A>(x[0], x[1]), add_pairs<A>(x[2], x[3])),
+                       add_pairs<A>(add_pairs<A>(x[4], x[5]), add_pairs<A>(x[6], x[7])));
+}
+// Likewise; lanes 4 to 7 repeat lanes 0 to 3.
+template <class A>
+inline Vec<A, 8> sum_lanes(const Vec<A, 8> (&x)[4]) {
+  const Vec<A, 8> four = add_pairs<A>(add_pairs<A>(x[0], x[1]), add_pairs<A>(x[2], x[3]));
+  return add_halves<A>(four, four);
+}
+inline Vec<float, 16> sum_lanes(const Vec<float, 16> (&x)[16]) {
+  Vec<float, 16> four[4];
+  for (int i = 0; i < 4; ++i)
+    four[i] = add_pairs(add_pairs(x[4 * i], x[4 * i + 1]), add_pairs(x[4 * i + 2], x[4 * i + 3]));
+  return add_quarters(add_halves(four[0], four[1]), add_halves(four[2], four[3]));
 }
 
 // The sum of the two halves.
