@@ -169,20 +169,24 @@ class CsrPattern:
         """(nnz,) int32: values of the transpose are ``values[transpose_permutation]``."""
         return self._transposed()[1]
 
-    def _transposed(self) -> tuple[CsrPattern, Tensor]:
-        if "transpose" not in self._derived:
-            from rosa_kernels import registry
+    @property
+    def has_transpose(self) -> bool:
+        """Whether the transpose has been built already."""
+        return "transpose" in self._derived
 
-            kernel = registry.select(
-                "csr_transpose", registry.Call(self.device.type, torch.int32, self.shape)
-            )
+    def _transposed(self) -> tuple[CsrPattern, Tensor]:
+        if not self.has_transpose:
             m, n = self.shape
-            crow_t, col_t, permutation = kernel.run(self.crow_indices, self.col_indices, n)
-            transpose = CsrPattern._trusted(crow_t, col_t, (n, m))
-            inverse = torch.empty_like(permutation)
-            inverse[permutation.long()] = torch.arange(
-                self.nnz, dtype=torch.int32, device=self.device
-            )
+            with torch.inference_mode(mode=False):
+                # The op and not its kernel: torch.compile can trace it, and fills the cache too.
+                crow_t, col_t, permutation = torch.ops.rosa.csr_transpose(
+                    self.crow_indices, self.col_indices, n
+                )
+                transpose = CsrPattern._trusted(crow_t, col_t, (n, m))
+                inverse = torch.empty_like(permutation)
+                inverse[permutation.long()] = torch.arange(
+                    self.nnz, dtype=torch.int32, device=self.device
+                )
             transpose._derived["transpose"] = (self, inverse)
             self._derived["transpose"] = (transpose, permutation)
         return self._derived["transpose"]
@@ -220,7 +224,8 @@ class CsrPattern:
 
     def _once(self, name: str, build: Any) -> Any:
         if name not in self._derived:
-            self._derived[name] = build()
+            with torch.inference_mode(mode=False):  # what inference builds, training will save
+                self._derived[name] = build()
         return self._derived[name]
 
     def stats(self) -> dict[str, float]:
@@ -277,6 +282,7 @@ class CsrPattern:
                 "place since; build a new CsrPattern from them"
             )
 
+    @torch.inference_mode(mode=False)
     def to(self, device: torch.device | str) -> CsrPattern:
         """This pattern on `device`, with what has been derived from it so far."""
         device = torch.device(device)
@@ -355,7 +361,10 @@ class CsrPattern:
                 f"CsrPattern.load: expected shape as 2 int64 numbers, got {shape.dtype} of shape "
                 f"{tuple(shape.shape)} in {os.fspath(path)}"
             )
-        return cls(tensors["crow_indices"], tensors["col_indices"], tuple(shape.tolist()))
+        try:
+            return cls(tensors["crow_indices"], tensors["col_indices"], tuple(shape.tolist()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error}, in {os.fspath(path)}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CsrPattern, (self.crow_indices, self.col_indices, self.shape)
@@ -373,6 +382,8 @@ def _check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _check_index_tensor(name: str, index: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"CsrPattern: expected {name} to be a tensor, got {type(index).__name__}")
     if index.dtype not in (torch.int16, torch.int32, torch.int64):
         raise TypeError(f"CsrPattern: expected {name} of dtype int32 or int64, got {index.dtype}")
     if index.dim() != 1:
@@ -393,9 +404,10 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
             f"CsrPattern: expected crow_indices to run from 0 to nnz = {nnz}, "
             f"got {first} to {last}"
         )
-    lengths = crow.diff()
-    if bool((lengths < 0).any()):
-        row = int((lengths < 0).nonzero()[0])
+    # Compared, not subtracted: a difference may wrap round.
+    decreasing = crow[1:] < crow[:-1]
+    if bool(decreasing.any()):
+        row = int(decreasing.nonzero()[0])
         raise ValueError(
             "CsrPattern: expected non-decreasing crow_indices, got "
             f"{int(crow[row])} then {int(crow[row + 1])} at row {row}"
@@ -422,7 +434,10 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
 
 
 def _to_int32(index: Tensor) -> Tensor:
-    return index.to(torch.int32).contiguous()
+    # Out of inference mode, whose tensors have no version and cannot be saved for a backward.
+    with torch.inference_mode(mode=False):
+        index = index.to(torch.int32).contiguous()
+        return index.clone() if index.is_inference() else index
 
 
 def _row_pointers(rows: Tensor, m: int) -> Tensor:

@@ -185,5 +185,5 @@ def select(op: str, call: Call, backend: str = AUTO) -> Kernel:
             return kernel
         reasons.append(f"{kernel.name} {reason}")
     detail = "; ".join(reasons) if reasons else "it has no such op"
-    who = "no kernel" if backend == AUTO else f"backend {backend!r}, asked for explicitly, not"
-    raise RuntimeError(f"{op}: expected {who} to serve this call: {detail}")
+    who = "a kernel" if backend == AUTO else f"backend {backend!r}, asked for explicitly,"
+    raise RuntimeError(f"{op}: expected {who} to serve this call, got none that can: {detail}")

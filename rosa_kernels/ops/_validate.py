@@ -49,9 +49,10 @@ def check_same_dtype(op: str, a: Tensor, b: Tensor) -> None:
 
 
 def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) -> None:
+    """`what` has {} for the size; only an error fills it in: Dynamo cannot format a dynamic size."""
     if x.shape[dim] != size:
         raise ValueError(
-            f"{op}: expected {name} to have {what}, got shape {tuple(x.shape)}"
+            f"{op}: expected {name} to have {what.format(size)}, got shape {tuple(x.shape)}"
         )
 
 

@@ -40,9 +40,9 @@ def sddmm(
     _validate.check_matrix("sddmm", "a", a, pattern)
     _validate.check_matrix("sddmm", "b", b, pattern)
     m, n = pattern.shape
-    _validate.check_size("sddmm", "a", a, 0, m, f"m={m} rows like the pattern")
-    _validate.check_size("sddmm", "b", b, 0, n, f"n={n} rows like the pattern's columns")
-    _validate.check_size("sddmm", "b", b, 1, a.shape[1], f"k={a.shape[1]} columns like a")
+    _validate.check_size("sddmm", "a", a, 0, m, "m={} rows like the pattern")
+    _validate.check_size("sddmm", "b", b, 0, n, "n={} rows like the pattern's columns")
+    _validate.check_size("sddmm", "b", b, 1, a.shape[1], "k={} columns like a")
     a, b = _validate.autocast(a), _validate.autocast(b)
     _validate.check_same_dtype("sddmm", a, b)
     if out_dtype is None:

@@ -33,7 +33,7 @@ def spmm(
     _validate.check_pattern("spmm", pattern)
     _validate.check_matrix("spmm", "b", b, pattern)
     m, n = pattern.shape
-    _validate.check_size("spmm", "b", b, 0, n, f"n={n} rows like the pattern's columns")
+    _validate.check_size("spmm", "b", b, 0, n, "n={} rows like the pattern's columns")
     b = _validate.autocast(b)
     _validate.check_values("spmm", values, pattern, b.dtype)
     needs_transpose = torch.is_grad_enabled() and b.requires_grad
