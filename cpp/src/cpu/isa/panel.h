@@ -31,6 +31,9 @@ inline bool any_active(const uint8_t* active, int64_t begin, int64_t end) {
 // takes 1.3x as long, and gives up at the end of a chunk.
 constexpr int64_t kPrefetchBytes = 512;
 
+constexpr int64_t kRowsAhead = 16;
+constexpr int64_t kLine = 64;
+
 // Rows [i, i_end) of tokens [t, t_end), one element at a time: the edges, and any other stride.
 template <class T, class A>
 inline void pack_scalar(const MatrixView& x, int64_t i, int64_t i_end, int64_t first, int64_t t,
@@ -75,6 +78,10 @@ void pack(const MatrixView& x, const uint8_t* active, int64_t first, int64_t tok
   } else {
     for (int64_t i = 0; i < x.rows; ++i) {
       if (!active[i]) continue;
+      // A row is a short run of tokens, often alone on its page: fetched a few rows ahead, because
+      // no hardware prefetcher crosses pages.
+      for (int64_t t = 0; t < tokens; t += kLine / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(at<T>(x, i + kRowsAhead, first) + t);
       int64_t t = 0;
       if (x.col_stride == 1)
         for (; t < whole; t += 8)
