@@ -177,7 +177,7 @@ class CsrPattern:
     def _transposed(self) -> tuple[CsrPattern, Tensor]:
         if not self.has_transpose:
             m, n = self.shape
-            with torch.inference_mode(mode=False):
+            with torch.inference_mode(False):
                 # The op and not its kernel: torch.compile can trace it, and fills the cache too.
                 crow_t, col_t, permutation = torch.ops.rosa.csr_transpose(
                     self.crow_indices, self.col_indices, n
@@ -224,7 +224,7 @@ class CsrPattern:
 
     def _once(self, name: str, build: Any) -> Any:
         if name not in self._derived:
-            with torch.inference_mode(mode=False):  # what inference builds, training will save
+            with torch.inference_mode(False):  # what inference builds, training will save
                 self._derived[name] = build()
         return self._derived[name]
 
@@ -387,9 +387,7 @@ def _check_index_tensor(name: str, index: Tensor) -> None:
     if index.dtype not in (torch.int16, torch.int32, torch.int64):
         raise TypeError(f"CsrPattern: expected {name} of dtype int32 or int64, got {index.dtype}")
     if index.dim() != 1:
-        raise ValueError(
-            f"CsrPattern: expected {name} to be 1-D, got shape {tuple(index.shape)}"
-        )
+        raise ValueError(f"CsrPattern: expected {name} to be 1-D, got shape {tuple(index.shape)}")
     if index.numel() > INT32_MAX:
         raise ValueError(
             f"CsrPattern: expected fewer than 2**31 entries in {name}, got {index.numel()}"
@@ -401,8 +399,7 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
     first, last = int(crow[0]), int(crow[-1])
     if first != 0 or last != nnz:
         raise ValueError(
-            f"CsrPattern: expected crow_indices to run from 0 to nnz = {nnz}, "
-            f"got {first} to {last}"
+            f"CsrPattern: expected crow_indices to run from 0 to nnz = {nnz}, got {first} to {last}"
         )
     # Compared, not subtracted: a difference may wrap round.
     decreasing = crow[1:] < crow[:-1]
@@ -435,7 +432,7 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
 
 def _to_int32(index: Tensor) -> Tensor:
     # Out of inference mode, whose tensors have no version and cannot be saved for a backward.
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(False):
         index = index.to(torch.int32).contiguous()
         return index.clone() if index.is_inference() else index
 

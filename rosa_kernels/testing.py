@@ -150,7 +150,9 @@ def assert_within_bound(
     adversarial: bool = False,
 ) -> None:
     """The comparison behind :func:`assert_accurate`, for a reference already at hand."""
-    assert got.shape == ref.shape, f"{op}: expected shape {tuple(ref.shape)}, got {tuple(got.shape)}"
+    assert got.shape == ref.shape, (
+        f"{op}: expected shape {tuple(ref.shape)}, got {tuple(got.shape)}"
+    )
     dtype = next(iter(inputs.values())).dtype
     u = _UNIT_ROUNDOFF.get(dtype, _FLOAT32_ROUNDOFF)
     got, ref, scale = got.detach().cpu(), ref.cpu(), scale.cpu()

@@ -1,5 +1,6 @@
-// Measures what this machine's cores can do at most, so that a kernel's speed can be read against it:
-// fused multiply-adds from registers, and multiply-adds on rows gathered from the second-level cache.
+// Measures what this machine's cores can do at most, so that a kernel's speed can be read against
+// it: fused multiply-adds from registers, and multiply-adds on rows gathered from the second-level
+// cache.
 //
 //   cpu_roofs [THREADS]     prints one line of JSON, best of several rounds
 //

@@ -1,4 +1,5 @@
-// The only pybind11 file: addresses, sizes, strides and dtypes become views. No maths, no allocation.
+// The only pybind11 file: addresses, sizes, strides and dtypes become views. No maths, no
+// allocation.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -28,7 +29,8 @@ CsrView csr(const py::tuple& t) {
 
 // (address, dtype, rows, cols, row stride, col stride)
 MatrixView matrix(const py::tuple& t) {
-  return {address(t, 0), static_cast<DType>(integer(t, 1)), integer(t, 2), integer(t, 3),
+  return {address(t, 0), static_cast<DType>(integer(t, 1)),
+          integer(t, 2), integer(t, 3),
           integer(t, 4), integer(t, 5)};
 }
 
@@ -80,20 +82,20 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     rosa::cpu::csr_add_(vw, p, vv, alpha, threads);
   });
-  m.def("csr_gather", [](const py::tuple& w, const py::tuple& pattern, const py::tuple& out,
-                         int threads) {
-    const MatrixView vw = matrix(w);
-    const CsrView p = csr(pattern);
-    const VectorView vo = vector(out);
-    py::gil_scoped_release release;
-    rosa::cpu::csr_gather(vw, p, vo, threads);
-  });
-  m.def("csr_transpose", [](const py::tuple& pattern, uintptr_t crow_t, uintptr_t col_t,
-                            uintptr_t permutation) {
-    const CsrView p = csr(pattern);
-    py::gil_scoped_release release;
-    rosa::cpu::csr_transpose(p, reinterpret_cast<int32_t*>(crow_t),
-                             reinterpret_cast<int32_t*>(col_t),
-                             reinterpret_cast<int32_t*>(permutation));
-  });
+  m.def("csr_gather",
+        [](const py::tuple& w, const py::tuple& pattern, const py::tuple& out, int threads) {
+          const MatrixView vw = matrix(w);
+          const CsrView p = csr(pattern);
+          const VectorView vo = vector(out);
+          py::gil_scoped_release release;
+          rosa::cpu::csr_gather(vw, p, vo, threads);
+        });
+  m.def("csr_transpose",
+        [](const py::tuple& pattern, uintptr_t crow_t, uintptr_t col_t, uintptr_t permutation) {
+          const CsrView p = csr(pattern);
+          py::gil_scoped_release release;
+          rosa::cpu::csr_transpose(p, reinterpret_cast<int32_t*>(crow_t),
+                                   reinterpret_cast<int32_t*>(col_t),
+                                   reinterpret_cast<int32_t*>(permutation));
+        });
 }

@@ -72,9 +72,7 @@ def _sddmm(isa: int) -> Callable[..., Tensor]:
         threads = torch.get_num_threads()
         out = torch.empty(col.shape[0], dtype=out_dtype)
         work = _workspace(_C.sddmm_workspace_bytes(csr, a.shape[1], _DTYPES[a.dtype], threads, isa))
-        _C.sddmm(
-            csr, _matrix(a), _matrix(b), _vector(out, csr[4]), work.data_ptr(), threads, isa
-        )
+        _C.sddmm(csr, _matrix(a), _matrix(b), _vector(out, csr[4]), work.data_ptr(), threads, isa)
         return out
 
     return run
@@ -86,9 +84,7 @@ def _spmm(isa: int) -> Callable[..., Tensor]:
         threads = torch.get_num_threads()
         c = empty_like_order(b, csr[2])
         work = _workspace(_C.spmm_workspace_bytes(csr, b.shape[1], _DTYPES[b.dtype], threads, isa))
-        _C.spmm(
-            csr, _vector(values, csr[4]), _matrix(b), _matrix(c), work.data_ptr(), threads, isa
-        )
+        _C.spmm(csr, _vector(values, csr[4]), _matrix(b), _matrix(c), work.data_ptr(), threads, isa)
         return c
 
     return run
@@ -107,18 +103,14 @@ for _name, _isa in _ISAS.items():
     register("spmm", "cpu", **_common)(_spmm(_isa))
 
 
-@register(
-    "csr_add_", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=_MISSING
-)
+@register("csr_add_", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=_MISSING)
 def csr_add_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float) -> None:
     csr = _csr(crow, col, w.shape[1])
     _expect(w.shape[0] == csr[2], f"expected w of {csr[2]} rows, got {tuple(w.shape)}")
     _C.csr_add_(_matrix(w), csr, _vector(values, csr[4]), alpha, torch.get_num_threads())
 
 
-@register(
-    "csr_gather", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=_MISSING
-)
+@register("csr_gather", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=_MISSING)
 def csr_gather(w: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     csr = _csr(crow, col, w.shape[1])
     _expect(w.shape[0] == csr[2], f"expected w of {csr[2]} rows, got {tuple(w.shape)}")

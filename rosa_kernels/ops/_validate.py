@@ -27,14 +27,17 @@ def check_matrix(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
         )
 
 
-def check_values(op: str, values: Tensor, pattern: CsrPattern, dtype: torch.dtype) -> None:
-    """`values` (nnz,), of the dense operands' `dtype` or float32."""
+def check_values(
+    op: str, values: Tensor, pattern: CsrPattern, dtype: torch.dtype | None = None
+) -> None:
+    """`values` (nnz,), of the dense operands' `dtype` or float32 where there are such operands."""
     _check_tensor(op, "values", values, pattern)
     if values.dim() != 1 or values.shape[0] != pattern.nnz:
         raise ValueError(
             f"{op}: expected values of shape (nnz,) = ({pattern.nnz},), got {tuple(values.shape)}"
         )
-    check_values_dtype(op, "values", values.dtype, dtype)
+    if dtype is not None:
+        check_values_dtype(op, "values", values.dtype, dtype)
 
 
 def check_values_dtype(op: str, name: str, got: torch.dtype, dense: torch.dtype) -> None:
@@ -82,6 +85,5 @@ def _check_tensor(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
 def check_shape_of_pattern(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
     if tuple(x.shape) != pattern.shape:
         raise ValueError(
-            f"{op}: expected {name} of the pattern's shape {pattern.shape}, "
-            f"got {tuple(x.shape)}"
+            f"{op}: expected {name} of the pattern's shape {pattern.shape}, got {tuple(x.shape)}"
         )

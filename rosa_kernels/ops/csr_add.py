@@ -91,9 +91,7 @@ def _check(op: str, w: Tensor, pattern: CsrPattern, values: Tensor) -> None:
     _validate.check_values(op, values, pattern, w.dtype)
 
 
-def _run_(
-    w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str
-) -> None:
+def _run_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str) -> None:
     call = registry.Call(w.device.type, w.dtype, tuple(w.shape))
     registry.select("csr_add_", call, backend).run(w, crow, col, values, alpha)
     torch.autograd.graph.increment_version(w)

@@ -21,7 +21,7 @@ def csr_transpose(pattern: CsrPattern, values: Tensor) -> tuple[CsrPattern, Tens
     Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
     """
     _validate.check_pattern("csr_transpose", pattern)
-    _validate.check_values("csr_transpose", values, pattern, values.dtype)
+    _validate.check_values("csr_transpose", values, pattern)
     return pattern.T, values.index_select(0, pattern.transpose_permutation)
 
 

@@ -14,9 +14,7 @@ from rosa_kernels.pattern import CsrPattern
 from rosa_kernels.strides import empty_like_order
 
 
-def spmm(
-    pattern: CsrPattern, values: Tensor, b: Tensor, *, backend: str | None = None
-) -> Tensor:
+def spmm(pattern: CsrPattern, values: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     """Sparse-dense matrix product C = S B.
 
     Formula: c[i, l] = sum over entries t of row i of values[t] * b[j_t, l], accumulated in float32

@@ -1,4 +1,5 @@
-// How a call's work is divided: who does what is a function of the sizes and the thread count alone.
+// How a call's work is divided: who does what is a function of the sizes and the thread count
+// alone.
 #pragma once
 
 #include <cstdint>

@@ -105,9 +105,8 @@ void sddmm(const CsrView& pattern, const MatrixView& a, const MatrixView& b, con
     table.sddmm(task);
   });
 
-  with_type(out.dtype, [&](auto type) {
-    finish<decltype(type)>(w, grid.token_groups, out, threads);
-  });
+  with_type(out.dtype,
+            [&](auto type) { finish<decltype(type)>(w, grid.token_groups, out, threads); });
 }
 
 }  // namespace rosa::cpu

@@ -75,8 +75,8 @@ void spmm(const CsrView& pattern, const VectorView& values, const MatrixView& b,
   const Workspace w = lay_out(arena, pattern, k, b.dtype, grid);
   const int64_t active = mark_active_cols(pattern, k, w.active_cols, threads);
   // Dense outputs are one span in either stride order; what a slice skips is not written anyway.
-  prefer_huge_pages(c.data, ((c.rows - 1) * c.row_stride + (k - 1) * c.col_stride + 1) *
-                                item_size(c.dtype));
+  prefer_huge_pages(
+      c.data, ((c.rows - 1) * c.row_stride + (k - 1) * c.col_stride + 1) * item_size(c.dtype));
   const void* wide = wide_values(values, b.dtype, w.values, threads);
 
   parallel_for(grid.workers(), [&](int worker) {

@@ -1,7 +1,7 @@
 // Panels: a block of tokens of a dense operand, one contiguous run of tokens per row.
 //
-// panel[i * block + t] = x(i, first + t). Every nonzero then meets a contiguous vector, whatever the
-// strides of the operand were. Rows that nobody reads are not packed.
+// panel[i * block + t] = x(i, first + t). Every nonzero then meets a contiguous vector, whatever
+// the strides of the operand were. Rows that nobody reads are not packed.
 #pragma once
 
 #include <cstdint>
@@ -84,8 +84,7 @@ void pack(const MatrixView& x, const uint8_t* active, int64_t first, int64_t tok
         __builtin_prefetch(at<T>(x, i + kRowsAhead, first) + t);
       int64_t t = 0;
       if (x.col_stride == 1)
-        for (; t < whole; t += 8)
-          store<8>(panel + i * block + t, load8(at<T>(x, i, first + t)));
+        for (; t < whole; t += 8) store<8>(panel + i * block + t, load8(at<T>(x, i, first + t)));
       pack_scalar<T>(x, i, i + 1, first, t, tokens, block, panel);
     }
   }

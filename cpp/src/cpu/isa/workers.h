@@ -1,8 +1,9 @@
-// The inner loops of spmm and sddmm. Included by one file per instruction set, which sets the width.
+// The inner loops of spmm and sddmm. Included by one file per instruction set, which sets the
+// width.
 //
-// Both take a block of 16, 32 or 64 tokens, pack the gathered operand into a panel that stays in the
-// second-level cache, and walk the CSR once per block: a nonzero costs kVectors contiguous loads and
-// fused multiply-adds, and no gather.
+// Both take a block of 16, 32 or 64 tokens, pack the gathered operand into a panel that stays in
+// the second-level cache, and walk the CSR once per block: a nonzero costs kVectors contiguous
+// loads and fused multiply-adds, and no gather.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,102 @@
+# Every target sets up .venv by itself, and only does what changed. A machine needs Python with
+# its headers and venv module, a C++ compiler, make and git; the rest comes from the index.
+#
+#   make            build into the checkout
+#   make test       native tests, then pytest
+#   make bench      the quick benchmark suite
+#   make lint       ruff, mypy, clang-format (`make format` mends what they can mend)
+#   make sanitize   native tests under ASan + UBSan, then under TSan
+#   make clean      remove all that make created
+#
+# torch from the default index brings gigabytes of CUDA on Linux. CPU-only machines spare it with
+#   make test TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+PIP_EXTRA ?=
+PRESET ?= release
+PYTEST_ARGS ?= -q -m "not slow"
+BENCH_ARGS ?= run --suite quick --out build/bench
+
+EXTRAS := bench dev
+READY := .venv/ready
+BUILD := build/$(PRESET)
+CTEST_FLAGS := --output-on-failure --no-tests=error --parallel 4
+
+# What activating the environment does: tools, and the Python that CMake finds, come from it.
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := build
+.PHONY: test build bench lint format sanitize clean
+.DELETE_ON_ERROR:
+
+test: build
+	ctest --test-dir $(BUILD) $(CTEST_FLAGS)
+	python -m pytest $(PYTEST_ARGS)
+
+# CMake places the module into rosa_kernels/ and the environment points at the checkout: the same
+# single build that machines without an index use, an edit costs what ninja rebuilds, and no
+# import hook compiles behind a benchmark's back as an editable install would.
+build: $(BUILD)/build.ninja
+	cmake --build $(BUILD)
+
+bench: build
+	python -m bench $(BENCH_ARGS)
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+	clang-format --dry-run --Werror $(CPP_FILES)
+
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_FILES)
+
+sanitize: build/asan/build.ninja build/tsan/build.ninja
+	cmake --build build/asan
+	ctest --test-dir build/asan $(CTEST_FLAGS)
+	cmake --build build/tsan
+	ctest --test-dir build/tsan $(CTEST_FLAGS)
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f rosa_kernels/_C.*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+CPP_FILES = $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+build/%/build.ninja: $(READY) CMakePresets.json
+	cmake --preset $*
+	@touch $@
+
+# Absent tools are named before minutes are spent on downloads. $(call need,test,what is missing)
+need = @{ $(1); } >/dev/null 2>&1 || { echo "make: $(2)" >&2; exit 1; }
+INCLUDE_DIR = $$($(PYTHON) -c "import sysconfig; print(sysconfig.get_path('include'))")
+# pip's own `--group` and `.[extra]` would need a newer pip or a build of this package.
+REQUIREMENTS = import sys, tomllib; \
+  p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  extras = p["optional-dependencies"]; \
+  print(*p["dependencies"], *(r for e in sys.argv[1:] for r in extras[e]), sep="\n")
+
+$(READY): pyproject.toml constraints.txt
+	$(call need,command -v $(PYTHON),$(PYTHON) was not found: apt install python3 (Debian))
+	$(call need,$(PYTHON) -c "assert __import__('sys').version_info >= (3$(comma) 11)",\
+	  $(PYTHON) is older than 3.11: choose another with PYTHON=)
+	$(call need,$(PYTHON) -c "import ensurepip$(comma) venv",\
+	  $(PYTHON) has no venv module: apt install python3-venv (Debian))
+	$(call need,test -f $(INCLUDE_DIR)/Python.h,\
+	  $(PYTHON) has no headers (Python.h): apt install python3-dev (Debian))
+	$(call need,command -v $${CXX:-c++} || command -v g++ || command -v clang++,\
+	  no C++ compiler was found: apt install g++ (Debian))
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -c '$(REQUIREMENTS)' $(EXTRAS) > .venv/requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --requirement .venv/requirements.txt \
+	  $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(PIP_EXTRA)
+	.venv/bin/python -c "import sysconfig; \
+	  open(sysconfig.get_path('purelib') + '/rosa_kernels.pth', 'w').write('$(CURDIR)\n')"
+	@touch $@
+comma := ,

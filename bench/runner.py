@@ -1,0 +1,223 @@
+"""One case at a time: build it, check every contender, time those that are right, make the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench import measure
+from bench.cases import case_id, dtype_name
+from bench.check import Check
+from bench.contender import OP, Contender, Problem, Run
+from bench.results import COLUMNS, Row
+from bench.sizes import size_columns
+from rosa_kernels.testing import Case
+
+# Slower calls are not made once more just to weigh them: that would cost the quick suite 20 s.
+_REPEAT_BELOW_S = 0.1
+_EMPTY: Row = dict.fromkeys(COLUMNS)
+_OOM_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass
+class _Entry:
+    """One timed call: a contender under a charge, and all the rows it stands for."""
+
+    contender: Contender
+    charges: tuple[str, ...]
+    columns: Row = field(default_factory=dict)
+    call: Run | None = None
+    estimate: float = 0.0
+
+
+def run_case(
+    case: Case, contenders: Sequence[Contender], rule: measure.Rule, device: str = "cpu"
+) -> list[Row]:
+    """Rows for all contenders of a case: every pair ends in a status, with the reason.
+
+    A call is timed only after its result has passed the check, and the two charges of a peer are
+    checked separately: a conversion can be wrong too.
+    """
+    with quiet_torch():
+        return _run_case(case, contenders, rule, device)
+
+
+def _run_case(
+    case: Case, contenders: Sequence[Contender], rule: measure.Rule, device: str
+) -> list[Row]:
+    base = _EMPTY | _case_columns(case)
+    entries = [
+        _Entry(contender, charges)
+        for contender in contenders
+        for charges in ([contender.charges] if contender.token_major else _each(contender.charges))
+    ]
+    try:
+        problem = Problem.of(case, device)
+        check = Check(problem)
+    except Exception as error:  # the reason goes into every row of the case
+        for entry in entries:
+            entry.columns = _failure(error)
+        return _rows(base, entries)
+    base["nnz"] = problem.pattern.nnz
+    for entry in entries:
+        _examine(entry, problem, check)
+    calls = {str(i): e.call for i, e in enumerate(entries) if e.call is not None}
+    estimates = {str(i): e.estimate for i, e in enumerate(entries)}
+    clock = measure.CudaClock() if device == "cuda" else measure.cpu_clock
+    try:
+        timed = measure.interleaved(calls, rule, clock, estimates)
+    except Exception as error:  # a contender that passed once and then fails takes all down
+        for entry in entries:
+            if entry.call is not None:
+                entry.columns |= _failure(error)
+        return _rows(base, entries)
+    for i, samples in timed.items():
+        entries[int(i)].columns |= _time_columns(samples)
+    return _rows(base, entries)
+
+
+def warm_up(contenders: Iterable[Contender], device: str) -> None:
+    """Call contenders once on a tiny problem: libraries and thread pools start outside of rows."""
+    for contender in contenders:
+        problem = Problem.of(Case(contender.op, 64, 64, 64, 0.05), device)
+        # What fails here fails again in its row, which tells the reason.
+        with quiet_torch(), contextlib.suppress(Exception):
+            if contender.reject(problem) is None:
+                contender.prepare(problem, contender.charges[-1])()
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Without torch's notices that sparse CSR is in beta and its invariants go unchecked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+        yield
+
+
+def skipped(case: Case, contenders: Sequence[Contender], reason: str) -> list[Row]:
+    """Rows of a case that was not run, so that no point is missing without a reason."""
+    entries = [
+        _Entry(contender, contender.charges, {"status": "unsupported", "reason": reason})
+        for contender in contenders
+    ]
+    return _rows(_EMPTY | _case_columns(case), entries)
+
+
+def roof_rows(dtypes: Sequence[torch.dtype], rule: measure.Rule, device: str) -> list[Row]:
+    """What the machine can do, measured in the same run: copy bandwidth and GEMM rate per dtype."""
+    clock = measure.CudaClock() if device == "cuda" else measure.cpu_clock
+    source = torch.empty(2**28, dtype=torch.uint8, device=device).zero_()
+    target = torch.empty_like(source)
+    calls: dict[str, measure.Call] = {"copy": lambda: target.copy_(source)}
+    size = 8192 if device == "cuda" else 2048
+    for dtype in dtypes:
+        x = torch.randn(size, size, device=device).to(dtype)
+        calls[dtype_name(dtype)] = partial(torch.mm, x, x)
+    rows = []
+    for name, samples in measure.interleaved(calls, rule, clock).items():
+        copy = name == "copy"
+        kernel = "copy" if copy else "gemm"
+        shape = {} if copy else {"m": size, "n": size, "k": size, "dtype": name}
+        work = {"bytes": 2 * source.numel()} if copy else {"flops": 2 * size**3}
+        columns = {
+            "case": f"roof/{name}",
+            "op": "roof",
+            "kernel": kernel,
+            "backend": "torch",
+            "mode": "no_grad",
+            "charge": OP,
+        }
+        rows.append(_EMPTY | columns | shape | work | _time_columns(samples))
+    return rows
+
+
+def _examine(entry: _Entry, problem: Problem, check: Check) -> None:
+    """Reject, prepare, check and weigh a contender; leaves a call only if it may be timed."""
+    contender = entry.contender
+    reason = contender.reject(problem)
+    if reason is not None:
+        entry.columns = {"status": "unsupported", "reason": reason}
+        return
+    try:
+        entry.columns = size_columns(problem, contender)
+        if contender.serves is not None:
+            entry.columns["backend"] = contender.serves(problem)
+        call = contender.prepare(problem, entry.charges[0])
+        got, entry.columns["peak_bytes"], entry.estimate = _watched(call, problem.device)
+        entry.columns["max_err"] = check(got)
+        del got
+        if entry.estimate < _REPEAT_BELOW_S:
+            # The first call may have built what is kept, such as a plan; the second shows what
+            # every call needs.
+            _, entry.columns["peak_bytes"], entry.estimate = _watched(call, problem.device)
+        entry.call = call
+    except AssertionError as error:
+        entry.columns |= {"status": "incorrect", "reason": str(error)}
+    except Exception as error:  # a peer may raise anything; the row says what
+        entry.columns |= _failure(error)
+
+
+def _watched(call: Run, device: str) -> tuple[Tensor, int | None, float]:
+    start = time.perf_counter()
+    got, peak = measure.with_peak(call, device)
+    return got, peak, time.perf_counter() - start
+
+
+def _failure(error: Exception) -> Row:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    oom = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error).lower() for words in _OOM_TEXTS
+    )
+    return {"status": "oom" if oom else "error", "reason": text}
+
+
+def _rows(base: Row, entries: Sequence[_Entry]) -> list[Row]:
+    return [
+        base
+        | {
+            "kernel": entry.contender.name,
+            "backend": entry.contender.backend,
+            "mode": entry.contender.mode,
+            "charge": charge,
+        }
+        | entry.columns
+        for entry in entries
+        for charge in entry.charges
+    ]
+
+
+def _time_columns(samples: measure.Samples) -> Row:
+    p20, median, p80 = measure.quantiles(samples.seconds)
+    return {
+        "status": "ok",
+        "samples_s": samples.seconds,
+        "median_s": median,
+        "p20_s": p20,
+        "p80_s": p80,
+        "calls_per_sample": samples.calls_per_sample,
+    }
+
+
+def _case_columns(case: Case) -> Row:
+    return {
+        "case": case_id(case),
+        "op": case.op,
+        "m": case.m,
+        "n": case.n,
+        "k": case.k,
+        "density": case.density,
+        "dtype": dtype_name(case.dtype),
+        "mask": case.mask,
+        "seed": case.seed,
+    }
+
+
+def _each(charges: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [(charge,) for charge in charges]

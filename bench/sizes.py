@@ -1,0 +1,60 @@
+"""Arithmetic and memory that a case needs at least, whoever computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench import ours
+from bench.contender import Contender, Problem
+from bench.results import Row
+from rosa_kernels.backends import native
+
+_INDEX = 4  # bytes of an int32
+
+
+def size_columns(problem: Problem, contender: Contender) -> Row:
+    """flops, bytes and output_bytes of the case; workspace_bytes of the contender.
+
+    flops counts what the entries need, also for a contender that computes all of the dense matrix.
+    bytes reads every input once and writes every output once. output_bytes is the least that any
+    implementation must allocate.
+    """
+    case, nnz = problem.case, problem.pattern.nnz
+    size = case.dtype.itemsize
+    index = nnz * _INDEX + (case.m + 1) * _INDEX
+    products = 2 * nnz * case.k
+    dense = (case.m + case.n) * case.k * size
+    flops, traffic, output = {
+        "sddmm": (products, dense + index + nnz * size, nnz * size),
+        "spmm": (products, dense + index + nnz * size, case.m * case.k * size),
+        "csr_add_": (2 * nnz, index + 3 * nnz * size, 0),
+        "csr_gather": (0, index + 2 * nnz * size, nnz * size),
+    }[case.op]
+    return {
+        "flops": flops,
+        "bytes": traffic,
+        "output_bytes": output,
+        "workspace_bytes": _workspace(problem, contender),
+    }
+
+
+def _workspace(problem: Problem, contender: Contender) -> int | None:
+    """What our native kernel allocates beside its result, as it states itself; None for others."""
+    if contender.serves is None:
+        return None
+    kernel = ours.selected(problem, contender.name)
+    if kernel.backend != "cpu":
+        return None
+    if kernel.variant is None:  # csr_add_ and csr_gather
+        return 0
+    pattern, case = problem.pattern, problem.case
+    state: Callable[..., int] = getattr(native._C, f"{case.op}_workspace_bytes")  # type: ignore[attr-defined]
+    return state(
+        native._csr(pattern.crow_indices, pattern.col_indices, case.n),
+        case.k,
+        native._DTYPES[case.dtype],
+        torch.get_num_threads(),
+        native._ISAS[kernel.variant],
+    )

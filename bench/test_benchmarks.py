@@ -1,0 +1,50 @@
+"""The pairs of a suite under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+BENCH_SUITE chooses the suite (default: quick). The contender is checked before it is timed, as in
+``python -m bench run``; the default pytest run does not collect this folder.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from bench.cases import case_id, pairs
+from bench.check import Check
+from bench.contender import Contender, Problem
+from bench.runner import quiet_torch
+from rosa_kernels.testing import Case
+
+pytest.importorskip("pytest_benchmark")
+
+PAIRS = list(pairs(os.environ.get("BENCH_SUITE", "quick")))
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[str, tuple[Problem, Check]]:
+    """The last problem built: the contenders of a case come one after another."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("case", "contender"), PAIRS, ids=[f"{case_id(case)}-{c.label}" for case, c in PAIRS]
+)
+def test_pair(
+    benchmark: Any, problems: dict[str, tuple[Problem, Check]], case: Case, contender: Contender
+) -> None:
+    with quiet_torch():
+        name = case_id(case)
+        if name not in problems:
+            problems.clear()
+            problem = Problem.of(case)
+            problems[name] = problem, Check(problem)
+        problem, check = problems[name]
+        reason = contender.reject(problem)
+        if reason is not None:
+            pytest.skip(reason)
+        call = contender.prepare(problem, contender.charges[-1])
+        check(call())
+        benchmark.group = name
+        benchmark(call)

@@ -1,0 +1,537 @@
+"""The benchmark suite: what it records, what it refuses to time, what it says about two runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import xml.etree.ElementTree
+
+import pytest
+import torch
+
+pytest.importorskip("numpy")
+
+from bench import __main__ as cli
+from bench import cases, check, compare, measure, report, results, runner
+from bench.contender import FROM_TOKEN_MAJOR, OP, Contender, Problem
+from rosa_kernels import registry
+from rosa_kernels.testing import Case
+
+# torch says once that sparse CSR tensors are in beta.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+
+SMALL = {
+    "sddmm": Case("sddmm", 40, 24, 9, 0.1),
+    "spmm": Case("spmm", 40, 24, 9, 0.1),
+    "csr_add_": Case("csr_add_", 40, 24, 1, 0.1),
+    "csr_gather": Case("csr_gather", 40, 24, 1, 0.1),
+}
+FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+
+
+def a_row(**columns) -> results.Row:
+    """A timed row of a synthetic run; `ms` sets its median, and p20 and p80 2 % around it."""
+    ms = columns.pop("ms", 1.0)
+    row = dict.fromkeys(results.COLUMNS) | {
+        "schema_version": results.SCHEMA_VERSION,
+        "run_id": "run-1",
+        "utc": "2026-01-02T03:04:05Z",
+        "argv": ["run"],
+        "device": "cpu",
+        "device_name": "Test CPU",
+        "threads": 2,
+        "torch": "2.13.0",
+        "case": "a case",
+        "op": "spmm",
+        "m": 4096,
+        "n": 4096,
+        "k": 2048,
+        "density": 0.01,
+        "nnz": 167772,
+        "dtype": "float32",
+        "mask": "uniform",
+        "seed": 0,
+        "kernel": "auto",
+        "backend": "cpu/avx2",
+        "mode": "no_grad",
+        "charge": FROM_TOKEN_MAJOR,
+        "status": "ok",
+        "samples_s": [ms / 1e3] * 3,
+        "median_s": ms / 1e3,
+        "p20_s": ms / 1e3 * 0.98,
+        "p80_s": ms / 1e3 * 1.02,
+        "calls_per_sample": 1,
+        "flops": 10**9,
+        "bytes": 10**7,
+        "output_bytes": 10**6,
+        "peak_bytes": 2 * 10**6,
+        "max_err": 1e-7,
+    }
+    return row | columns
+
+
+def failed(status: str, **columns) -> results.Row:
+    return a_row(**columns) | {
+        "status": status,
+        "reason": "because",
+        **dict.fromkeys(("samples_s", "median_s", "p20_s", "p80_s")),
+    }
+
+
+def contender(prepare, **options) -> Contender:
+    return Contender("sddmm", options.pop("name", "candidate"), "test", prepare, **options)
+
+
+def right_sddmm(problem: Problem, charge: str):
+    a, b, flat = problem.inputs["a"], problem.inputs["b"], problem.flat
+    return lambda: (a @ b.t()).reshape(-1)[flat]
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [a_row(), failed("unsupported", kernel="spops")]
+    path = tmp_path / "deep" / "results.jsonl"
+    results.append(path, rows)
+    assert results.read(path) == rows
+
+
+def test_appending_keeps_what_is_there(tmp_path):
+    path = tmp_path / "results.jsonl"
+    results.append(path, [a_row()])
+    before = path.read_bytes()
+    results.append(path, [a_row(run_id="run-2")])
+    assert path.read_bytes().startswith(before)
+    assert [row["run_id"] for row in results.read(path)] == ["run-1", "run-2"]
+    assert [row["run_id"] for row in results.latest_run(results.read(path))] == ["run-2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, "unknown \\['surprise'\\]"),
+        ({"status": "fine"}, "expected a status among ok, incorrect"),
+        ({"status": "incorrect", "reason": "wrong"}, "times exactly where status is ok"),
+        ({"median_s": None}, "times exactly where status is ok"),
+    ],
+)
+def test_a_row_that_contradicts_the_schema_is_not_written(tmp_path, change, message):
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(ValueError, match=message):
+        results.append(path, [a_row(), a_row() | change])
+    assert not path.exists()
+
+
+def test_a_status_needs_a_reason(tmp_path):
+    with pytest.raises(ValueError, match="expected a reason for status 'error'"):
+        results.append(tmp_path / "r.jsonl", [failed("error") | {"reason": None}])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"schema_version": 1, "run', r"r\.jsonl:2: Unterminated string"),
+        ("[]", r"r\.jsonl:2: expected a JSON object, got list"),
+        ('{"schema_version": 9}', r"r\.jsonl:2: expected schema_version 1, got 9"),
+        ('{"schema_version": 1}', r"r\.jsonl:2: expected the columns of schema 1"),
+    ],
+)
+def test_an_unreadable_line_is_named(tmp_path, line, message):
+    path = tmp_path / "r.jsonl"
+    results.append(path, [a_row()])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(results.ResultsError, match=message):
+        results.read(path)
+
+
+# -- correct before fast --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_every_contender_ends_in_a_status_and_none_is_wrong(op):
+    competing = cases.contenders(SMALL[op])
+    rows = runner.run_case(SMALL[op], competing, FAST)
+    assert {row["kernel"] for row in rows} == {c.name for c in competing}
+    for row in rows:
+        assert row["status"] in ("ok", "unsupported"), (row["kernel"], row["reason"])
+        assert (row["median_s"] is None) == (row["status"] != "ok")
+        assert row["status"] == "ok" or row["reason"]
+    by_kernel = {(row["kernel"], row["charge"]): row["status"] for row in rows}
+    assert by_kernel["auto", OP] == by_kernel["reference", OP] == "ok"
+
+
+def test_a_wrong_contender_is_incorrect_and_not_timed():
+    def prepare(problem, charge):
+        def call():
+            out = right_sddmm(problem, charge)()
+            out[7] += 0.01
+            return out
+
+        return call
+
+    rows = runner.run_case(SMALL["sddmm"], [contender(prepare), contender(right_sddmm)], FAST)
+    wrong, right = rows[:2], rows[2:]
+    for row in wrong:
+        assert row["status"] == "incorrect"
+        assert "worst at (7,)" in row["reason"]
+        assert row["median_s"] is None
+        assert row["samples_s"] is None
+    assert [row["status"] for row in right] == ["ok", "ok"]
+
+
+def test_a_conversion_that_is_wrong_spoils_only_its_charge():
+    def prepare(problem, charge):
+        call = right_sddmm(problem, charge)
+        return call if charge == OP else lambda: call() * 1.001
+
+    rows = runner.run_case(SMALL["sddmm"], [contender(prepare)], FAST)
+    assert {row["charge"]: row["status"] for row in rows} == {
+        OP: "ok",
+        FROM_TOKEN_MAJOR: "incorrect",
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("no such instruction"), "error"),
+        (MemoryError("8 GB"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom"),
+    ],
+)
+def test_a_contender_that_raises_is_recorded(error, status):
+    def prepare(problem, charge):
+        def call():
+            raise error
+
+        return call
+
+    (row,) = runner.run_case(
+        SMALL["sddmm"], [contender(prepare, token_major=True, charges=(OP,))], FAST
+    )
+    assert row["status"] == status
+    assert str(error) in row["reason"]
+
+
+def test_one_that_fails_after_its_check_is_recorded_too():
+    def prepare(problem, charge):
+        call, count = right_sddmm(problem, charge), itertools.count()
+
+        def fail_later():
+            if next(count) >= 2:
+                raise RuntimeError("worn out")
+            return call()
+
+        return fail_later
+
+    rows = runner.run_case(SMALL["sddmm"], [contender(prepare, token_major=True)], FAST)
+    assert {row["status"] for row in rows} == {"error"}
+    assert "worn out" in rows[0]["reason"]
+
+
+def test_unsupported_keeps_its_reason():
+    rows = runner.run_case(
+        SMALL["sddmm"], [contender(right_sddmm, reject=lambda problem: "not on Sundays")], FAST
+    )
+    assert {(row["status"], row["reason"]) for row in rows} == {("unsupported", "not on Sundays")}
+
+
+def test_a_case_that_cannot_be_built_is_an_error_of_all_its_pairs():
+    case = dataclasses.replace(SMALL["sddmm"], mask="nonsense")
+    rows = runner.run_case(case, [contender(right_sddmm)], FAST)
+    assert {row["status"] for row in rows} == {"error"}
+    assert "got 'nonsense'" in rows[0]["reason"]
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_the_check_on_some_rows_accepts_the_reference_and_sees_an_error(op):
+    case = dataclasses.replace(SMALL[op], m=400, n=32, density=0.05)
+    problem = Problem.of(case)
+    checked = check.Check(problem, terms=2000)
+    assert not checked.complete
+    heaviest = int(problem.pattern.row_nnz.argmax())
+    assert {0, case.m - 1, heaviest} <= set(checked.rows.tolist())
+    (reference,) = (c for c in cases.contenders(case) if c.name == "reference")
+    got = reference.prepare(problem, OP)().clone()
+    assert checked(got) < 1e-6
+    entry = int(problem.pattern.crow_indices[heaviest])
+    bad = got.clone()
+    if op in ("sddmm", "csr_gather"):
+        bad[entry] += 1
+    else:
+        bad[heaviest] += 1
+    with pytest.raises(AssertionError, match="outside the bound"):
+        checked(bad)
+    unchecked = next(i for i in range(case.m) if i not in checked.rows)
+    bad = got.clone()
+    bad[int(problem.pattern.crow_indices[unchecked]) if bad.dim() == 1 else unchecked] = torch.nan
+    with pytest.raises(AssertionError, match="expected no NaN"):
+        checked(bad)
+    with pytest.raises(AssertionError, match="expected shape"):
+        checked(got[:-1])
+
+
+def test_a_newly_registered_kernel_competes_without_another_edit(monkeypatch):
+    monkeypatch.setattr(registry, "_kernels", {k: list(v) for k, v in registry._kernels.items()})
+    registry.register("sddmm", "brandnew", devices={"cpu"}, dtypes={torch.float32}, priority=-1)(
+        lambda crow, col, a, b, out_dtype: torch.zeros(col.numel())
+    )
+    try:
+        rows = runner.run_case(SMALL["sddmm"], cases.contenders(SMALL["sddmm"]), FAST)
+    finally:
+        registry._selected.clear()
+    found = [row for row in rows if row["kernel"] == "brandnew"]
+    assert {row["status"] for row in found} == {"incorrect"}
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def test_quantiles_of_known_samples():
+    p20, median, p80 = measure.quantiles([float(i) for i in range(11)])
+    assert (p20, median, p80) == pytest.approx((2.0, 5.0, 8.0))
+    assert measure.quantiles([3.0]) == (3.0, 3.0, 3.0)
+
+
+def test_contenders_take_turns_until_quiet_or_out_of_time():
+    log: list[str] = []
+    durations = {
+        "steady": itertools.repeat(0.1),
+        "noisy": itertools.cycle([0.1, 0.3]),
+        "long": itertools.repeat(9.0),
+    }
+
+    def clock(call, count):
+        name = call()
+        log.append(name)
+        return next(durations[name]) * count
+
+    calls = {name: (lambda name=name: name) for name in durations}
+    rule = measure.Rule(cap_s=2.0, noise=0.02, min_samples=5, max_samples=60)
+    got = measure.interleaved(calls, rule, clock, dict.fromkeys(calls, 0.4))
+    assert len(got["steady"].seconds) == 5
+    assert got["noisy"].spent >= rule.cap_s
+    assert len(got["long"].seconds) == 1
+    assert set(log[:3]) == set(calls)  # one each before anybody's second
+
+
+def test_short_calls_are_timed_in_batches():
+    counts: list[int] = []
+
+    def clock(call, count):
+        counts.append(count)
+        return 2e-6 * count
+
+    got = measure.interleaved({"tiny": lambda: None}, measure.Rule(), clock)["tiny"]
+    assert got.calls_per_sample == 100
+    assert counts[-1] == 100
+    assert got.seconds == pytest.approx([2e-6] * len(got.seconds))
+
+
+def test_peak_memory_sees_an_allocation():
+    size = 64 * 2**20
+    _, peak = measure.with_peak(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
+    if peak is None:
+        pytest.skip("the system does not tell")
+    assert size <= peak < size + 16 * 2**20
+
+
+# -- suites ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases.SUITES)
+def test_cases_of_a_suite_are_distinct(name):
+    names = [cases.case_id(case) for case in cases.suite(name)]
+    assert len(names) == len(set(names))
+
+
+def test_the_density_suite_has_the_points_that_targets_are_set_on():
+    got = {(c.op, c.mask, c.density) for c in cases.suite("density") if c.k == 2048}
+    for op in ("sddmm", "spmm"):
+        for mask in ("uniform", "q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"):
+            for density in (0.001, 0.003, 0.005, 0.01, 0.02, 0.05):
+                assert (op, mask, density) in got
+    assert ("csr_add_", 0.006) in {(c.op, c.density) for c in cases.suite("density")}
+
+
+def test_every_real_mask_is_in_the_rosa_suite_beside_a_uniform_one():
+    suite = cases.suite("rosa")
+    problems = {(c.op, c.m, c.n, c.k, c.density, c.dtype) for c in suite if c.mask == "uniform"}
+    real = [c for c in suite if c.mask.startswith("real:")]
+    assert len({c.mask for c in real}) == 21
+    for c in real:
+        assert (c.op, c.m, c.n, c.k, c.density, c.dtype) in problems
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def test_ratios_geomeans_and_efficiency_are_derived_from_rows():
+    rows = []
+    for density, ours, dense, spops in ((0.01, 2.0, 100.0, 8.0), (0.05, 10.0, 100.0, 5.0)):
+        common = {"case": f"d{density}", "density": density}
+        rows += [
+            a_row(**common, ms=ours),
+            a_row(**common, kernel="dense", backend="torch", ms=dense),
+            a_row(**common, kernel="spops", backend="spops", ms=spops),
+            a_row(**common, kernel="cpu/portable", ms=50.0),
+        ]
+    found = report.ratios(rows, FROM_TOKEN_MAJOR)
+    assert sorted(r.value for r in found if r.peer["kernel"] == "spops") == [0.5, 4.0]
+    assert {r.peer["kernel"] for r in found} == {"dense", "spops"}
+    assert report.geomean([0.5, 4.0]) == pytest.approx(2**0.5)
+    assert report.efficiency(rows) == {("spmm", "float32", "uniform"): pytest.approx(0.5)}
+    table = report.losing_table(rows, FROM_TOKEN_MAJOR)
+    assert [line[0] for line in table.rows] == ["d0.05"]
+    assert "1 of 4 comparisons" in table.title
+
+
+def test_overhead_is_the_op_less_its_adapter():
+    tiny = {"m": 32, "n": 32, "charge": OP}
+    rows = [
+        a_row(**tiny, mode="adapter", ms=0.005),
+        a_row(**tiny, mode="no_grad", ms=0.015),
+        a_row(**tiny, mode="grad", ms=0.025),
+    ]
+    assert report.overheads(rows) == {
+        "spmm": {"adapter": 5e-6, "no_grad": pytest.approx(1e-5), "grad": pytest.approx(2e-5)}
+    }
+
+
+def test_a_busy_machine_is_told():
+    noisy = a_row(samples_s=[0.001, 0.001, 0.009, 0.009])
+    assert report.noise_note([a_row()] * 30 + [noisy]) is None
+    assert report.noise_note([a_row()] * 3 + [noisy]).startswith("1 of 4 times vary")
+
+
+def test_reasons_of_missing_points_are_listed():
+    table = report.status_table([failed("oom", kernel="dense", charge=OP)])
+    assert table.rows == [["because", "oom", "1", "dense"]]
+
+
+@pytest.mark.parametrize(
+    ("ms", "spread", "verdict"),
+    [(1.03, 0.01, "same"), (0.8, 0.01, "faster"), (1.3, 0.01, "slower"), (1.3, 0.5, "ambiguous")],
+)
+def test_verdicts(ms, spread, verdict):
+    new = a_row(ms=ms) | {"p20_s": ms / 1e3 * (1 - spread), "p80_s": ms / 1e3 * (1 + spread)}
+    (found,) = compare.compare([a_row(ms=1.0)], [new])
+    assert found.verdict == verdict
+
+
+def test_rows_of_one_run_only_and_changed_statuses_are_told():
+    base = [a_row(case="a"), a_row(case="b")]
+    new = [failed("incorrect", case="b"), a_row(case="c")]
+    verdicts = {item.row["case"]: item.verdict for item in compare.compare(base, new)}
+    assert verdicts == {"a": "only in base", "b": "status changed", "c": "only in new"}
+
+
+# -- command line ---------------------------------------------------------------------------------
+
+
+def test_run_writes_rows_and_names_the_file(tmp_path, capsys):
+    options = ["--suite", "overhead", "--out", str(tmp_path), "--cap", "0.001", "--no-plots"]
+    assert cli.main(["run", *options]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith(str(tmp_path / "results.jsonl"))
+    assert "Call overhead in us" in out
+    rows = results.read(tmp_path / "results.jsonl")
+    assert {row["op"] for row in rows} == {"roof", "sddmm", "spmm", "csr_add_", "csr_gather"}
+    assert all(row["status"] == "ok" for row in rows)
+    assert cli.main(["run", *options]) == 0
+    twice = results.read(tmp_path / "results.jsonl")
+    assert twice[: len(rows)] == rows
+    assert len({row["run_id"] for row in twice}) == 2
+    assert cli.main(["compare", *[str(tmp_path / "results.jsonl")] * 2]) == 0
+    assert "same" in capsys.readouterr().out
+
+
+def test_what_the_time_budget_does_not_reach_is_recorded(tmp_path, capsys):
+    options = ["--ops", "sddmm", "--time-budget", "1e-9", "--no-plots", "--out", str(tmp_path)]
+    assert cli.main(["run", "--suite", "overhead", *options]) == 0
+    rows = [row for row in results.read(tmp_path / "results.jsonl") if row["op"] != "roof"]
+    assert {row["status"] for row in rows} == {"unsupported"}
+    assert "time budget of 1e-09 s was spent" in rows[0]["reason"]
+    assert "Pairs without a time" in capsys.readouterr().out
+
+
+def test_list_and_env(capsys):
+    assert cli.main(["list"]) == 0
+    assert cli.main(["list", "--suite", "overhead"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cases.SUITES)
+    assert "csr_gather/uniform/32x32" in out
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert "Contenders of spmm" in out
+
+
+def test_plots_are_drawn_from_rows_alone(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "results.jsonl"
+    rows = [a_row(op="roof", kernel="copy", case="roof/copy", m=None, n=None)]
+    for op, density in itertools.product(("sddmm", "spmm"), (0.001, 0.01, 0.05)):
+        for kernel, ms in (("auto", 200 * density), ("dense", 100.0), ("spops", 1000 * density)):
+            case = {"op": op, "density": density, "case": f"{op}{density}"}
+            rows.append(a_row(**case, kernel=kernel, ms=ms, workspace_bytes=10**5))
+    for mask in ("real:14.q_proj", "uniform"):
+        case = {"mask": mask, "m": 576, "n": 576, "density": 0.006, "case": mask}
+        rows += [a_row(**case), a_row(**case, kernel="spops", ms=0.5)]
+    results.append(path, rows)
+    assert cli.main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 0
+    out = capsys.readouterr().out
+    names = {p.name for p in (tmp_path / "plots").iterdir()}
+    for name in (
+        "time_vs_density_4096x4096_k2048_float32",
+        "memory_vs_density_4096x4096_k2048_float32",
+        "speedup_heatmap_float32",
+        "real_vs_uniform_float32",
+    ):
+        assert {f"{name}.png", f"{name}.svg"} <= names
+        svg = tmp_path / "plots" / f"{name}.svg"
+        assert str(svg) in out
+        assert svg.stat().st_size < 300_000
+        text = " ".join(xml.etree.ElementTree.parse(svg).getroot().itertext())
+        assert "Test CPU, 2 threads, torch 2.13.0, 2026-01-02" in text
+    assert cli.main(["report", str(path)]) == 0
+    assert "a peer is faster" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "--suite", "fast"], "invalid choice: 'fast' (choose from"),
+        (["run", "--ops", "gemm"], "invalid choice: 'gemm' (choose from"),
+        (["run", "--kernels", "cublas"], "--kernels: expected some of auto, "),
+        (["run", "--threads", "0"], "expected a positive int, got 0"),
+        (["run", "--suite", "overhead", "--kernels", "dense"], "--kernels: expected some of auto"),
+        (["report", "missing.jsonl"], "missing.jsonl: expected a results file"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+    ],
+)
+def test_bad_arguments_are_explained(argv, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(argv)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_run_is_explained(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    results.append(path, [a_row()])
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(path), "--run-id", "run-9"])
+    assert "--run-id: expected one of run-1, got run-9" in capsys.readouterr().err
+
+
+def test_compare_can_fail_a_build(tmp_path, capsys):
+    for name, ms in (("base", 1.0), ("new", 2.0)):
+        results.append(tmp_path / name, [json.loads(json.dumps(a_row(ms=ms)))])
+    argv = ["compare", str(tmp_path / "base"), str(tmp_path / "new")]
+    assert cli.main(argv) == 0
+    assert cli.main([*argv, "--fail-on-slower"]) == 1
+    assert "slower" in capsys.readouterr().out

@@ -1,0 +1,143 @@
+"""csr_add and csr_add_ beyond the shared cases: alpha, targets, and what the rest of them sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import LAYOUTS, Served, check, inputs_of
+
+import rosa_kernels as rk
+from rosa_kernels import CsrPattern
+from rosa_kernels.strides import overlaps_itself
+
+
+@pytest.mark.ops("csr_add", "csr_add_")
+@pytest.mark.parametrize("alpha", [0, 1, -1.0, 0.1, 1e-3, 3, 1e30, -0.0])
+def test_alpha(kernel: Served, pattern: CsrPattern, dtype: torch.dtype, alpha: float) -> None:
+    check(kernel, pattern, inputs_of(kernel.op, pattern, 0, dtype, kernel.device), alpha=alpha)
+
+
+@pytest.mark.ops("csr_add", "csr_add_")
+def test_elements_outside_the_pattern_keep_their_bits(
+    kernel: Served, pattern: CsrPattern, dtype: torch.dtype
+) -> None:
+    """NaN payloads, signed zeros and all."""
+    inputs = inputs_of(kernel.op, pattern, 0, dtype, kernel.device)
+    outside = pattern.to_torch(torch.ones(pattern.nnz)).to_dense().to(kernel.device) == 0
+    w = inputs["w"]
+    w[outside] = -0.0
+    w[outside & (torch.arange(53, device=w.device) % 2 == 0)] = torch.nan
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    before = w.clone().view(bits)[outside]
+    got = kernel(pattern.to(kernel.device), **inputs)
+    assert torch.equal(got.view(bits)[outside], before)
+
+
+@pytest.mark.ops("csr_add_")
+@pytest.mark.parametrize("order", ["row-major", "token-major"])
+def test_a_slice_leaves_the_rest_of_its_tensor_alone(
+    kernel: Served, pattern: CsrPattern, order: str, dtype: torch.dtype
+) -> None:
+    inputs = inputs_of("csr_add_", pattern, 0, dtype, kernel.device)
+    m, n = pattern.shape
+    base = torch.randn(3 * m + 2, 2 * n + 5).to(dtype).to(kernel.device)
+    if order == "token-major":
+        base = base.T.contiguous().T
+    view = base[1 : 3 * m + 1 : 3, 2 : 2 * n + 2 : 2]
+    before = base.clone()
+    check(kernel, pattern, {**inputs, "w": view})
+    assert not torch.equal(view, before[1 : 3 * m + 1 : 3, 2 : 2 * n + 2 : 2])
+    view.copy_(before[1 : 3 * m + 1 : 3, 2 : 2 * n + 2 : 2])
+    assert torch.equal(base, before)
+
+
+@pytest.mark.ops("csr_add_")
+def test_returns_its_target(kernel: Served, pattern: CsrPattern) -> None:
+    inputs = inputs_of("csr_add_", pattern, 0, device=kernel.device)
+    version = inputs["w"]._version
+    assert kernel(pattern.to(kernel.device), **inputs) is inputs["w"]
+    assert inputs["w"]._version > version
+
+
+@pytest.mark.ops("csr_add")
+@pytest.mark.parametrize("order", ["row-major", "token-major"])
+def test_the_result_is_a_new_matrix_in_the_order_of_w(
+    kernel: Served, pattern: CsrPattern, order: str
+) -> None:
+    inputs = inputs_of("csr_add", pattern, 0, device=kernel.device)
+    inputs["w"] = LAYOUTS[order](inputs["w"])
+    got = check(kernel, pattern, inputs)
+    assert got.stride() == inputs["w"].stride()
+    assert got.data_ptr() != inputs["w"].data_ptr()
+    empty = CsrPattern.from_mask(torch.zeros(pattern.shape)).to(kernel.device)
+    copy = kernel(empty, w=inputs["w"], values=inputs["values"][:0])
+    assert torch.equal(copy, inputs["w"])
+    assert copy.data_ptr() != inputs["w"].data_ptr()
+
+
+@pytest.mark.ops("csr_add", "csr_add_")
+def test_float32_values_are_rounded_once_into_a_narrow_weight(kernel: Served) -> None:
+    """1 + (2**-8 + 2**-20) is past the middle between 1 and 1 + 2**-7; its bfloat16 part is not."""
+    pattern = CsrPattern.from_mask(torch.ones(1, 1)).to(kernel.device)
+    w = torch.ones(1, 1, dtype=torch.bfloat16, device=kernel.device)
+    values = torch.tensor([2.0**-8 + 2.0**-20], device=kernel.device)
+    assert kernel(pattern, w=w, values=values).item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith("stride-")])
+def test_a_target_that_overlaps_itself_is_refused(pattern: CsrPattern, name: str) -> None:
+    inputs = inputs_of("csr_add_", pattern, 0)
+    w = LAYOUTS[name](inputs["w"])
+    assert overlaps_itself(w)
+    before = w.clone()
+    message = (
+        r"csr_add_: expected a target whose elements do not share memory, got shape \(37, 53\) "
+        rf"with strides \({w.stride(0)}, {w.stride(1)}\); clone it first"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        rk.csr_add_(w, pattern, inputs["values"])
+    assert torch.equal(w, before)
+
+
+def make_leaf(x: torch.Tensor) -> torch.Tensor:
+    return x.requires_grad_()
+
+
+def make_result(x: torch.Tensor) -> torch.Tensor:
+    return x.requires_grad_() * 1
+
+
+@pytest.mark.parametrize("grad", [make_leaf, make_result])
+def test_a_target_that_requires_grad_is_refused(
+    pattern: CsrPattern, grad: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    inputs = inputs_of("csr_add_", pattern, 0)
+    w = grad(inputs["w"])
+    message = "expected a target that does not require grad, got one that does; use csr_add, or"
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode, pytest.raises(RuntimeError, match=message):
+            rk.csr_add_(w, pattern, inputs["values"])
+
+
+def test_values_that_require_grad_are_refused_in_grad_mode(pattern: CsrPattern) -> None:
+    """A gradient would be lost without a word; without grad mode there is none to lose."""
+    inputs = inputs_of("csr_add_", pattern, 0)
+    values = inputs["values"].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="values that do not require grad in grad mode, got"):
+        rk.csr_add_(inputs["w"], pattern, values)
+    expected = rk.csr_add(inputs["w"], pattern, inputs["values"])
+    with torch.no_grad():
+        got = rk.csr_add_(inputs["w"], pattern, values)
+    assert torch.equal(got, expected)
+    assert not got.requires_grad
+
+
+def test_the_data_of_a_parameter_can_be_a_target(pattern: CsrPattern) -> None:
+    inputs = inputs_of("csr_add_", pattern, 0)
+    weight = torch.nn.Parameter(inputs["w"].clone())
+    version = weight._version
+    rk.csr_add_(weight.detach(), pattern, inputs["values"])
+    assert torch.equal(weight, rk.csr_add(inputs["w"], pattern, inputs["values"]))
+    assert weight._version > version

@@ -1,0 +1,174 @@
+"""Who may import whom, and what importing may not do."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The longest matching prefix decides. A module may import what lies in its own prefix, what is
+# listed, and anything from outside this repository. Absent modules are simply not there yet.
+ALLOWED: dict[str, set[str]] = {
+    "rosa_kernels.strides": set(),
+    "rosa_kernels.registry": set(),
+    "rosa_kernels.pattern": {"rosa_kernels.registry"},
+    "rosa_kernels.backends": {
+        "rosa_kernels.pattern",
+        "rosa_kernels.registry",
+        "rosa_kernels.strides",
+    },
+    # The unsafe module has exactly one adapter.
+    "rosa_kernels.backends.native": {
+        "rosa_kernels._C",
+        "rosa_kernels.pattern",
+        "rosa_kernels.registry",
+        "rosa_kernels.strides",
+    },
+    "rosa_kernels.ops": {"rosa_kernels.pattern", "rosa_kernels.registry", "rosa_kernels.strides"},
+    "rosa_kernels.nn": {"rosa_kernels.ops", "rosa_kernels.pattern", "rosa_kernels.registry"},
+    "rosa_kernels.testing": {
+        "rosa_kernels.backends.reference",
+        "rosa_kernels.pattern",
+        "rosa_kernels.registry",
+    },
+    "rosa_kernels": {
+        "rosa_kernels.backends",
+        "rosa_kernels.nn",
+        "rosa_kernels.ops",
+        "rosa_kernels.pattern",
+        "rosa_kernels.registry",
+    },
+    "rosa_train": {"rosa_kernels"},
+    "bench": {"rosa_kernels", "rosa_train"},
+}
+PACKAGES = ("rosa_kernels", "rosa_train", "bench")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
+    """Every import in a file, lazy ones included: (line, absolute module)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: expected an absolute import"
+            for alias in node.names:
+                # `from package import module` names the module, not the package.
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner in SOURCES or inner == "rosa_kernels._C"
+                yield node.lineno, inner if is_module else str(node.module)
+
+
+def within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_respect_the_layers(name: str) -> None:
+    layer = max((prefix for prefix in ALLOWED if within(name, prefix)), key=len)
+    for line, imported in imports(name, SOURCES[name]):
+        if imported.split(".")[0] not in PACKAGES:
+            continue
+        # The root package is a layer of its own kind: it may import its parts, not they it.
+        own = imported == layer if layer == "rosa_kernels" else within(imported, layer)
+        assert own or any(within(imported, prefix) for prefix in ALLOWED[layer]), (
+            f"{SOURCES[name].relative_to(ROOT)}:{line}: {layer} may not import {imported}"
+        )
+
+
+def test_the_layers_describe_modules_that_exist() -> None:
+    # A renamed module would otherwise fall to a laxer layer unnoticed; these two come later.
+    assert set(ALLOWED) - {"rosa_kernels.nn", "rosa_train"} <= {*SOURCES}
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if within(n, "rosa_kernels.ops")])
+def test_ops_name_no_backend(name: str) -> None:
+    backends = {module.name for module in pkgutil.iter_modules([ROOT / "rosa_kernels/backends"])}
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        assert not (isinstance(node, ast.Constant) and node.value in backends), (
+            f"{SOURCES[name].relative_to(ROOT)}:{node.lineno}: ops name no backend"
+        )
+
+
+@pytest.mark.parametrize("name", [n for n in SOURCES if within(n, "rosa_kernels.backends")])
+def test_backends_do_not_touch_autograd(name: str) -> None:
+    for node in ast.walk(ast.parse(SOURCES[name].read_text())):
+        used = getattr(node, "attr", getattr(node, "id", None))
+        assert used != "autograd", (
+            f"{SOURCES[name].relative_to(ROOT)}:{node.lineno}: gradients belong to ops"
+        )
+    assert not any(within(m, "torch.autograd") for _, m in imports(name, SOURCES[name]))
+
+
+def test_native_core_includes_neither_torch_nor_python() -> None:
+    foreign = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)", re.M)
+    sources = [p for p in (ROOT / "cpp").rglob("*.*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    users = {p.relative_to(ROOT).as_posix() for p in sources if foreign.search(p.read_text())}
+    assert users == {"cpp/bindings/module.cpp"}
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_import_has_no_side_effects() -> None:
+    done = run_python(
+        """
+import sys, threading, pathlib
+import torch
+
+def state():
+    tasks = pathlib.Path("/proc/self/task")  # native threads too, where they can be counted
+    native = len(list(tasks.iterdir())) if tasks.exists() else 0
+    return native, threading.active_count(), torch.get_num_threads(), torch.initial_seed()
+
+before = state()
+import rosa_kernels
+after = state()
+optional = {"triton", "transformers", "matplotlib"} & set(sys.modules)
+assert before == after, (before, after)
+assert not optional, optional
+assert not torch.cuda.is_initialized()
+assert "bench" not in sys.modules
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_modules_import_without_the_optional_packages() -> None:
+    # Drawing is what matplotlib is for: those who only run benchmarks never import these two.
+    drawing = {"bench.plot", "bench.style"}
+    names = [name for name in SOURCES if name not in drawing and "test_" not in name]
+    done = run_python(
+        f"""
+import importlib, sys
+for absent in ("triton", "transformers", "matplotlib"):
+    sys.modules[absent] = None  # importing it now raises
+for name in {names}:
+    importlib.import_module(name)
+assert not {drawing} & set(sys.modules)
+"""
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,498 @@
+"""CsrPattern: what it accepts, what it refuses, what it derives."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import re
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch import Tensor
+
+import rosa_kernels as rk
+from rosa_kernels import CsrPattern
+from rosa_kernels.testing import uniform_pattern
+
+INDEX_DTYPES = [torch.int16, torch.int32, torch.int64]
+HUGE = 2**31
+
+
+def same(a: CsrPattern, b: CsrPattern) -> bool:
+    return (
+        a.shape == b.shape
+        and torch.equal(a.crow_indices, b.crow_indices)
+        and torch.equal(a.col_indices, b.col_indices)
+    )
+
+
+def mask_of(pattern: CsrPattern) -> Tensor:
+    return pattern.to_torch(torch.ones(pattern.nnz)).to_dense() != 0
+
+
+# -- construction --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crow_dtype", INDEX_DTYPES, ids=str)
+@pytest.mark.parametrize("col_dtype", INDEX_DTYPES, ids=str)
+def test_integer_index_tensors_become_int32(
+    crow_dtype: torch.dtype, col_dtype: torch.dtype
+) -> None:
+    crow, col = torch.tensor([0, 2, 2, 3], dtype=crow_dtype), torch.tensor([1, 3, 0], dtype=col_dtype)
+    pattern = CsrPattern(crow, col, (3, 4))
+    assert pattern.crow_indices.dtype == pattern.col_indices.dtype == torch.int32
+    assert pattern.crow_indices.tolist() == [0, 2, 2, 3]
+    assert pattern.col_indices.tolist() == [1, 3, 0]
+    assert (pattern.nnz, pattern.shape, pattern.density) == (3, (3, 4), 0.25)
+    assert repr(pattern) == "CsrPattern(3 x 4, nnz=3, density=25.000%, device='cpu')"
+
+
+def test_int32_index_tensors_are_not_copied() -> None:
+    crow = torch.tensor([0, 1], dtype=torch.int32)
+    assert CsrPattern(crow, torch.zeros(1, dtype=torch.int32), (1, 1)).crow_indices is crow
+
+
+def test_strided_index_tensors_become_contiguous() -> None:
+    crow = torch.arange(0, 10, 2, dtype=torch.int32)[::2] // 4
+    col = torch.zeros(1, dtype=torch.int32).expand(2)
+    pattern = CsrPattern(crow, col, (2, 5))
+    assert pattern.crow_indices.is_contiguous()
+    assert pattern.col_indices.is_contiguous()
+    assert mask_of(pattern).nonzero().tolist() == [[0, 0], [1, 0]]
+
+
+def test_from_mask_takes_any_dtype(nasty: CsrPattern) -> None:
+    mask = mask_of(nasty)
+    for dense in (mask, mask.to(torch.uint8), mask * -0.5, mask.T.contiguous().T, mask * torch.nan):
+        expected = (dense != 0) if dense.dtype.is_floating_point else mask
+        assert same(CsrPattern.from_mask(dense), CsrPattern.from_mask(expected))
+        assert torch.equal(mask_of(CsrPattern.from_mask(dense)), expected)
+
+
+def test_from_coo_takes_any_order(nasty: CsrPattern) -> None:
+    shuffled = torch.randperm(nasty.nnz, generator=torch.Generator().manual_seed(0))
+    rows, cols = nasty.row_indices[shuffled], nasty.col_indices[shuffled]
+    assert same(CsrPattern.from_coo(rows, cols, nasty.shape), nasty)
+    assert same(CsrPattern.from_coo(rows.long(), cols.long(), nasty.shape), nasty)
+
+
+def test_torch_round_trip(nasty: CsrPattern) -> None:
+    values = torch.randn(nasty.nnz)
+    matrix = nasty.to_torch(values)
+    assert matrix.layout is torch.sparse_csr
+    assert torch.equal(matrix.values(), values)
+    assert same(CsrPattern.from_torch(matrix), nasty)
+
+
+@pytest.mark.parametrize("form", ["csr_array", "csc_array", "coo_array", "csr_matrix"])
+def test_scipy_round_trip(nasty: CsrPattern, form: str) -> None:
+    rows, cols = nasty.row_indices.numpy(), nasty.col_indices.numpy()
+    matrix = getattr(scipy.sparse, form)(
+        scipy.sparse.coo_array((np.ones(nasty.nnz), (rows, cols)), shape=nasty.shape)
+    )
+    assert same(CsrPattern.from_scipy(matrix), nasty)
+
+
+def test_scipy_matrices_are_brought_into_canonical_order() -> None:
+    """Unsorted columns, duplicates and stored zeros; the matrix itself stays as it was."""
+    columns = np.array([2, 0, 2, 1])
+    matrix = scipy.sparse.csr_array((np.array([1.0, 2.0, -1.0, 0.0]), columns, [0, 3, 4]), (2, 3))
+    pattern = CsrPattern.from_scipy(matrix)
+    assert pattern.crow_indices.tolist() == [0, 2, 3]
+    assert pattern.col_indices.tolist() == [0, 2, 1]
+    assert matrix.indices.tolist() == [2, 0, 2, 1]
+
+
+def test_nearly_the_greatest_size() -> None:
+    pattern = CsrPattern(torch.tensor([0, 1]), torch.tensor([HUGE - 2]), (1, HUGE - 1))
+    assert pattern.col_indices.tolist() == [HUGE - 2]
+    assert CsrPattern.from_coo(torch.tensor([0]), torch.tensor([HUGE - 2]), (1, HUGE - 1)).nnz == 1
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+def csr(crow: object, col: object, shape: object = (3, 4)) -> Callable[[], CsrPattern]:
+    crow = torch.tensor(crow) if isinstance(crow, list) else crow
+    col = torch.tensor(col) if isinstance(col, list) else col
+    return lambda: CsrPattern(crow, col, shape)
+
+
+def coo(rows: list[int], cols: list[int], shape: object = (3, 4)) -> Callable[[], CsrPattern]:
+    return lambda: CsrPattern.from_coo(torch.tensor(rows), torch.tensor(cols), shape)
+
+
+ZERO = torch.zeros(1, dtype=torch.int32)
+BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "float rows": (
+        csr([0.0, 1.0, 1.0, 1.0], [0]),
+        TypeError,
+        "expected crow_indices of dtype int32 or int64, got torch.float32",
+    ),
+    "bool columns": (
+        csr([0, 1, 1, 1], [True]),
+        TypeError,
+        "expected col_indices of dtype int32 or int64, got torch.bool",
+    ),
+    "no tensor": (
+        lambda: CsrPattern([0, 1, 1, 1], ZERO, (3, 4)),
+        TypeError,
+        "expected crow_indices to be a tensor, got list",
+    ),
+    "2-D rows": (
+        csr([[0, 1, 1, 1]], [0]),
+        ValueError,
+        "expected crow_indices to be 1-D, got shape (1, 4)",
+    ),
+    "0-D columns": (
+        csr([0, 1, 1, 1], torch.tensor(0)),
+        ValueError,
+        "expected col_indices to be 1-D, got shape ()",
+    ),
+    "short rows": (
+        csr([0, 1, 1], [0]),
+        ValueError,
+        "expected crow_indices of length m + 1 = 4, got 3",
+    ),
+    "no rows": (
+        csr(torch.zeros(0, dtype=torch.int32), [0]),
+        ValueError,
+        "expected crow_indices of length m + 1 = 4, got 0",
+    ),
+    "nnz too great": (
+        csr([0, 1, 1, 2], [0]),
+        ValueError,
+        "expected crow_indices to run from 0 to nnz = 1, got 0 to 2",
+    ),
+    "nnz too small": (
+        csr([0, 0, 1, 1], [0, 1]),
+        ValueError,
+        "expected crow_indices to run from 0 to nnz = 2, got 0 to 1",
+    ),
+    "no zero": (
+        csr([1, 1, 1, 1], [0]),
+        ValueError,
+        "expected crow_indices to run from 0 to nnz = 1, got 1 to 1",
+    ),
+    "falling rows": (
+        csr([0, 2, 1, 2], [0, 1]),
+        ValueError,
+        "expected non-decreasing crow_indices, got 2 then 1 at row 1",
+    ),
+    "negative rows": (
+        csr([0, -1, 1, 2], [0, 1]),
+        ValueError,
+        "expected non-decreasing crow_indices, got 0 then -1 at row 0",
+    ),
+    # Whose differences, 2**31 - 1, 2**31 - 1 and 3, look monotone in int32; likewise in int16.
+    "rows that wrap in int32": (
+        csr(torch.tensor([0, HUGE - 1, -2, 1], dtype=torch.int32), [0]),
+        ValueError,
+        "expected non-decreasing crow_indices, got 2147483647 then -2 at row 1",
+    ),
+    "rows that wrap in int16": (
+        csr(torch.tensor([0, 2**15 - 1, -2, 1], dtype=torch.int16), [0]),
+        ValueError,
+        "expected non-decreasing crow_indices, got 32767 then -2 at row 1",
+    ),
+    "negative column": (
+        csr([0, 2, 2, 2], [-1, 3]),
+        ValueError,
+        "expected col_indices in [0, 4), got values from -1 to 3",
+    ),
+    "column out of range": (
+        csr([0, 2, 2, 2], [0, 4]),
+        ValueError,
+        "expected col_indices in [0, 4), got values from 0 to 4",
+    ),
+    "column beyond int32": (
+        csr([0, 2, 2, 2], [0, 2**32 + 1]),
+        ValueError,
+        "expected col_indices in [0, 4), got values from 0 to 4294967297",
+    ),
+    "column of a matrix without": (
+        csr([0, 1, 1, 1], [0], (3, 0)),
+        ValueError,
+        "expected col_indices in [0, 0), got values from 0 to 0",
+    ),
+    "unsorted columns": (
+        csr([0, 1, 1, 3], [0, 3, 1]),
+        ValueError,
+        "expected sorted, unique col_indices within each row, got unsorted columns 3, 1 in row 2",
+    ),
+    "repeated columns": (
+        csr([0, 0, 2, 3], [3, 3, 1]),
+        ValueError,
+        "expected sorted, unique col_indices within each row, got repeated columns 3, 3 in row 1",
+    ),
+    "shape of three": (
+        csr([0], [], (0, 1, 2)),
+        ValueError,
+        "expected a shape (m, n) of sizes >= 0, got (0, 1, 2)",
+    ),
+    "negative shape": (
+        csr([0], [], (-1, 2)),
+        ValueError,
+        "expected a shape (m, n) of sizes >= 0, got (-1, 2)",
+    ),
+    "too many columns": (
+        csr([0, 1], [0], (1, HUGE)),
+        ValueError,
+        "expected dimensions below 2**31 (indices are int32), got (1, 2147483648)",
+    ),
+    "too many rows": (
+        csr(ZERO.expand(HUGE + 1), [0], (HUGE, 1)),
+        ValueError,
+        "expected dimensions below 2**31 (indices are int32), got (2147483648, 1)",
+    ),
+    "too many nonzeros": (
+        csr(ZERO.expand(4), ZERO.expand(HUGE)),
+        ValueError,
+        "expected fewer than 2**31 entries in col_indices, got 2147483648",
+    ),
+    "mask too wide": (
+        lambda: CsrPattern.from_mask(torch.zeros(1).expand(1, HUGE)),
+        ValueError,
+        "expected dimensions below 2**31 (indices are int32), got (1, 2147483648)",
+    ),
+    "3-D mask": (
+        lambda: CsrPattern.from_mask(torch.zeros(1, 2, 3)),
+        ValueError,
+        "expected a 2-D mask, got shape (1, 2, 3)",
+    ),
+    "coo lengths": (
+        coo([0, 1], [0]),
+        ValueError,
+        "expected rows and cols of one length, got 2 and 1",
+    ),
+    "coo row out of range": (
+        coo([0, 3], [0, 1]),
+        ValueError,
+        "expected rows in [0, 3), got values from 0 to 3",
+    ),
+    "coo negative column": (
+        coo([0, 1], [-2, 1]),
+        ValueError,
+        "expected cols in [0, 4), got values from -2 to 1",
+    ),
+    "coo repeated": (
+        coo([1, 0, 1], [2, 1, 2]),
+        ValueError,
+        "got repeated columns 2, 2 in row 1",
+    ),
+    "coo too many columns": (
+        coo([0], [0], (1, HUGE)),
+        ValueError,
+        "expected dimensions below 2**31 (indices are int32), got (1, 2147483648)",
+    ),
+    "torch layout": (
+        lambda: CsrPattern.from_torch(torch.eye(3).to_sparse()),
+        TypeError,
+        "expected a 2-D tensor of layout torch.sparse_csr, got torch.sparse_coo of shape (3, 3)",
+    ),
+    "torch batch": (
+        lambda: CsrPattern.from_torch(torch.ones(2, 3, 4).to_sparse_csr()),
+        TypeError,
+        "expected a 2-D tensor of layout torch.sparse_csr, got torch.sparse_csr of shape (2, 3, 4)",
+    ),
+    "number of values": (
+        lambda: uniform_pattern(4, 5, 0.5).to_torch(torch.ones(9)),
+        ValueError,
+        "expected values of shape (10,), got (9,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_refuses(bad: str) -> None:
+    build, error, message = BAD[bad]
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        build()
+    assert str(raised.value).startswith("CsrPattern")
+
+
+def test_refuses_index_tensors_on_two_devices() -> None:
+    with pytest.raises(RuntimeError, match="on one device, got meta and cpu"):
+        CsrPattern(torch.zeros(4, dtype=torch.int32, device="meta"), ZERO, (3, 4))
+
+
+@pytest.mark.parametrize("index", ["crow_indices", "col_indices"])
+def test_notices_writes_into_its_index_tensors(pattern: CsrPattern, index: str) -> None:
+    pattern.check_unchanged()
+    getattr(pattern, index)[0] = 0
+    with pytest.raises(RuntimeError, match="got tensors changed in place since; build a new"):
+        pattern.check_unchanged()
+
+
+# -- derived structure -----------------------------------------------------------------------------
+
+
+def test_counts_and_indices(nasty: CsrPattern) -> None:
+    mask = mask_of(nasty)
+    assert torch.equal(nasty.row_nnz, mask.sum(1).int())
+    assert torch.equal(nasty.col_nnz, mask.sum(0).int())
+    rows, cols = mask.nonzero(as_tuple=True)
+    assert torch.equal(nasty.row_indices, rows.int())
+    assert torch.equal(nasty.col_indices, cols.int())
+    assert nasty.density == (mask.double().mean().item() if mask.numel() else 0)
+
+
+def test_row_swizzle(nasty: CsrPattern) -> None:
+    counts = nasty.row_nnz.tolist()
+    expected = sorted(range(nasty.shape[0]), key=lambda row: (-counts[row], row))
+    assert nasty.row_swizzle.dtype == torch.int32
+    assert nasty.row_swizzle.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["T", "row_nnz", "col_nnz", "row_swizzle", "row_indices"])
+def test_derived_structure_is_built_once(pattern: CsrPattern, name: str) -> None:
+    assert getattr(pattern, name) is getattr(pattern, name)
+
+
+def test_a_pattern_and_its_transpose_are_collected() -> None:
+    pattern = uniform_pattern(9, 9, 0.5)
+    gone = weakref.ref(pattern.T)
+    del pattern
+    gc.collect()
+    assert gone() is None
+
+
+def brute_force_stats(mask: np.ndarray) -> dict[str, float]:
+    m, n = mask.shape
+    rows, cols = mask.sum(1), mask.sum(0)
+    nnz = int(mask.sum())
+    order = np.ix_(np.argsort(-rows, kind="stable"), np.argsort(-cols, kind="stable"))
+    tiled = mask[order]
+    tiles = [
+        int(tiled[i : i + 64, j : j + 64].sum()) for i in range(0, m, 64) for j in range(0, n, 64)
+    ]
+    heavy = [count for count in tiles if count >= 0.008 * 64 * 64]
+
+    def top_tenth(counts: np.ndarray) -> float:
+        return sum(sorted(counts.tolist())[-max(len(counts) // 10, 1) :]) / max(nnz, 1)
+
+    return {
+        "nnz": nnz,
+        "density": nnz / (m * n) if m * n else 0,
+        "empty_rows": float((rows == 0).mean()) if m else 0,
+        "empty_cols": float((cols == 0).mean()) if n else 0,
+        "max_row_nnz": int(rows.max()) if m else 0,
+        "row_cov": float(rows.std() / rows.mean()) if nnz else 0,
+        "top_rows": top_tenth(rows) if m else 0,
+        "top_cols": top_tenth(cols) if n else 0,
+        "heavy_tiles": len(heavy) / len(tiles) if nnz else 0,
+        "heavy_nnz": sum(heavy) / nnz if nnz else 0,
+    }
+
+
+def test_stats_agree_with_brute_force(nasty: CsrPattern) -> None:
+    expected = brute_force_stats(mask_of(nasty).numpy())
+    assert nasty.stats() == pytest.approx(expected, rel=1e-12)
+    nasty.stats()["nnz"] = -1
+    assert nasty.stats()["nnz"] == nasty.nnz
+
+
+# -- movement ------------------------------------------------------------------------------------
+
+
+def derive(pattern: CsrPattern) -> None:
+    for name in ("T", "row_nnz", "col_nnz", "row_swizzle", "row_indices"):
+        getattr(pattern, name)
+    pattern.stats()
+
+
+def test_to_the_same_device_is_the_same_pattern(pattern: CsrPattern) -> None:
+    assert pattern.to("cpu") is pattern
+
+
+def test_to_another_device_keeps_what_was_derived(pattern: CsrPattern) -> None:
+    """On "meta" nothing can be computed: what is there has moved."""
+    derive(pattern)
+    moved = pattern.to("meta")
+    assert moved.device.type == "meta"
+    assert (moved.shape, moved.nnz) == (pattern.shape, pattern.nnz)
+    assert moved.stats() == pattern.stats()
+    assert moved.has_transpose
+    assert moved.T.T is moved
+    assert moved.T.shape == pattern.T.shape
+    for name in ("row_nnz", "col_nnz", "row_swizzle", "row_indices", "transpose_permutation"):
+        assert getattr(moved, name).device.type == "meta"
+        assert getattr(moved, name).shape == getattr(pattern, name).shape
+    assert moved.T.transpose_permutation.shape == (pattern.nnz,)
+    assert not uniform_pattern(3, 3, 0.5).to("meta").has_transpose
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_to_cuda_and_back(nasty: CsrPattern) -> None:
+    derive(nasty)
+    there = nasty.to("cuda")
+    assert same(there.to("cpu"), nasty)
+    assert same(there.T.to("cpu"), nasty.T)
+    assert torch.equal(there.row_swizzle.cpu(), nasty.row_swizzle)
+
+
+def test_a_changed_pattern_does_not_move(pattern: CsrPattern) -> None:
+    pattern.col_indices.zero_()
+    with pytest.raises(RuntimeError, match="changed in place"):
+        pattern.to("meta")
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, copy.copy, lambda p: pickle.loads(pickle.dumps(p))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_copies(nasty: CsrPattern, duplicate: Callable[[CsrPattern], CsrPattern]) -> None:
+    derive(nasty)
+    other = duplicate(nasty)
+    assert other is not nasty
+    assert same(other, nasty)
+    assert same(other.T, nasty.T)
+    other.check_unchanged()
+
+
+def test_a_deepcopy_shares_no_memory(pattern: CsrPattern) -> None:
+    other = copy.deepcopy(torch.nn.ModuleList([torch.nn.Linear(1, 1)])), copy.deepcopy(pattern)
+    other[1].col_indices.zero_()
+    pattern.check_unchanged()
+
+
+def test_a_changed_pattern_does_not_survive_a_pickle(pattern: CsrPattern) -> None:
+    """Validation runs again where it arrives."""
+    pattern.col_indices.fill_(10**6)
+    with pytest.raises(ValueError, match=r"col_indices in \[0, 53\)"):
+        pickle.loads(pickle.dumps(pattern))
+
+
+# -- inference mode --------------------------------------------------------------------------------
+
+
+def test_built_in_inference_mode_it_serves_training() -> None:
+    with torch.inference_mode():
+        pattern = CsrPattern.from_mask(torch.eye(4))
+        given = CsrPattern(
+            torch.arange(5, dtype=torch.int32), torch.arange(4, dtype=torch.int32), (4, 4)
+        )
+        derive(pattern)
+        derive(given)
+    for p in (pattern, given):
+        p.check_unchanged()
+        b = torch.ones(4, 2, requires_grad=True)
+        rk.spmm(p, torch.ones(p.nnz, requires_grad=True), b).sum().backward()
+        assert torch.equal(b.grad, torch.ones(4, 2))
+    assert not pattern.row_swizzle.is_inference()
+
+
+def test_ops_work_in_inference_mode(pattern: CsrPattern) -> None:
+    with torch.inference_mode():
+        values = torch.ones(pattern.nnz)
+        assert rk.spmm(pattern, values, torch.ones(53, 2))[:, 0].sum() == pattern.nnz
+        assert rk.csr_transpose(pattern, values)[0] is pattern.T
+        w = rk.csr_add_(torch.zeros(37, 53), pattern, values)
+        assert torch.equal(rk.csr_gather(w, pattern), values)

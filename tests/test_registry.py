@@ -1,0 +1,207 @@
+"""Which kernel serves a call: precedence, reasons, and explicit requests that never fall back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import rosa_kernels as rk
+from rosa_kernels import registry
+from rosa_kernels.registry import Call
+from rosa_kernels.testing import uniform_pattern
+
+pytestmark = pytest.mark.usefixtures("sandbox")
+
+CALL = Call("cpu", torch.float32, (3, 4, 5))
+Probe = Callable[..., None]
+
+
+@pytest.fixture
+def probe() -> Callable[..., list[str]]:
+    """Registers a gather kernel of the given name; returns the list it logs its calls to."""
+
+    def add(backend: str, log: list[str], **options: object) -> list[str]:
+        defaults: dict[str, object] = {
+            "devices": {"cpu"},
+            "dtypes": {torch.float32},
+            "priority": 1,
+        }
+
+        @rk.register("csr_gather", backend, **{**defaults, **options})
+        def run(w: torch.Tensor, crow: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
+            log.append(backend)
+            return w.new_zeros(col.numel())
+
+        return log
+
+    return add
+
+
+def gather(**options: object) -> torch.Tensor:
+    return rk.csr_gather(torch.ones(4, 5), uniform_pattern(4, 5, 0.5), **options)
+
+
+def test_every_op_has_a_reference_that_serves_all() -> None:
+    for op in ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_transpose"):
+        *_, last = rk.kernels(op)
+        assert last.name == "reference"
+        assert last.unavailable is None
+        assert last.devices == {"cpu", "cuda"}
+
+
+def test_kernels_come_best_first(probe: Probe) -> None:
+    probe("slow", [], priority=-5)
+    probe("fast", [], priority=1000)
+    names = [k.name for k in rk.kernels("csr_gather")]
+    assert names[0] == "fast"
+    assert names[-1] == "slow"
+    assert set(rk.kernels("csr_gather")) < set(rk.kernels())
+
+
+def test_unknown_op_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"an op among \['csr_add_', .*'spmm'\], got 'conv'"):
+        rk.kernels("conv")
+
+
+def test_names() -> None:
+    names = {k.name for k in rk.kernels("sddmm")}
+    assert names == {
+        k.backend if k.variant is None else f"{k.backend}/{k.variant}" for k in rk.kernels("sddmm")
+    }
+    with pytest.raises(ValueError, match="a new kernel name for csr_gather, got 'reference'"):
+        rk.register("csr_gather", "reference", devices=set(), dtypes=set(), priority=0)(print)
+
+
+def test_auto_takes_the_best_that_can(probe: Probe) -> None:
+    log: list[str] = []
+    probe("good", log, priority=1000)
+    probe("elsewhere", log, priority=2000, devices={"cuda"})
+    probe("narrow", log, priority=2000, dtypes={torch.float16})
+    probe("broken", log, priority=2000, unavailable="is not built")
+    probe("picky", log, priority=2000, reject=lambda call: "wants more rows")
+    gather()
+    assert log == ["good"]
+
+
+def test_precedence(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument, then use_backend (the innermost), then ROSA_BACKEND, then the best supported."""
+    log: list[str] = []
+    for name in ("argument", "inner", "outer", "environment"):
+        probe(name, log)
+    gather()
+    monkeypatch.setenv("ROSA_BACKEND", "environment")
+    gather()
+    with rk.use_backend("outer"):
+        gather()
+        with rk.use_backend("inner"):
+            gather()
+            gather(backend="argument")
+        gather()
+    gather()
+    assert log == ["environment", "outer", "inner", "argument", "outer", "environment"]
+
+
+def test_use_backend_ends_with_its_block(probe: Probe) -> None:
+    log = probe("inside", [])
+    with pytest.raises(KeyError), rk.use_backend("inside"):
+        raise KeyError
+    gather()
+    assert log == []
+
+
+def test_auto_can_be_asked_for(probe: Probe) -> None:
+    log: list[str] = []
+    probe("best", log, priority=1000)
+    probe("other", log)
+    with rk.use_backend("other"):
+        gather(backend="auto")
+    assert log == ["best"]
+
+
+def test_use_backend_is_local_to_its_thread(probe: Probe) -> None:
+    log = probe("mine", [], priority=-1)
+    with rk.use_backend("mine"):
+        thread = threading.Thread(target=gather)
+        thread.start()
+        thread.join()
+        assert log == []
+        gather()
+    assert log == ["mine"]
+
+
+@pytest.mark.parametrize("ask", ["argument", "context", "environment"])
+def test_unknown_backend_lists_those_there_are(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = ", ".join(sorted({"auto"} | {n for k in rk.kernels() for n in (k.backend, k.name)}))
+    message = f"expected a backend among {every}, got 'cpus'"
+    if ask == "environment":
+        monkeypatch.setenv("ROSA_BACKEND", "cpus")
+    with pytest.raises(ValueError, match=message):
+        if ask == "context":
+            with rk.use_backend("cpus"):
+                pass
+        else:
+            gather(**({"backend": "cpus"} if ask == "argument" else {}))
+
+
+def test_the_backend_takes_its_best_variant(probe: Probe) -> None:
+    log: list[str] = []
+    probe("family", log, variant="old", priority=5, unavailable="is not built")
+    probe("family", log, variant="new", priority=3)
+    assert registry.select("csr_gather", CALL, "family").name == "family/new"
+    assert registry.select("csr_gather", CALL, "family/new").variant == "new"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"devices": {"cuda"}}, "runs on cuda tensors, got cpu"),
+        ({"dtypes": {torch.float16, torch.bfloat16}}, "takes dtypes bfloat16, float16, got float32"),
+        ({"unavailable": "is not built (no compiler)"}, "is not built (no compiler)"),
+        ({"reject": lambda call: f"wants a square, got {call.shape}"}, "wants a square, got (4, 5)"),
+    ],
+)
+def test_an_explicit_backend_that_cannot_serve_says_why(
+    options: dict[str, object], reason: str, probe: Probe
+) -> None:
+    """And falls back to nothing, however many others could."""
+    log = probe("special", [], **options)
+    for ask in ({"backend": "special"}, {}):
+        with pytest.raises(RuntimeError) as raised, rk.use_backend("special"):
+            gather(**ask)
+        assert str(raised.value) == (
+            "csr_gather: expected backend 'special', asked for explicitly, to serve this call, "
+            f"got none that can: special {reason}"
+        )
+    assert log == []
+
+
+def test_an_explicit_backend_without_the_op_says_so(probe: Probe) -> None:
+    probe("special", [])
+    with pytest.raises(RuntimeError, match="'special', asked for explicitly,.* it has no such op"):
+        rk.spmm(uniform_pattern(2, 3, 0.0), torch.zeros(0), torch.ones(3, 4), backend="special")
+
+
+def test_when_nothing_fits_every_candidate_says_why() -> None:
+    with pytest.raises(RuntimeError, match="expected a kernel to serve this call") as raised:
+        registry.select("sddmm", Call("xpu", torch.float32, (1, 1, 1)))
+    for kernel in rk.kernels("sddmm"):
+        assert f"{kernel.name} runs on" in str(raised.value)
+
+
+def test_a_choice_that_depends_on_the_shape_is_made_anew(probe: Probe) -> None:
+    """The cache of choices must not hold what a `reject` decided."""
+    probe("small", [], priority=9999, reject=lambda c: "too big" if max(c.shape) > 4 else None)
+    small = Call("cpu", torch.float32, (4, 4))
+    for _ in range(2):
+        assert registry.select("csr_gather", CALL).name != "small"
+        assert registry.select("csr_gather", small).name == "small"
+
+
+def test_a_new_kernel_is_seen_by_calls_already_cached(probe: Probe) -> None:
+    gather()
+    log = probe("better", [], priority=9999)
+    gather()
+    assert log == ["better"]

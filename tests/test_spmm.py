@@ -1,0 +1,72 @@
+"""spmm beyond the shared cases: outputs, their stride order and what no other op has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Served, check, inputs_of
+from torch import Tensor
+
+from rosa_kernels import CsrPattern
+from rosa_kernels.strides import empty_like_order
+from rosa_kernels.testing import uniform_pattern
+
+pytestmark = pytest.mark.ops("spmm")
+
+
+def test_formula(kernel: Served) -> None:
+    """By hand, with whole numbers: c = S b."""
+    pattern = CsrPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]]))
+    values = torch.tensor([2.0, -1.0, 3.0], device=kernel.device)
+    b = torch.tensor([[5.0, 6.0], [7.0, 8.0], [-1.0, 1.0]], device=kernel.device)
+    got = kernel(pattern.to(kernel.device), values=values, b=b)
+    assert got.tolist() == [[11.0, 11.0], [0.0, 0.0], [21.0, 24.0]]
+
+
+def test_output_lies_in_the_order_of_b(
+    kernel: Served, pattern: CsrPattern, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    """Token-major in, token-major out, without a copy in between."""
+    inputs = inputs_of("spmm", pattern, 5, dtype, kernel.device)
+    inputs["b"] = layout(inputs["b"])
+    got = check(kernel, pattern, inputs)
+    assert got.shape == (pattern.shape[0], 5)
+    assert got.stride() == empty_like_order(inputs["b"], pattern.shape[0]).stride()
+
+
+def test_token_major_activations_come_back_token_major(
+    kernel: Served, pattern: CsrPattern
+) -> None:
+    inputs = inputs_of("spmm", pattern, 5, device=kernel.device)
+    assert inputs["b"].T.is_contiguous()
+    assert check(kernel, pattern, inputs).T.is_contiguous()
+
+
+def test_empty_rows_give_zeros(kernel: Served, dtype: torch.dtype) -> None:
+    """Written, not left over from what was in the memory before."""
+    pattern = uniform_pattern(40, 30, 0.02)
+    inputs = inputs_of("spmm", pattern, 17, dtype, kernel.device)
+    empty = pattern.row_nnz.to(kernel.device) == 0
+    assert bool(empty.any())
+    for _ in range(3):
+        # What the allocator hands out next holds NaN.
+        torch.full((40, 17), torch.nan, dtype=dtype, device=kernel.device)
+        got = check(kernel, pattern, inputs)
+        assert torch.equal(got[empty], torch.zeros_like(got[empty]))
+
+
+def test_long_rows(kernel: Served, dtype: torch.dtype) -> None:
+    """Long sums, in which a bad accumulation shows."""
+    pattern = uniform_pattern(5, 4001, 0.75)
+    check(kernel, pattern, inputs_of("spmm", pattern, 9, dtype, kernel.device))
+
+
+def test_float32_is_not_tf32(kernel: Served) -> None:
+    """1 + 2**-12 has two bits more than TF32 holds, and its square needs them."""
+    pattern = uniform_pattern(30, 64, 1.0)
+    near_one = torch.full((64, 20), 1 + 2.0**-12, device=kernel.device)
+    values = torch.full((pattern.nnz,), 1 + 2.0**-12, device=kernel.device)
+    got = check(kernel, pattern, {"values": values, "b": near_one})
+    assert bool((got != 64).all())

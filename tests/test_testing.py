@@ -1,0 +1,286 @@
+"""The accuracy policy accepts what is right to rounding, and catches every planted error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import inputs_of
+from torch import Tensor
+
+import rosa_kernels as rk
+from rosa_kernels import CsrPattern
+from rosa_kernels.testing import (
+    OPS,
+    Case,
+    assert_accurate,
+    make_inputs,
+    max_error,
+    oracle,
+    uniform_pattern,
+)
+
+K = 64
+Plant = Callable[[str, CsrPattern, dict[str, Tensor], Tensor], Tensor]
+
+
+def compute(op: str, pattern: CsrPattern, inputs: dict[str, Tensor]) -> Tensor:
+    return getattr(rk, op)(pattern=pattern, **inputs, backend="reference")
+
+
+@pytest.fixture
+def full() -> CsrPattern:
+    """Rows long enough that a wrong accumulation shows in SpMM too."""
+    return uniform_pattern(24, 96, 0.7, seed=5)
+
+
+@pytest.fixture(params=["typical", "adversarial"])
+def bound(request: pytest.FixtureRequest) -> dict[str, bool]:
+    """Both error bounds of the policy."""
+    return {"adversarial": request.param == "adversarial"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_accepts_the_exact_result_rounded(
+    op: str, full: CsrPattern, bound: dict[str, bool], dtype: torch.dtype
+) -> None:
+    inputs = inputs_of(op, full, K, dtype)
+    exact = oracle(op, full, inputs)[0].to(dtype)
+    assert_accurate(op, full, inputs, exact, **bound)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_accepts_any_order_of_summation(
+    op: str, full: CsrPattern, bound: dict[str, bool], dtype: torch.dtype
+) -> None:
+    """Accumulated in float32 from the first token to the last, or from the last to the first."""
+    inputs = inputs_of(op, full, K, dtype)
+    assert_accurate(op, full, inputs, compute(op, full, inputs), **bound)
+    if op == "sddmm":
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        a = inputs["a"][full.row_indices.long()].to(wide)
+        b = inputs["b"][full.col_indices.long()].to(wide)
+        for order in (range(K), reversed(range(K))):
+            total = torch.zeros(full.nnz, dtype=wide)
+            for step in order:
+                total += a[:, step] * b[:, step]
+            assert_accurate(op, full, inputs, total.to(dtype), **bound)
+
+
+# -- planted errors: each takes a right result, and returns one that is wrong in one way -----------
+
+
+def bfloat16_accumulation(
+    op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor
+) -> Tensor:
+    """Sums kept in bfloat16, as a careless half-precision kernel would."""
+    if op == "sddmm":
+        a = inputs["a"][pattern.row_indices.long()].bfloat16()
+        b = inputs["b"][pattern.col_indices.long()].bfloat16()
+        total = torch.zeros(pattern.nnz, dtype=torch.bfloat16)
+        for step in range(K):
+            total += a[:, step] * b[:, step]
+        return total.to(got.dtype)
+    total = torch.zeros(got.shape, dtype=torch.bfloat16)
+    products = inputs["values"].bfloat16()[:, None] * inputs["b"].bfloat16()[pattern.col_indices]
+    for t, row in enumerate(pattern.row_indices.tolist()):
+        total[row] += products[t]
+    return total.to(got.dtype)
+
+
+def tf32_products(
+    op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor
+) -> Tensor:
+    """Operands cut to TF32's 10 bits, exact from there on."""
+    cut = {
+        name: (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
+        for name, x in inputs.items()
+    }
+    return compute(op, pattern, cut).to(got.dtype)
+
+
+def dropped_term(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
+    """One nonzero or token too few, in one row."""
+    cut = {name: x.clone() for name, x in inputs.items()}
+    if op == "sddmm":
+        cut["a"][7, -1] = 0
+    else:
+        cut["values"][-1] = 0
+    return compute(op, pattern, cut)
+
+
+def one_nan(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
+    got.view(-1)[-1] = torch.nan
+    return got
+
+
+def all_nan(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
+    """What a kernel that never ran leaves in a prefilled output."""
+    return torch.full_like(got, torch.nan)
+
+
+def one_wrong_element(
+    op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor
+) -> Tensor:
+    """Off by one part in 2000 (in bfloat16 and float16, by three units in the last place)."""
+    flat = got.view(-1)
+    at = int(flat.abs().argmax())
+    flat[at] *= 1 + max(3 * torch.finfo(got.dtype).eps, 2.0**-11)
+    return got
+
+
+def one_inf(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
+    got.view(-1)[0] = torch.inf
+    return got
+
+
+def exchanged_elements(
+    op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor
+) -> Tensor:
+    flat = got.view(-1)
+    flat[:2] = flat[:2].flip(0)
+    return got
+
+
+def stale_zeros(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
+    """The last tile forgotten."""
+    got.view(-1)[-8:] = 0
+    return got
+
+
+def wrong_shape(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
+    return got[:-1]
+
+
+def extra_dimension(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
+    return got[None]
+
+
+EVERYWHERE: list[Plant] = [
+    one_nan,
+    all_nan,
+    one_wrong_element,
+    one_inf,
+    exchanged_elements,
+    stale_zeros,
+    wrong_shape,
+    extra_dimension,
+]
+
+
+def assert_caught(
+    plant: Plant, op: str, pattern: CsrPattern, dtype: torch.dtype, bound: dict[str, bool]
+) -> None:
+    inputs = inputs_of(op, pattern, K, dtype)
+    right = compute(op, pattern, inputs)
+    assert_accurate(op, pattern, inputs, right, **bound)
+    wrong = plant(op, pattern, inputs, right.contiguous())
+    with pytest.raises(AssertionError, match=f"^{op}: "):
+        assert_accurate(op, pattern, inputs, wrong, **bound)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("plant", EVERYWHERE)
+def test_catches(
+    plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: dict[str, bool]
+) -> None:
+    assert_caught(plant, op, full, dtype, bound)
+
+
+@pytest.mark.parametrize("op", ["sddmm", "spmm"])
+@pytest.mark.parametrize("plant", [bfloat16_accumulation, dropped_term])
+def test_catches_wrong_sums(
+    plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: dict[str, bool]
+) -> None:
+    assert_caught(plant, op, full, dtype, bound)
+
+
+@pytest.mark.parametrize("op", ["sddmm", "spmm"])
+def test_catches_tf32(op: str, full: CsrPattern, bound: dict[str, bool]) -> None:
+    assert_caught(tf32_products, op, full, torch.float32, bound)
+
+
+def test_catches_values_rounded_twice(full: CsrPattern) -> None:
+    """float32 master values must not pass through bfloat16 on their way into a bfloat16 weight."""
+    inputs = inputs_of("csr_add", full, dtype=torch.bfloat16)
+    inputs["values"] = inputs_of("csr_add", full)["values"]
+    twice = {**inputs, "values": inputs["values"].bfloat16()}
+    assert_accurate("csr_add", full, inputs, compute("csr_add", full, inputs))
+    with pytest.raises(AssertionError, match="elements outside the bound"):
+        assert_accurate("csr_add", full, inputs, compute("csr_add", full, twice))
+
+
+def test_inf_and_nan_are_met_exactly(full: CsrPattern) -> None:
+    inputs = inputs_of("sddmm", full)
+    inputs["a"][3, 0], inputs["a"][4, 0] = torch.inf, torch.nan
+    right = compute("sddmm", full, inputs)
+    assert_accurate("sddmm", full, inputs, right)
+    for start, wrong in ((3, torch.nan), (3, 0.0), (3, torch.finfo().max), (4, 0.0), (4, torch.inf)):
+        got = right.clone()
+        got[full.crow_indices[start]] = wrong
+        with pytest.raises(AssertionError, match="sddmm: 1 of"):
+            assert_accurate("sddmm", full, inputs, got)
+    with pytest.raises(AssertionError):
+        assert_accurate("sddmm", full, inputs, torch.where(right.isinf(), -right, right))
+
+
+def test_the_message_names_the_worst_element(full: CsrPattern) -> None:
+    inputs = inputs_of("spmm", full, K)
+    got = compute("spmm", full, inputs).contiguous()
+    got[5, 6] += 1
+    got[7, 8] += 1000
+    with pytest.raises(AssertionError, match=r"spmm: 2 of 1536 elements .* worst at \(7, 8\): exp"):
+        assert_accurate("spmm", full, inputs, got)
+
+
+def test_alpha_counts(full: CsrPattern, bound: dict[str, bool]) -> None:
+    inputs = inputs_of("csr_add", full)
+    got = rk.csr_add(pattern=full, alpha=-0.3, **inputs)
+    assert_accurate("csr_add", full, inputs, got, alpha=-0.3, **bound)
+    with pytest.raises(AssertionError):
+        assert_accurate("csr_add", full, inputs, got, **bound)
+
+
+# -- cases ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "n", "density"), [(10, 20, 0.33), (7, 5, 1.0), (0, 5, 0.5), (4, 4, 0)])
+def test_uniform_pattern(m: int, n: int, density: float) -> None:
+    pattern = uniform_pattern(m, n, density, seed=1)
+    assert pattern.shape == (m, n)
+    assert pattern.nnz == int(density * m * n)
+    again = uniform_pattern(m, n, density, seed=1)
+    assert torch.equal(pattern.col_indices, again.col_indices)
+    if 0 < pattern.nnz < m * n:
+        other = uniform_pattern(m, n, density, seed=2)
+        assert not torch.equal(pattern.col_indices, other.col_indices)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_depend_on_the_seed_alone(op: str, pattern: CsrPattern, dtype: torch.dtype) -> None:
+    case = Case(op, *pattern.shape, 8, pattern.density, dtype)
+    first, again = make_inputs(case, pattern), make_inputs(case, pattern)
+    other = make_inputs(Case(op, *pattern.shape, 8, pattern.density, dtype, seed=1), pattern)
+    for name, x in first.items():
+        assert x.dtype == dtype
+        assert torch.equal(x, again[name])
+        assert not torch.equal(x, other[name])
+
+
+@pytest.mark.parametrize("function", [make_inputs, oracle])
+def test_unknown_op(function: Callable[..., object], pattern: CsrPattern) -> None:
+    with pytest.raises(ValueError, match=r"expected an op among .*, got 'conv'"):
+        if function is oracle:
+            oracle("conv", pattern, {})
+        else:
+            make_inputs(Case("conv", 1, 1, 1, 1.0), pattern)
+
+
+def test_max_error(full: CsrPattern) -> None:
+    inputs = inputs_of("spmm", full, K)
+    exact = oracle("spmm", full, inputs)[0]
+    assert max_error("spmm", full, inputs, exact) == 0
+    assert max_error("spmm", full, inputs, 2 * exact) > 0.1
+    empty = uniform_pattern(0, 3, 0.0)
+    assert max_error("spmm", empty, inputs_of("spmm", empty), torch.zeros(0, 33)) == 0
