@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from bench import ours
@@ -50,11 +48,6 @@ def _workspace(problem: Problem, contender: Contender) -> int | None:
     if kernel.variant is None:  # csr_add_ and csr_gather
         return 0
     pattern, case = problem.pattern, problem.case
-    state: Callable[..., int] = getattr(native._C, f"{case.op}_workspace_bytes")  # type: ignore[attr-defined]
-    return state(
-        native._csr(pattern.crow_indices, pattern.col_indices, case.n),
-        case.k,
-        native._DTYPES[case.dtype],
-        torch.get_num_threads(),
-        native._ISAS[kernel.variant],
-    )
+    csr = native.csr_of(pattern.crow_indices, pattern.col_indices, case.n)
+    threads = torch.get_num_threads()
+    return native.workspace_bytes(case.op, kernel.variant, csr, case.k, case.dtype, threads)

@@ -34,8 +34,9 @@ class CsrPattern:
 
     Raises:
         TypeError: index tensors that are not integers.
-        ValueError: wrong ranks or lengths, row pointers that are not monotone from 0 to nnz, columns
-            that are negative, out of range, unsorted or repeated, or sizes of 2**31 and more.
+        ValueError: wrong ranks or lengths, row pointers that are not monotone from 0 to nnz,
+            columns that are negative, out of range, unsorted or repeated, or sizes of 2**31 and
+            more.
         RuntimeError: index tensors on different devices.
     """
 
@@ -83,10 +84,10 @@ class CsrPattern:
             raise ValueError(
                 f"CsrPattern.from_mask: expected a 2-D mask, got shape {tuple(mask.shape)}"
             )
-        _check_shape(tuple(mask.shape))
+        shape = _check_shape(mask.shape)
         mask = mask != 0
         rows, cols = mask.nonzero(as_tuple=True)  # row-major order: sorted already
-        return cls(_row_pointers(rows, mask.shape[0]), cols, tuple(mask.shape))
+        return cls(_row_pointers(rows, shape[0]), cols, shape)
 
     @classmethod
     def from_coo(cls, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> CsrPattern:
@@ -122,7 +123,7 @@ class CsrPattern:
         return cls(
             sparse_csr.crow_indices().clone(),
             sparse_csr.col_indices().clone(),
-            tuple(sparse_csr.shape),
+            _check_shape(sparse_csr.shape),
         )
 
     @classmethod
@@ -160,7 +161,7 @@ class CsrPattern:
     # -- derived structure: built on first use, then kept ------------------------------------------
 
     @property
-    def T(self) -> CsrPattern:  # noqa: N802 - torch's name for it
+    def T(self) -> CsrPattern:
         """The pattern of the transpose; ``p.T.T is p`` holds while p is alive."""
         return self._transposed()[0]
 
@@ -234,9 +235,9 @@ class CsrPattern:
         Returns:
             nnz, density; empty_rows and empty_cols as shares; max_row_nnz; row_cov, the coefficient
             of variation of the row lengths; top_rows and top_cols, the share of nnz in the fullest
-            tenth of the rows and columns; heavy_tiles, the share of 64 x 64 tiles that hold 0.8 % or
-            more nonzeros once rows and columns are sorted by nnz, and heavy_nnz, the share of nnz
-            inside them.
+            tenth of the rows and columns; heavy_tiles, the share of 64 x 64 tiles that hold 0.8 %
+            or more nonzeros once rows and columns are sorted by nnz, and heavy_nnz, the share of
+            nnz inside them.
         """
         return dict(self._once("stats", self._compute_stats))
 

@@ -175,7 +175,7 @@ def assert_within_bound(
 def max_error(
     op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor, **options: Any
 ) -> float:
-    """The largest |got - ref| / (||a o b||_2 + |ref|): a relative error that survives cancellation."""
+    """The largest |got - ref| / (||a o b||_2 + |ref|): relative, and survives cancellation."""
     ref, scale, _ = oracle(op, pattern, inputs, **options)
     size = scale + ref.abs()
     error = (got.detach().double() - ref).abs() / torch.where(size > 0, size, 1.0)

@@ -1,7 +1,8 @@
 """What the tests share: kernels to parametrise over, nasty patterns, memory layouts.
 
-A test that asks for the fixture ``kernel`` and is marked ``ops("sddmm", ...)`` runs once for every
-registered kernel of these ops and every device it serves: a new kernel is tested with no other edit.
+A test that asks for the fixture ``kernel`` and is marked ``ops("sddmm", ...)`` runs once for
+every registered kernel of these ops and every device it serves: a new kernel is tested with no
+other edit.
 """
 
 from __future__ import annotations
@@ -144,7 +145,9 @@ def inputs_of(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """:func:`rosa_kernels.testing.make_inputs` for a pattern at hand."""
-    return make_inputs(Case(op, *pattern.shape, k, pattern.density, dtype, seed=seed), pattern, device)
+    return make_inputs(
+        Case(op, *pattern.shape, k, pattern.density, dtype, seed=seed), pattern, device
+    )
 
 
 # Layouts: each takes a contiguous tensor and gives its values back in other memory. Those that

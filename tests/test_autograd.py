@@ -1,4 +1,4 @@
-"""Gradients: right on every kernel, to second order, and through everything torch wraps an op in."""
+"""Gradients: right on every kernel, to second order, and through all that torch wraps an op in."""
 
 from __future__ import annotations
 
@@ -109,9 +109,10 @@ def test_gradients_with_float32_values(
     if "values" in inputs:
         inputs["values"] = inputs_of(kernel.op, pattern, 17, device=kernel.device)["values"]
     inputs = leaves(inputs)
-    options: dict[str, object] = {"sddmm": {"out_dtype": torch.float32}, "csr_add": {"alpha": 0.7}}.get(
-        kernel.op, {}
-    )
+    options: dict[str, object] = {
+        "sddmm": {"out_dtype": torch.float32},
+        "csr_add": {"alpha": 0.7},
+    }.get(kernel.op, {})
     out = kernel(pattern.to(kernel.device), **inputs, **options)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out)
     out.backward(grad)
@@ -291,7 +292,7 @@ def test_autocast_casts_dense_operands(op: str, narrow: torch.dtype, pattern: Cs
 
 
 def test_autocast_mixes_what_a_model_mixes(pattern: CsrPattern) -> None:
-    """float32 and bfloat16 operands side by side; float32 asked for as the output of narrow ones."""
+    """float32 and bfloat16 operands side by side; a float32 output of narrow ones."""
     inputs = inputs_of("sddmm", pattern)
     with torch.autocast("cpu", torch.bfloat16):
         out = rk.sddmm(pattern, inputs["a"], inputs["b"].bfloat16(), out_dtype=torch.float32)

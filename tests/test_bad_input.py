@@ -116,8 +116,16 @@ def test_shape_of_values(op: str, name: str, pattern: CsrPattern) -> None:
     ("op", "name", "message"),
     [
         ("sddmm", "a", "expected a to have m=37 rows like the pattern, got shape (36, 33)"),
-        ("sddmm", "b", "expected b to have n=53 rows like the pattern's columns, got shape (52, 33)"),
-        ("spmm", "b", "expected b to have n=53 rows like the pattern's columns, got shape (52, 33)"),
+        (
+            "sddmm",
+            "b",
+            "expected b to have n=53 rows like the pattern's columns, got shape (52, 33)",
+        ),
+        (
+            "spmm",
+            "b",
+            "expected b to have n=53 rows like the pattern's columns, got shape (52, 33)",
+        ),
         ("csr_add", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
         ("csr_add_", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
         ("csr_gather", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
@@ -196,7 +204,7 @@ def test_unknown_backend(op: str, pattern: CsrPattern) -> None:
 
 @pytest.mark.ops("sddmm", "spmm", "csr_add_", "csr_gather")
 def test_kernels_compare_lengths_again(kernel: Served) -> None:
-    """The flat ops are callable past the checks; a kernel must not read past the end of a tensor."""
+    """The flat ops are callable past the checks; kernels must not read past the end of a tensor."""
     pattern = uniform_pattern(20, 30, 0.2).to(kernel.device)
     crow, col = pattern.crow_indices, pattern.col_indices
     x = {name: value[:-1] for name, value in inputs_of(kernel.op, pattern).items()}

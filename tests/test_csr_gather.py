@@ -15,9 +15,7 @@ pytestmark = pytest.mark.ops("csr_gather")
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def test_is_indexing(
-    kernel: Served, nasty: CsrPattern, layout: Callable[[Tensor], Tensor]
-) -> None:
+def test_is_indexing(kernel: Served, nasty: CsrPattern, layout: Callable[[Tensor], Tensor]) -> None:
     w = inputs_of("csr_gather", nasty, 0, device=kernel.device)["w"]
     w = layout(w) if w.numel() else w
     nasty = nasty.to(kernel.device)

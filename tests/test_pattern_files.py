@@ -124,7 +124,9 @@ def test_foreign_safetensors(
     path: Path, content: dict[str, Tensor], metadata: dict[str, str] | None
 ) -> None:
     save_file(content, path, metadata=metadata)
-    message = r"expected tensors \['col_indices', 'crow_indices', 'shape'\] in format version 1, got"
+    message = (
+        r"expected tensors \['col_indices', 'crow_indices', 'shape'\] in format version 1, got"
+    )
     with pytest.raises(ValueError, match=message):
         CsrPattern.load(path)
 

@@ -63,7 +63,7 @@ def on(kernel: Served, pattern: CsrPattern, **inputs: object) -> Tensor:
     return kernel(pattern.to(kernel.device), **moved).cpu()
 
 
-# -- accuracy on data that is out to break it --------------------------------------------------------
+# -- accuracy on data that is out to break it ------------------------------------------------------
 
 
 @pytest.mark.ops("sddmm")
@@ -107,7 +107,7 @@ def test_csr_add_is_dense_addition(
     values = wild((pattern.nnz,), dtype, seed + 1)
     got = on(kernel, pattern, w=w.clone(), values=values, alpha=alpha)
     inputs = {"w": w, "values": values}
-    assert_accurate("csr_add", pattern, inputs, got, alpha=alpha)
+    assert_accurate("csr_add", pattern, inputs, got, alpha=alpha, adversarial=True)
     mask = pattern.to_torch(torch.ones(pattern.nnz)).to_dense() != 0
     assert torch.equal(got[~mask], w[~mask])
 

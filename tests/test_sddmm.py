@@ -56,7 +56,9 @@ def test_float32_is_not_tf32(kernel: Served, seed: int) -> None:
     assert bool((got != 64).all())
 
 
-def test_nothing_but_a_result_is_returned_for_parameters(pattern: CsrPattern, kernel: Served) -> None:
+def test_nothing_but_a_result_is_returned_for_parameters(
+    pattern: CsrPattern, kernel: Served
+) -> None:
     """Subclasses of Tensor are operands like any other."""
     inputs = inputs_of("sddmm", pattern, 5, device=kernel.device)
     wrapped = {name: torch.nn.Parameter(x) for name, x in inputs.items()}
@@ -64,5 +66,3 @@ def test_nothing_but_a_result_is_returned_for_parameters(pattern: CsrPattern, ke
     got = kernel(moved, **wrapped)
     assert type(got) is torch.Tensor
     assert torch.equal(got, kernel(moved, **inputs))
-
-

@@ -36,9 +36,7 @@ def test_output_lies_in_the_order_of_b(
     assert got.stride() == empty_like_order(inputs["b"], pattern.shape[0]).stride()
 
 
-def test_token_major_activations_come_back_token_major(
-    kernel: Served, pattern: CsrPattern
-) -> None:
+def test_token_major_activations_come_back_token_major(kernel: Served, pattern: CsrPattern) -> None:
     inputs = inputs_of("spmm", pattern, 5, device=kernel.device)
     assert inputs["b"].T.is_contiguous()
     assert check(kernel, pattern, inputs).T.is_contiguous()

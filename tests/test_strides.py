@@ -30,7 +30,7 @@ def shares_memory(x: torch.Tensor) -> bool:
 @settings(max_examples=500)
 @given(st.tuples(SIZES, SIZES), st.tuples(STRIDES, STRIDES))
 def test_no_overlap_goes_unnoticed(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    """It may refuse a few interleaved tensors that do not overlap, but never accepts one that does."""
+    """It may refuse interleaved tensors that do not overlap, but accepts none that does."""
     x = strided(shape, strides)
     assert overlaps_itself(x) or not shares_memory(x)
 

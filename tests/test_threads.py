@@ -1,4 +1,4 @@
-"""Threads: any number gives accurate results, the same number the same bits, and callers overlap."""
+"""Any number of threads gives accurate results, the same number the same bits; callers overlap."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ OPS = ("sddmm", "spmm", "csr_add", "csr_add_", "csr_gather")
 
 @pytest.fixture(scope="module")
 def big() -> CsrPattern:
-    """Enough work that every kernel divides it among three threads, in rows of very unequal size."""
-    share = torch.linspace(0, 0.5, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(1))]
+    """Enough work that every kernel divides it among three threads, in rows of unequal size."""
+    share = torch.linspace(0, 0.5, 400)[
+        torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    ]
     uniform = torch.rand(400, 500, generator=torch.Generator().manual_seed(2))
     return CsrPattern.from_mask(uniform < share[:, None])
 
@@ -51,9 +53,7 @@ def test_the_same_number_of_threads_gives_the_same_bits(
 
 @pytest.mark.ops("sddmm", "spmm")
 @pytest.mark.parametrize("threads", [2, 3])
-def test_more_threads_than_rows_or_tokens(
-    kernel: Served, nasty: CsrPattern, threads: int
-) -> None:
+def test_more_threads_than_rows_or_tokens(kernel: Served, nasty: CsrPattern, threads: int) -> None:
     torch.set_num_threads(threads)
     check(kernel, nasty, inputs_of(kernel.op, nasty, 40, device=kernel.device))
 

@@ -52,19 +52,20 @@ def check_same_dtype(op: str, a: Tensor, b: Tensor) -> None:
 
 
 def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) -> None:
-    """`what` has {} for the size; only an error fills it in: Dynamo cannot format a dynamic size."""
+    """`what` has {} for the size; only an error fills it in: Dynamo cannot format it."""
     if x.shape[dim] != size:
         raise ValueError(
             f"{op}: expected {name} to have {what.format(size)}, got shape {tuple(x.shape)}"
         )
 
 
-def autocast(op_input: Tensor) -> Tensor:
-    """`op_input` as autocast wants a matmul's operand: in its dtype, float64 left alone."""
-    device = op_input.device.type
-    if torch.is_autocast_enabled(device) and op_input.dtype != torch.float64:
-        return op_input.to(torch.get_autocast_dtype(device))
-    return op_input
+def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands as autocast wants a matmul's: in its dtype, float64 left alone."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)
 
 
 def _check_tensor(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:

@@ -31,7 +31,9 @@ def csr_add(
     Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
     """
     _check("csr_add", w, pattern, values)
-    return csr_add_op(
+    return _library.call(
+        csr_add_op,
+        _library.any_requires_grad(w, values),
         w,
         pattern.crow_indices,
         pattern.col_indices,

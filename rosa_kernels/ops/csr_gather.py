@@ -22,7 +22,14 @@ def csr_gather(w: Tensor, pattern: CsrPattern, *, backend: str | None = None) ->
     _validate.check_pattern("csr_gather", pattern)
     _validate.check_matrix("csr_gather", "w", w, pattern)
     _validate.check_shape_of_pattern("csr_gather", "w", w, pattern)
-    return csr_gather_op(w, pattern.crow_indices, pattern.col_indices, registry.requested(backend))
+    return _library.call(
+        csr_gather_op,
+        _library.any_requires_grad(w),
+        w,
+        pattern.crow_indices,
+        pattern.col_indices,
+        registry.requested(backend),
+    )
 
 
 def _run(w: Tensor, crow: Tensor, col: Tensor, backend: str) -> Tensor:

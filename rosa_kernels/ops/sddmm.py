@@ -43,17 +43,18 @@ def sddmm(
     _validate.check_size("sddmm", "a", a, 0, m, "m={} rows like the pattern")
     _validate.check_size("sddmm", "b", b, 0, n, "n={} rows like the pattern's columns")
     _validate.check_size("sddmm", "b", b, 1, a.shape[1], "k={} columns like a")
-    a, b = _validate.autocast(a), _validate.autocast(b)
+    a, b = _validate.autocast(a, b)
     _validate.check_same_dtype("sddmm", a, b)
     if out_dtype is None:
         out_dtype = a.dtype
     else:
         _validate.check_values_dtype("sddmm", "out_dtype", out_dtype, a.dtype)
-    needs_transpose = torch.is_grad_enabled() and b.requires_grad
-    return sddmm_op(
+    return _library.call(
+        sddmm_op,
+        _library.any_requires_grad(a, b),
         pattern.crow_indices,
         pattern.col_indices,
-        transpose_tensors(pattern) if needs_transpose else [],
+        transpose_tensors(pattern) if _library.any_requires_grad(b) else [],
         a,
         b,
         out_dtype,

@@ -30,15 +30,16 @@ def spmm(pattern: CsrPattern, values: Tensor, b: Tensor, *, backend: str | None 
     """
     _validate.check_pattern("spmm", pattern)
     _validate.check_matrix("spmm", "b", b, pattern)
-    m, n = pattern.shape
+    n = pattern.shape[1]
     _validate.check_size("spmm", "b", b, 0, n, "n={} rows like the pattern's columns")
-    b = _validate.autocast(b)
+    (b,) = _validate.autocast(b)
     _validate.check_values("spmm", values, pattern, b.dtype)
-    needs_transpose = torch.is_grad_enabled() and b.requires_grad
-    return spmm_op(
+    return _library.call(
+        spmm_op,
+        _library.any_requires_grad(values, b),
         pattern.crow_indices,
         pattern.col_indices,
-        transpose_tensors(pattern) if needs_transpose else [],
+        transpose_tensors(pattern) if _library.any_requires_grad(b) else [],
         values,
         b,
         registry.requested(backend),
