@@ -49,15 +49,22 @@ def csr_of(crow: Tensor, col: Tensor, n: int) -> Csr:
     return crow.data_ptr(), col.data_ptr(), crow.shape[0] - 1, n, col.shape[0]
 
 
+def _dtype(x: Tensor) -> int:
+    code = _DTYPES.get(x.dtype)
+    if code is None:
+        raise TypeError(f"expected a tensor of a floating dtype among {_FLOATS}, got {x.dtype}")
+    return code
+
+
 def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
     rows, cols = x.shape
     s0, s1 = x.stride()
-    return x.data_ptr(), _DTYPES[x.dtype], rows, cols, s0, s1
+    return x.data_ptr(), _dtype(x), rows, cols, s0, s1
 
 
 def _vector(x: Tensor, size: int) -> tuple[int, int, int, int]:
     _expect(x.dim() == 1 and x.shape[0] == size, f"expected {size} values, got {tuple(x.shape)}")
-    return x.data_ptr(), _DTYPES[x.dtype], size, x.stride(0)
+    return x.data_ptr(), _dtype(x), size, x.stride(0)
 
 
 def workspace_bytes(

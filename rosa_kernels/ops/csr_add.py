@@ -75,6 +75,11 @@ def csr_add_(
             "csr_add_: expected a target whose elements do not share memory, got shape "
             f"{tuple(w.shape)} with strides {w.stride()}; clone it first"
         )
+    if w.is_neg():
+        raise RuntimeError(
+            "csr_add_: expected a target that holds its own values, got a lazily negated view; "
+            "resolve_neg() it first"
+        )
     csr_add__op(
         w,
         pattern.crow_indices,

@@ -26,19 +26,13 @@ def csr_transpose(pattern: CsrPattern, values: Tensor) -> tuple[CsrPattern, Tens
 
 
 def transpose_tensors(pattern: CsrPattern) -> list[Tensor]:
-    """What an op needs of the transpose for its backward: crow, col and the permutation.
-
-    Building them cannot be traced: compiled code that meets a pattern without them gets an empty
-    list, and its backward computes them (:func:`or_transpose`).
-    """
-    if torch.compiler.is_compiling() and not pattern.has_transpose:
-        return []
+    """What an op needs of the transpose for its backward: crow, col and the permutation."""
     t = pattern.T
     return [t.crow_indices, t.col_indices, pattern.transpose_permutation]
 
 
 def or_transpose(crow: Tensor, col: Tensor, n: int, transpose: list[Tensor]) -> list[Tensor]:
-    """`transpose` if it was handed over, else computed: for double backward and compiled code."""
+    """`transpose` if it was handed over, else computed: double backward comes here."""
     return transpose or list(csr_transpose_op(crow, col, n))
 
 

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <stdexcept>
-#include <string>
+
+#include "rosa/views.h"
 
 namespace rosa {
 
@@ -10,6 +11,12 @@ namespace rosa {
 // callers. Becomes ValueError in Python.
 inline void check(bool ok, const char* message) {
   if (!ok) throw std::invalid_argument(message);
+}
+
+// What of a pattern can be checked in no time: that its entries are the nnz ones the buffers hold.
+inline void check_pattern(const CsrView& pattern) {
+  check(pattern.crow_indices[0] == 0 && pattern.crow_indices[pattern.rows] == pattern.nnz,
+        "expected crow_indices to run from 0 to nnz");
 }
 
 }  // namespace rosa

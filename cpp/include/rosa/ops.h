@@ -1,4 +1,5 @@
-// Every native entry. Shapes: the pattern is (m, n) with nnz entries t at (i_t, j_t).
+// Every native entry. Shapes: the pattern is (m, n) with nnz entries t at (i_t, j_t). Where values
+// may be float32 beside another dtype, that dtype is bfloat16 or float16.
 #pragma once
 
 #include <cstddef>

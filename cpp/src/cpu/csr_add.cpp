@@ -38,6 +38,7 @@ void add_rows(const MatrixView& w, const CsrView& pattern, const VectorView& val
 
 void csr_add_(const MatrixView& w, const CsrView& pattern, const VectorView& values, double alpha,
               int threads) {
+  check_pattern(pattern);
   check(w.rows == pattern.rows && w.cols == pattern.cols,
         "csr_add_: expected w of the pattern's shape");
   check_values(values, w.dtype, pattern.nnz);

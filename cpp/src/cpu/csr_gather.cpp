@@ -9,6 +9,7 @@
 namespace rosa::cpu {
 
 void csr_gather(const MatrixView& w, const CsrView& pattern, const VectorView& out, int threads) {
+  check_pattern(pattern);
   check(w.rows == pattern.rows && w.cols == pattern.cols,
         "csr_gather: expected w of the pattern's shape");
   check(out.size == pattern.nnz, "csr_gather: expected out to have nnz elements");

@@ -1,12 +1,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "rosa/check.h"
 #include "rosa/ops.h"
 
 namespace rosa::cpu {
 
 // Counting sort by column: O(nnz + m + n), and stable, so rows come out sorted in every column.
 void csr_transpose(const CsrView& pattern, int32_t* crow_t, int32_t* col_t, int32_t* permutation) {
+  check_pattern(pattern);
   std::memset(crow_t, 0, static_cast<size_t>(pattern.cols + 1) * sizeof(int32_t));
   for (int64_t t = 0; t < pattern.nnz; ++t) ++crow_t[pattern.col_indices[t] + 1];
   for (int64_t j = 0; j < pattern.cols; ++j) crow_t[j + 1] += crow_t[j];

@@ -71,6 +71,7 @@ int64_t sddmm_workspace_bytes(const CsrView& pattern, int64_t k, DType dtype, in
 
 void sddmm(const CsrView& pattern, const MatrixView& a, const MatrixView& b, const VectorView& out,
            void* workspace, int threads, Isa isa) {
+  check_pattern(pattern);
   const int64_t k = a.cols;
   check(a.rows == pattern.rows, "sddmm: expected a to have the pattern's rows");
   check(b.rows == pattern.cols, "sddmm: expected b to have the pattern's columns as rows");

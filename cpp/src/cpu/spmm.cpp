@@ -62,6 +62,7 @@ int64_t spmm_workspace_bytes(const CsrView& pattern, int64_t k, DType dtype, int
 
 void spmm(const CsrView& pattern, const VectorView& values, const MatrixView& b,
           const MatrixView& c, void* workspace, int threads, Isa isa) {
+  check_pattern(pattern);
   const int64_t k = b.cols;
   check(b.rows == pattern.cols, "spmm: expected b to have the pattern's columns as rows");
   check(c.rows == pattern.rows && c.cols == k, "spmm: expected c of shape (m, k)");
