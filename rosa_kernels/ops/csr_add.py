@@ -75,7 +75,7 @@ def csr_add_(
             "csr_add_: expected a target whose elements do not share memory, got shape "
             f"{tuple(w.shape)} with strides {w.stride()}; clone it first"
         )
-    if w.is_neg():
+    if not torch.compiler.is_compiling() and w.is_neg():
         raise RuntimeError(
             "csr_add_: expected a target that holds its own values, got a lazily negated view; "
             "resolve_neg() it first"
