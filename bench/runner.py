@@ -197,7 +197,8 @@ def _time_columns(samples: measure.Samples) -> Row:
     p20, median, p80 = measure.quantiles(samples.seconds)
     return {
         "status": "ok",
-        "samples_s": samples.seconds,
+        # Five digits: clocks know no more, and the rest would double the files.
+        "samples_s": [float(f"{x:.5g}") for x in samples.seconds],
         "median_s": median,
         "p20_s": p20,
         "p80_s": p80,

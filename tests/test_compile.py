@@ -95,7 +95,7 @@ def test_compiled_forward_and_backward(
 ) -> None:
     """Equal bits, whether or not the pattern has its transpose before it is traced.
 
-    A cold pattern gets its transpose from the first call, and code compiled again that relies on it.
+    A cold pattern gets its transpose in the first call; code that relies on it is compiled again.
     """
     if warm:
         assert pattern.T.nnz == pattern.nnz
