@@ -42,7 +42,7 @@ void csr_add_(const MatrixView& w, const CsrView& pattern, const VectorView& val
   check(w.rows == pattern.rows && w.cols == pattern.cols,
         "csr_add_: expected w of the pattern's shape");
   check_values(values, w.dtype, pattern.nnz);
-  // An entry is a cache miss, worth about 16 multiply-adds.
+  // An entry is a cache miss, counted as 16 multiply-adds.
   const int workers = useful_threads(pattern.nnz * 16, threads);
   with_type(w.dtype, [&](auto type) {
     using T = decltype(type);

@@ -7,7 +7,7 @@
 namespace rosa::cpu {
 
 int64_t mark_active_cols(const CsrView& pattern, int64_t tokens, uint8_t* active, int threads) {
-  // Marking takes about 0.5 ns a nonzero, packing 0.25 ns an element.
+  // Estimates: marking takes 0.5 ns a nonzero, packing 0.25 ns an element.
   if (pattern.cols * tokens < 2 * pattern.nnz) {
     std::memset(active, 1, static_cast<size_t>(pattern.cols));
     return pattern.cols;

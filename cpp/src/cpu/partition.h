@@ -10,7 +10,7 @@
 namespace rosa::cpu {
 
 // Below this many multiply-adds a second thread costs more than it brings: waking one takes about
-// 5 us, in which one core does some 200,000 of them.
+// 5 us (an estimate), in which one core does some 200,000 of them.
 constexpr int64_t kWorkPerThread = 200'000;
 
 inline int useful_threads(int64_t work, int threads) {

@@ -28,7 +28,7 @@ inline bool any_active(const uint8_t* active, int64_t begin, int64_t end) {
 }
 
 // How far ahead of the transposition token-major memory is fetched; the hardware prefetcher alone
-// takes 1.3x as long, and gives up at the end of a chunk.
+// takes 1.5x as long, and gives up at the end of a chunk.
 constexpr int64_t kPrefetchBytes = 512;
 
 constexpr int64_t kRowsAhead = 16;
