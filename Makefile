@@ -2,11 +2,17 @@
 # its headers and venv module, a C++ compiler, make and git; the rest comes from the index.
 #
 #   make            build into the checkout
-#   make test       native tests, then pytest
-#   make bench      the quick benchmark suite
+#   make test       native tests (CUDA kernels in an emulator, too), then pytest
+#   make bench      the quick benchmark suite, on the GPU as well where there is one
 #   make lint       ruff, mypy, clang-format (`make format` mends what they can mend)
 #   make sanitize   native tests under ASan + UBSan, then under TSan
+#   make mutants    faults planted into the CUDA kernels, each of which the emulator must find
+#   make cuda-all   CUDA kernels for every architecture, and what the compiler made of them
+#   make gpu        test and measure on a GPU machine without a package index, in BUDGET minutes
 #   make clean      remove all that make created
+#
+# CUDA kernels are built wherever nvcc is found, for the GPU of the machine. A machine with an NVIDIA
+# GPU but no nvcc gets one from the index (105 MB), into .venv.
 #
 # torch from the default index brings gigabytes of CUDA on Linux. CPU-only machines spare it with
 #   make test TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -15,10 +21,16 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 PIP_EXTRA ?=
 PRESET ?= release
+CMAKE_ARGS ?=
+CTEST_ARGS ?=
+MUTANTS_ARGS ?=
 PYTEST_ARGS ?= -q -m "not slow"
-BENCH_ARGS ?= run --suite quick --out build/bench
+BENCH_ARGS ?= run --suite quick --device auto --out build/bench
+BUDGET ?= 25
+GPU_ARGS ?=
 
-EXTRAS := bench dev
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null)
+EXTRAS := bench dev $(if $(HAS_GPU),gpu)
 READY := .venv/ready
 BUILD := build/$(PRESET)
 CTEST_FLAGS := --output-on-failure --no-tests=error --parallel 4
@@ -28,11 +40,11 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: test build bench lint format sanitize clean
+.PHONY: test build bench lint format sanitize asan tsan mutants cuda-all gpu clean
 .DELETE_ON_ERROR:
 
 test: build
-	ctest --test-dir $(BUILD) $(CTEST_FLAGS)
+	ctest --test-dir $(BUILD) $(CTEST_FLAGS) $(CTEST_ARGS)
 	python -m pytest $(PYTEST_ARGS)
 
 # CMake places the module into rosa_kernels/ and the environment points at the checkout: the same
@@ -55,21 +67,34 @@ format: $(READY)
 	ruff format .
 	clang-format -i $(CPP_FILES)
 
-sanitize: build/asan/build.ninja build/tsan/build.ninja
-	cmake --build build/asan
-	ctest --test-dir build/asan $(CTEST_FLAGS)
-	cmake --build build/tsan
-	ctest --test-dir build/tsan $(CTEST_FLAGS)
+# One after the other, whatever -j says: each takes all cores.
+sanitize: asan
+	$(MAKE) tsan
+
+asan tsan: %: build/%/build.ninja
+	cmake --build build/$@
+	ctest --test-dir build/$@ $(CTEST_FLAGS) $(CTEST_ARGS)
+
+mutants: $(READY)
+	python cpp/tests/simt/mutants.py $(MUTANTS_ARGS)
+
+cuda-all: build/cuda-all/build.ninja
+	cmake --build build/cuda-all --target rosa_cuda
+	python cpp/tools/resource_report.py build/cuda-all/cpp/src/cuda/librosa_cuda.a
+
+# Without .venv: for machines on which it could not be made.
+gpu:
+	$(PYTHON) cpp/tools/gpu.py --budget $(BUDGET) $(GPU_ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -f rosa_kernels/_C.*.so
+	rm -f rosa_kernels/_C.*.so tests/_simt.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 CPP_FILES = $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 build/%/build.ninja: $(READY) CMakePresets.json
-	cmake --preset $*
+	CUDACXX="$$(python cpp/tools/cuda_toolchain.py --install)" cmake --preset $* $(CMAKE_ARGS)
 	@touch $@
 
 # Absent tools are named before minutes are spent on downloads. $(call need,test,what is missing)

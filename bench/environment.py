@@ -7,12 +7,14 @@ import platform
 import secrets
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from bench.baselines import cusparse_api
 from bench.results import SCHEMA_VERSION, Row
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -44,19 +46,21 @@ def device_record(device: str) -> Row:
         "cuda": torch.version.cuda,
         "driver": _nvidia_smi("driver_version") if cuda else None,
         "triton": _version("triton"),
-        "sm_clock_mhz": _number(_nvidia_smi("clocks.sm")) if cuda else None,
+        "sm_clock_mhz": _clock_under_load() if cuda else None,
         "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
     }
 
 
 def extra_record() -> dict[str, str | None]:
     """What `env` shows beside the columns: peers and Python."""
+    cusparse = cusparse_api.library() if torch.cuda.is_available() else "no CUDA device"
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": str(os.cpu_count()),
         "cpu capability of torch": torch.backends.cpu.get_cpu_capability(),
         **{name: _version(name) for name in ("rosa-kernels", "numpy", "scipy", "matplotlib")},
+        "cuSPARSE": cusparse if isinstance(cusparse, str) else cusparse.version,
     }
 
 
@@ -77,10 +81,27 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _query(field: str) -> list[str]:
+    # By its id: CUDA may number devices in another order, and hide some.
+    identity = str(torch.cuda.get_device_properties().uuid)
+    name = identity if identity.startswith(("GPU-", "MIG-")) else f"GPU-{identity}"
+    return ["nvidia-smi", "-i", name, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+
+
 def _nvidia_smi(field: str) -> str | None:
-    index = str(torch.cuda.current_device())
-    query = f"--query-gpu={field}"
-    return _output("nvidia-smi", "-i", index, query, "--format=csv,noheader,nounits")
+    return _output(*_query(field))
+
+
+def _clock_under_load() -> float | None:
+    """The clock of a GPU that multiplies, in MHz: at rest it runs at a fraction of it."""
+    x = torch.randn(4096, 4096, device="cuda").bfloat16()
+    with ThreadPoolExecutor(1) as pool:
+        clock = pool.submit(_nvidia_smi, "clocks.sm")
+        while not clock.done():
+            for _ in range(20):
+                torch.mm(x, x)
+            torch.cuda.synchronize()
+    return _number(clock.result())
 
 
 def _number(text: str | None) -> float | None:

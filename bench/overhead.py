@@ -24,6 +24,11 @@ def overhead_cases(seed: int = 0) -> list[Case]:
     ]
 
 
+def is_overhead(case: Case) -> bool:
+    """Whether a case is one of them."""
+    return case in overhead_cases(case.seed)
+
+
 def overhead_contenders(case: Case) -> list[Contender]:
     """The selected kernel's adapter, the op without grad, the op with grad."""
     modes = {

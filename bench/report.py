@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from bench import baselines
@@ -63,11 +63,11 @@ def is_overhead(row: Row) -> bool:
 
 
 def ratios(rows: Iterable[Row], charge: str) -> list[Ratio]:
-    """Ours against every peer, case by case, within the run."""
-    cases: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    """Ours against every peer, case by case, within the run and the device."""
+    cases: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
     for row in timed(rows):
         if row["mode"] == "no_grad" and row["charge"] == charge and row["op"] != "roof":
-            cases[row["run_id"], row["case"]][row["kernel"]] = row
+            cases[row["run_id"], row["device"], row["case"]][row["kernel"]] = row
     return [
         Ratio(kernels[OURS], row)
         for kernels in cases.values()
@@ -77,9 +77,17 @@ def ratios(rows: Iterable[Row], charge: str) -> list[Ratio]:
     ]
 
 
+def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each device; cases of one name on two devices are not comparable."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["device"]].append(row)
+    return found
+
+
 def is_ours(row: Row) -> bool:
     """Whether a row is of a kernel of this project."""
-    return row["kernel"] not in baselines.names()
+    return baselines.family(row["kernel"]) not in baselines.families()
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -127,9 +135,19 @@ def mask_kind(mask: str) -> str:
 
 
 def summary(rows: list[Row], limit: int | None = None) -> list[Table]:
-    """What a run says, in a screenful; `limit` bounds the lists of cases that peers win."""
+    """What a run says, a screenful per device; `limit` bounds the lists of cases that peers win."""
+    devices = by_device(rows)
+    return [
+        replace(table, title=f"{device}: {table.title}") if len(devices) > 1 else table
+        for device, own in devices.items()
+        for table in _summary(own, limit)
+    ]
+
+
+def _summary(rows: list[Row], limit: int | None) -> list[Table]:
     charges = (FROM_TOKEN_MAJOR, OP)
     tables = [
+        roof_table(rows),
         *(speedup_table(rows, charge) for charge in charges),
         efficiency_table(rows),
         overhead_table(rows),
@@ -147,8 +165,27 @@ def noise_note(rows: list[Row], limit: float = 0.2) -> str | None:
         return None
     return (
         f"{len(noisy)} of {len(found)} times vary by more than {limit:.0%} (half of p20-p80 over "
-        "the median): something else ran on these cores. Distrust small ratios; measure again."
+        "the median): something else ran on this machine. Distrust small ratios; measure again."
     )
+
+
+def roof_table(rows: list[Row]) -> Table:
+    """What the machine could do at most, in the same run."""
+    table = Table("Roofs, measured in this run", ["what", "rate"])
+    for row in timed(rows):
+        if row["op"] != "roof":
+            continue
+        seconds = row["median_s"]
+        if row["flops"]:
+            size = f"{row['m']}x{row['n']}x{row['k']}"
+            cells = [f"{row['dtype']} GEMM, {size}", f"{row['flops'] / seconds / 1e12:.3g} TFLOP/s"]
+        elif row["bytes"]:
+            what = {"copy": "copy, read and written", "read_l2": "L2 cache, read"}[row["kernel"]]
+            cells = [what, f"{row['bytes'] / seconds / 1e9:.4g} GB/s"]
+        else:
+            cells = ["kernel launch, one after the other", f"{seconds * 1e6:.2f} us"]
+        table.rows.append(cells)
+    return table
 
 
 def speedup_table(rows: list[Row], charge: str) -> Table:
@@ -231,13 +268,23 @@ def status_table(rows: list[Row]) -> Table:
     return table
 
 
-def case_table(rows: list[Row], charge: str) -> Table:
+def case_tables(rows: list[Row]) -> list[Table]:
+    """Every case, by device and charge."""
+    tables = [
+        case_table(own, charge, device)
+        for device, own in by_device(rows).items()
+        for charge in (FROM_TOKEN_MAJOR, OP)
+    ]
+    return [table for table in tables if table.rows]
+
+
+def case_table(rows: list[Row], charge: str, device: str) -> Table:
     """Every case: our time, dense, and the fastest other peer."""
     cases: dict[str, list[Ratio]] = defaultdict(list)
     for ratio in ratios(rows, charge):
         cases[ratio.ours["case"]].append(ratio)
     table = Table(
-        f"Cases, charge {charge}",
+        f"Cases on {device}, charge {charge}",
         ["case", "kernel", "ms", "x dense", "fastest sparse peer", "ms", "x peer"],
     )
     for case, found in cases.items():

@@ -7,15 +7,15 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench import measure
+from bench import measure, roofs
 from bench.cases import case_id, dtype_name
 from bench.check import Check
-from bench.contender import OP, Contender, Problem, Run
+from bench.contender import Contender, Problem, Run, Unsupported
+from bench.overhead import is_overhead
 from bench.results import COLUMNS, Row
 from bench.sizes import size_columns
 from rosa_kernels.testing import Case
@@ -70,7 +70,7 @@ def _run_case(
         _examine(entry, problem, check)
     calls = {str(i): e.call for i, e in enumerate(entries) if e.call is not None}
     estimates = {str(i): e.estimate for i, e in enumerate(entries)}
-    clock = measure.CudaClock() if device == "cuda" else measure.cpu_clock
+    clock = measure.clock_on(device, host=is_overhead(case))
     try:
         timed = measure.interleaved(calls, rule, clock, estimates)
     except Exception as error:  # a contender that passed once and then fails takes all down
@@ -79,7 +79,7 @@ def _run_case(
                 entry.columns |= _failure(error)
         return _rows(base, entries)
     for i, samples in timed.items():
-        entries[int(i)].columns |= _time_columns(samples)
+        entries[int(i)].columns |= measure.time_columns(samples)
     return _rows(base, entries)
 
 
@@ -111,31 +111,23 @@ def skipped(case: Case, contenders: Sequence[Contender], reason: str) -> list[Ro
 
 
 def roof_rows(dtypes: Sequence[torch.dtype], rule: measure.Rule, device: str) -> list[Row]:
-    """What the machine can do, measured in the same run: copy bandwidth and GEMM rate per dtype."""
-    clock = measure.CudaClock() if device == "cuda" else measure.cpu_clock
-    source = torch.empty(2**28, dtype=torch.uint8, device=device).zero_()
-    target = torch.empty_like(source)
-    calls: dict[str, measure.Call] = {"copy": lambda: target.copy_(source)}
-    size = 8192 if device == "cuda" else 2048
-    for dtype in dtypes:
-        x = torch.randn(size, size, device=device).to(dtype)
-        calls[dtype_name(dtype)] = partial(torch.mm, x, x)
-    rows = []
-    for name, samples in measure.interleaved(calls, rule, clock).items():
-        copy = name == "copy"
-        kernel = "copy" if copy else "gemm"
-        shape = {} if copy else {"m": size, "n": size, "k": size, "dtype": name}
-        work = {"bytes": 2 * source.numel()} if copy else {"flops": 2 * size**3}
-        columns = {
-            "case": f"roof/{name}",
-            "op": "roof",
-            "kernel": kernel,
-            "backend": "torch",
-            "mode": "no_grad",
-            "charge": OP,
-        }
-        rows.append(_EMPTY | columns | shape | work | _time_columns(samples))
-    return rows
+    """What the machine can do, as full rows."""
+    return [_EMPTY | row for row in roofs.roof_rows(dtypes, rule, device)]
+
+
+def lost(device: str) -> str | None:
+    """Why a device takes no more work, or None.
+
+    A kernel that reads or writes where it may not takes the CUDA context of the process down: every
+    later call fails with its error, and none of them is to blame.
+    """
+    if device == "cpu":
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def _examine(entry: _Entry, problem: Problem, check: Check) -> None:
@@ -150,6 +142,9 @@ def _examine(entry: _Entry, problem: Problem, check: Check) -> None:
         if contender.serves is not None:
             entry.columns["backend"] = contender.serves(problem)
         call = contender.prepare(problem, entry.charges[0])
+        held = getattr(call, "workspace_bytes", None)
+        if held is not None:  # allocated in `prepare`, where no peak sees it
+            entry.columns["workspace_bytes"] = held
         got, entry.columns["peak_bytes"], entry.estimate = _watched(call, problem.device)
         entry.columns["max_err"] = check(got)
         del got
@@ -158,6 +153,8 @@ def _examine(entry: _Entry, problem: Problem, check: Check) -> None:
             # every call needs.
             _, entry.columns["peak_bytes"], entry.estimate = _watched(call, problem.device)
         entry.call = call
+    except Unsupported as error:
+        entry.columns |= {"status": "unsupported", "reason": str(error)}
     except AssertionError as error:
         entry.columns |= {"status": "incorrect", "reason": str(error)}
     except Exception as error:  # a peer may raise anything; the row says what
@@ -175,6 +172,8 @@ def _failure(error: Exception) -> Row:
     oom = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         words in str(error).lower() for words in _OOM_TEXTS
     )
+    if oom and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # what is cached for one contender's sizes may be another's room
     return {"status": "oom" if oom else "error", "reason": text}
 
 
@@ -191,19 +190,6 @@ def _rows(base: Row, entries: Sequence[_Entry]) -> list[Row]:
         for entry in entries
         for charge in entry.charges
     ]
-
-
-def _time_columns(samples: measure.Samples) -> Row:
-    p20, median, p80 = measure.quantiles(samples.seconds)
-    return {
-        "status": "ok",
-        # Five digits: clocks know no more, and the rest would double the files.
-        "samples_s": [float(f"{x:.5g}") for x in samples.seconds],
-        "median_s": median,
-        "p20_s": p20,
-        "p80_s": p80,
-        "calls_per_sample": samples.calls_per_sample,
-    }
 
 
 def _case_columns(case: Case) -> Row:

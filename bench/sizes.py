@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
-from bench import ours
 from bench.contender import Contender, Problem
 from bench.results import Row
-from rosa_kernels.backends import native
 
 _INDEX = 4  # bytes of an int32
 
@@ -28,26 +24,12 @@ def size_columns(problem: Problem, contender: Contender) -> Row:
         "sddmm": (products, dense + index + nnz * size, nnz * size),
         "spmm": (products, dense + index + nnz * size, case.m * case.k * size),
         "csr_add_": (2 * nnz, index + 3 * nnz * size, 0),
+        "csr_scatter_": (0, index + 2 * nnz * size, 0),
         "csr_gather": (0, index + 2 * nnz * size, nnz * size),
     }[case.op]
     return {
         "flops": flops,
         "bytes": traffic,
         "output_bytes": output,
-        "workspace_bytes": _workspace(problem, contender),
+        "workspace_bytes": contender.workspace(problem),
     }
-
-
-def _workspace(problem: Problem, contender: Contender) -> int | None:
-    """What our native kernel allocates beside its result, as it states itself; None for others."""
-    if contender.serves is None:
-        return None
-    kernel = ours.selected(problem, contender.name)
-    if kernel.backend != "cpu":
-        return None
-    if kernel.variant is None:  # csr_add_ and csr_gather
-        return 0
-    pattern, case = problem.pattern, problem.case
-    csr = native.csr_of(pattern.crow_indices, pattern.col_indices, case.n)
-    threads = torch.get_num_threads()
-    return native.workspace_bytes(case.op, kernel.variant, csr, case.k, case.dtype, threads)

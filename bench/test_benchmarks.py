@@ -1,7 +1,8 @@
 """The pairs of a suite under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-BENCH_SUITE chooses the suite (default: quick). The contender is checked before it is timed, as in
-``python -m bench run``; the default pytest run does not collect this folder.
+BENCH_SUITE chooses the suite (default: quick), BENCH_DEVICE the device (default: cpu). The
+contender is checked before it is timed, as in ``python -m bench run``; on a GPU every call is
+waited for, which is not done there. The default pytest run does not collect this folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
 from bench.cases import case_id, pairs
 from bench.check import Check
@@ -19,7 +21,8 @@ from rosa_kernels.testing import Case
 
 pytest.importorskip("pytest_benchmark")
 
-PAIRS = list(pairs(os.environ.get("BENCH_SUITE", "quick")))
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
+PAIRS = list(pairs(os.environ.get("BENCH_SUITE", "quick"), device=DEVICE))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def test_pair(
         name = case_id(case)
         if name not in problems:
             problems.clear()
-            problem = Problem.of(case)
+            problem = Problem.of(case, DEVICE)
             problems[name] = problem, Check(problem)
         problem, check = problems[name]
         reason = contender.reject(problem)
@@ -47,4 +50,4 @@ def test_pair(
         call = contender.prepare(problem, contender.charges[-1])
         check(call())
         benchmark.group = name
-        benchmark(call)
+        benchmark(call if DEVICE == "cpu" else lambda: (call(), torch.cuda.synchronize()))

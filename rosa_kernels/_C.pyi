@@ -6,6 +6,15 @@ _Csr = tuple[int, int, int, int, int]
 _Matrix = tuple[int, int, int, int, int, int]
 # (address, dtype, size, stride)
 _Vector = tuple[int, int, int, int]
+# (header address, header size, blob address, blob size), sizes in integers, or () for none
+_Plan = tuple[int, int, int, int] | tuple[()]
+
+class TilePlan:
+    @property
+    def header(self) -> list[int]: ...
+    @property
+    def blob_size(self) -> int: ...
+    def copy_blob(self, to: int) -> None: ...
 
 def isa_available(isa: int) -> bool: ...
 def sddmm_workspace_bytes(pattern: _Csr, k: int, dtype: int, threads: int, isa: int) -> int: ...
@@ -24,4 +33,75 @@ def spmm(
 ) -> None: ...
 def csr_add_(w: _Matrix, pattern: _Csr, values: _Vector, alpha: float, threads: int) -> None: ...
 def csr_gather(w: _Matrix, pattern: _Csr, out: _Vector, threads: int) -> None: ...
+def csr_scatter_(w: _Matrix, pattern: _Csr, values: _Vector, threads: int) -> None: ...
 def csr_transpose(pattern: _Csr, crow_t: int, col_t: int, permutation: int) -> None: ...
+def tile_plan(pattern: _Csr, tile_rows: int, tile_cols: int, heavy_fill: float) -> TilePlan: ...
+
+# What follows is there only in a build with CUDA kernels.
+def cuda_unavailable() -> str: ...
+def cuda_unsupported(device: int) -> str: ...
+def cuda_has_wgmma() -> bool: ...
+
+# multiprocessors, major, minor, bytes of second-level cache, bytes of shared memory of a block
+def cuda_properties(device: int) -> tuple[int, int, int, int, int]: ...
+def cuda_sddmm_workspace_bytes(
+    variant: int, pattern: _Csr, plan: _Plan, a: _Matrix, b: _Matrix, device: int
+) -> int: ...
+def cuda_spmm_workspace_bytes(
+    variant: int, pattern: _Csr, plan: _Plan, b: _Matrix, c: _Matrix, device: int
+) -> int: ...
+def cuda_sddmm(
+    variant: int,
+    pattern: _Csr,
+    plan: _Plan,
+    a: _Matrix,
+    b: _Matrix,
+    out: _Vector,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_spmm(
+    variant: int,
+    pattern: _Csr,
+    plan: _Plan,
+    values: _Vector,
+    b: _Matrix,
+    c: _Matrix,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_csr_add_(
+    w: _Matrix, pattern: _Csr, values: _Vector, alpha: float, device: int, stream: int
+) -> None: ...
+def cuda_csr_gather(w: _Matrix, pattern: _Csr, out: _Vector, device: int, stream: int) -> None: ...
+def cuda_csr_scatter_(
+    w: _Matrix, pattern: _Csr, values: _Vector, device: int, stream: int
+) -> None: ...
+
+# What only benchmarks call.
+def cuda_sputnik_style_sddmm(
+    pattern: _Csr,
+    row_swizzle: int,
+    grid_rows: int,
+    grid_entries: int,
+    a: _Matrix,
+    b: _Matrix,
+    out: _Vector,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_sputnik_style_spmm(
+    pattern: _Csr,
+    row_swizzle: int,
+    values: _Vector,
+    b: _Matrix,
+    c: _Matrix,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_read_bandwidth(
+    data: int, bytes: int, passes: int, blocks: int, sink: int, device: int, stream: int
+) -> None: ...
+def cuda_launch_empty(count: int, device: int, stream: int) -> None: ...

@@ -5,19 +5,33 @@
 import torch  # noqa: F401  isort: skip
 
 from rosa_kernels import backends as _backends  # registers the kernels  # noqa: F401
-from rosa_kernels.ops import csr_add, csr_add_, csr_gather, csr_transpose, sddmm, spmm
+from rosa_kernels.explain import Explanation, explain
+from rosa_kernels.ops import (
+    csr_add,
+    csr_add_,
+    csr_gather,
+    csr_scatter_,
+    csr_transpose,
+    sddmm,
+    spmm,
+)
 from rosa_kernels.pattern import CsrPattern
 from rosa_kernels.registry import Kernel, kernels, register, use_backend
+from rosa_kernels.tile_plan import TilePlan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CsrPattern",
+    "Explanation",
     "Kernel",
+    "TilePlan",
     "csr_add",
     "csr_add_",
     "csr_gather",
+    "csr_scatter_",
     "csr_transpose",
+    "explain",
     "kernels",
     "register",
     "sddmm",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from rosa_kernels import registry
+from rosa_kernels.tile_plan import HEAVY_FILL, TilePlan, default_tile
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -43,6 +47,7 @@ class CsrPattern:
     crow_indices: Tensor
     col_indices: Tensor
     shape: tuple[int, int]
+    device_type: str  # of `device`, which costs ops 0.3 us a call
 
     def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> None:
         m, n = _check_shape(shape)
@@ -65,6 +70,7 @@ class CsrPattern:
         self.crow_indices = crow_indices
         self.col_indices = col_indices
         self.shape = shape
+        self.device_type = col_indices.device.type
         self._versions = (crow_indices._version, col_indices._version)
         self._derived: dict[str, Any] = {}
 
@@ -193,6 +199,62 @@ class CsrPattern:
         return self._derived["transpose"]
 
     @property
+    def tile_plan(self) -> TilePlan:
+        """What the CUDA kernels want to know of the pattern; ``p.T.tile_plan`` is the transpose's.
+
+        Built on the host, in milliseconds, which reads the indices back from a device once. The
+        tiles are 128 x 256 on a CUDA device of compute capability 9.0, else 128 x 128;
+        :meth:`build_tile_plan` makes others. Ops build it where a kernel wants it, except under
+        ``torch.compile`` and CUDA graph capture, which can only use one that is there: touch it
+        before.
+        """
+        if not self.has_tile_plan:
+            self.build_tile_plan()
+        return self._derived["tile_plan"]
+
+    @property
+    def has_tile_plan(self) -> bool:
+        """Whether the tile plan has been built already."""
+        return "tile_plan" in self._derived
+
+    def build_tile_plan(
+        self,
+        tile_rows: int | None = None,
+        tile_cols: int | None = None,
+        heavy_fill: float = HEAVY_FILL,
+    ) -> TilePlan:
+        """Build :attr:`tile_plan` anew, with tiles of other edges or another threshold.
+
+        Args:
+            tile_rows, tile_cols: multiples of 16, at most 65,536 elements together; by default what
+                the device's kernels want.
+            heavy_fill: the share of nonzeros that makes a tile heavy.
+
+        Raises:
+            ValueError: edges or a threshold that no plan can have.
+        """
+        rows, cols = default_tile(self.device)
+        plan = self.make_tile_plan(
+            rows if tile_rows is None else tile_rows,
+            cols if tile_cols is None else tile_cols,
+            heavy_fill,
+        )
+        self._derived["tile_plan"] = plan
+        return plan
+
+    def make_tile_plan(self, tile_rows: int, tile_cols: int, heavy_fill: float) -> TilePlan:
+        """A tile plan like that of :meth:`build_tile_plan`, which the pattern does not keep."""
+        self.check_unchanged()
+        crow, col = self.crow_indices.cpu(), self.col_indices.cpu()
+        m, n = self.shape
+        kernel = registry.select("tile_plan", registry.Call("cpu", torch.int32, (m, n)))
+        with torch.inference_mode(False):
+            start = time.perf_counter()
+            header, blob = kernel.run(crow, col, n, tile_rows, tile_cols, heavy_fill)
+            seconds = time.perf_counter() - start
+            return TilePlan(header, blob.to(self.device), seconds)
+
+    @property
     def row_nnz(self) -> Tensor:
         """(m,) int32 number of nonzeros of each row."""
         return self._once("row_nnz", lambda: self.crow_indices.diff())
@@ -285,26 +347,37 @@ class CsrPattern:
 
     @torch.inference_mode(mode=False)
     def to(self, device: torch.device | str) -> CsrPattern:
-        """This pattern on `device`, with what has been derived from it so far."""
+        """This pattern on `device`, with what has been derived from it and its transpose so far.
+
+        A tile plan comes along unless the kernels there want other tiles than those here.
+        """
         device = torch.device(device)
         crow, col = self.crow_indices.to(device), self.col_indices.to(device)
         if crow is self.crow_indices and col is self.col_indices:
             return self
         self.check_unchanged()
+        moved = self._moved(crow, col)
+        if self.has_transpose:
+            t, permutation = self._derived["transpose"]
+            inverse = t._derived["transpose"][1]
+            t = t._moved(t.crow_indices.to(device), t.col_indices.to(device))
+            t._derived["transpose"] = (moved, inverse.to(device))
+            moved._derived["transpose"] = (t, permutation.to(device))
+        return moved
+
+    def _moved(self, crow: Tensor, col: Tensor) -> CsrPattern:
+        """This pattern, less its transpose, with index tensors that lie on another device."""
         moved = CsrPattern._trusted(crow, col, self.shape)
+        here, there = self.device, moved.device
         for name, value in self._derived.items():
             if isinstance(value, Tensor):
-                moved._derived[name] = value.to(device)
+                moved._derived[name] = value.to(there)
+            elif isinstance(value, TilePlan):
+                # One of other tiles than usual here was asked for, and stays.
+                if value.tile != default_tile(here) or value.tile == default_tile(there):
+                    moved._derived[name] = value.to(there)
             elif name == "stats":
                 moved._derived[name] = value
-            elif name == "transpose":
-                t, permutation = value
-                inverse = t._derived["transpose"][1]
-                t = CsrPattern._trusted(
-                    t.crow_indices.to(device), t.col_indices.to(device), t.shape
-                )
-                t._derived["transpose"] = (moved, inverse.to(device))
-                moved._derived["transpose"] = (t, permutation.to(device))
         return moved
 
     def to_torch(self, values: Tensor) -> Tensor:

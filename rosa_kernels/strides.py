@@ -24,3 +24,22 @@ def overlaps_itself(x: Tensor) -> bool:
                 return True
             extent += stride * (size - 1)
     return False
+
+
+def readable_in_place(x: Tensor) -> bool:
+    """Whether rows of a matrix can be read in vectors of 16 bytes as they lie."""
+    size = x.element_size()
+    return (
+        x.stride(1) == 1
+        and x.shape[1] * size % 16 == 0
+        and x.stride(0) * size % 16 == 0
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def gemm_operand(x: Tensor) -> Tensor:
+    """`x`, or a copy of it where a GEMM cannot read its strides and would copy at every call."""
+    (rows, cols), (s0, s1) = x.shape, x.stride()
+    if (s1 == 1 and s0 >= max(cols, 1)) or (s0 == 1 and s1 >= max(rows, 1)):
+        return x
+    return x.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +50,94 @@ def uniform_pattern(m: int, n: int, density: float, seed: int = 0) -> CsrPattern
     return CsrPattern.from_coo(flat // max(n, 1), flat % max(n, 1), (m, n))
 
 
+def _powerlaw() -> CsrPattern:
+    """Rows from empty to nearly full, in no order: what real masks look like."""
+    generator = torch.Generator().manual_seed(3)
+    share = torch.rand(90, 1, generator=generator) ** 4
+    return CsrPattern.from_mask(torch.rand(90, 70, generator=generator) < share)
+
+
+def _only(m: int, n: int, rows: Any, cols: Any) -> CsrPattern:
+    mask = torch.zeros(m, n, dtype=torch.bool)
+    mask[rows, cols] = True
+    return CsrPattern.from_mask(mask)
+
+
+# Patterns that have broken a sparse kernel before.
+NASTY: dict[str, Callable[[], CsrPattern]] = {
+    "0x0": lambda: uniform_pattern(0, 0, 0.0),
+    "0x7": lambda: uniform_pattern(0, 7, 0.0),
+    "7x0": lambda: uniform_pattern(7, 0, 0.0),
+    "1x1-empty": lambda: uniform_pattern(1, 1, 0.0),
+    "1x1-full": lambda: uniform_pattern(1, 1, 1.0),
+    "1x9": lambda: uniform_pattern(1, 9, 0.5),
+    "9x1": lambda: uniform_pattern(9, 1, 0.5),
+    "nnz=0": lambda: uniform_pattern(5, 7, 0.0),
+    "empty-rows-and-columns": lambda: uniform_pattern(37, 29, 0.02),
+    "one-full-row": lambda: _only(19, 45, 7, slice(None)),
+    "last-row-only": lambda: _only(21, 33, -1, slice(None, None, 2)),
+    "last-column-only": lambda: _only(33, 21, slice(None), -1),
+    "corners": lambda: _only(130, 67, [0, 0, -1, -1], [0, -1, 0, -1]),
+    "full": lambda: uniform_pattern(33, 31, 1.0),
+    "powerlaw": _powerlaw,
+    "odd-tiles": lambda: uniform_pattern(129, 65, 0.1),
+    "even-tiles": lambda: uniform_pattern(128, 64, 0.1),
+    "wide": lambda: uniform_pattern(3, 40_000, 0.004),
+    "tall": lambda: uniform_pattern(40_000, 3, 0.004),
+}
+
+
 def token_major(rows: int, k: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """A normal (rows, k) matrix whose columns (tokens) are contiguous in memory."""
-    return torch.randn(k, rows, generator=generator).to(dtype).t()
+    return torch.randn(k, rows, generator=generator, device=generator.device).to(dtype).t()
+
+
+# Ways a read operand may lie in memory: each takes a contiguous tensor and gives its values back in
+# other memory. Those that share memory between elements change the values: the oracle must read the
+# tensor they return.
+
+
+def _misaligned(x: Tensor) -> Tensor:
+    storage = x.new_full((x.numel() + 2,), torch.nan)
+    view = storage[1:-1].view(x.shape)
+    return view.copy_(x)
+
+
+def _sliced(x: Tensor) -> Tensor:
+    storage = x.new_full([2 * size + 3 for size in x.shape], torch.nan)
+    view = storage[tuple(slice(1, 1 + 2 * size, 2) for size in x.shape)]
+    return view.copy_(x)
+
+
+def _overlapping(x: Tensor) -> Tensor:
+    flat = x.reshape(-1)[: max(sum(x.shape) - x.dim() + 1, 0)] if x.numel() else x.reshape(-1)
+    return flat.as_strided(x.shape, (1,) * x.dim())
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row-major": lambda x: x.contiguous(),
+    "token-major": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
+    "misaligned": _misaligned,
+    "misaligned-token-major": lambda x: _misaligned(x.T).T if x.dim() == 2 else _misaligned(x),
+    "sliced": _sliced,
+    "sliced-token-major": lambda x: _sliced(x.T).T if x.dim() == 2 else _sliced(x),
+    "stride-0-rows": lambda x: x[:1].expand(x.shape),
+    "stride-0-columns": lambda x: x[..., :1].expand(x.shape),
+    "stride-0": lambda x: x.flatten()[0].expand(x.shape),
+    "stride-1-1": _overlapping,
+}
 
 
 def make_inputs(case: Case, pattern: CsrPattern, device: str = "cpu") -> dict[str, Tensor]:
-    """Standard normal inputs of a case, by argument name, dense operands token-major."""
-    generator = torch.Generator().manual_seed(case.seed)
+    """Standard normal inputs of a case, by argument name, dense operands token-major.
+
+    They are drawn on `device`: 16384 tokens of 14336 take a CPU two seconds.
+    """
+    generator = torch.Generator(device).manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(case.dtype)
+
     if case.op == "sddmm":
         inputs = {
             "a": token_major(case.m, case.k, case.dtype, generator),
@@ -64,16 +145,16 @@ def make_inputs(case: Case, pattern: CsrPattern, device: str = "cpu") -> dict[st
         }
     elif case.op == "spmm":
         inputs = {
-            "values": torch.randn(pattern.nnz, generator=generator).to(case.dtype),
+            "values": normal(pattern.nnz),
             "b": token_major(case.n, case.k, case.dtype, generator),
         }
-    elif case.op in ("csr_add", "csr_add_", "csr_gather"):
-        inputs = {"w": torch.randn(case.m, case.n, generator=generator).to(case.dtype)}
+    elif case.op in ("csr_add", "csr_add_", "csr_gather", "csr_scatter_"):
+        inputs = {"w": normal(case.m, case.n)}
         if case.op != "csr_gather":
-            inputs["values"] = torch.randn(pattern.nnz, generator=generator).to(case.dtype)
+            inputs["values"] = normal(pattern.nnz)
     else:
         raise ValueError(f"make_inputs: expected an op among {OPS}, got {case.op!r}")
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return inputs
 
 
 def oracle(
@@ -100,6 +181,10 @@ def oracle(
     if op == "csr_gather":
         ref = reference.csr_gather(wide["w"], crow, col)
         return ref, torch.zeros_like(ref), 0
+    if op == "csr_scatter_":
+        ref = wide["w"].clone()
+        ref[pattern.row_indices.long(), col.long()] = wide["values"]
+        return ref, torch.zeros_like(ref), 0
     if op in ("csr_add", "csr_add_"):
         ref = wide["w"].clone()
         reference.csr_add_(ref, crow, col, wide["values"], alpha)
@@ -107,7 +192,8 @@ def oracle(
         at = (pattern.row_indices.long(), col.long())
         # Two roundings of the product and the sum, at most.
         scale[at] = (wide["w"][at].square() + (alpha * wide["values"]).square()).sqrt()
-        return ref, scale, pattern.to_torch(torch.ones(pattern.nnz)).to_dense()
+        ones = torch.ones(pattern.nnz, device=pattern.device)
+        return ref, scale, pattern.to_torch(ones).to_dense()
     raise ValueError(f"oracle: expected an op among {OPS}, got {op!r}")
 
 

@@ -3,6 +3,9 @@
 A test that asks for the fixture ``kernel`` and is marked ``ops("sddmm", ...)`` runs once for
 every registered kernel of these ops and every device it serves: a new kernel is tested with no
 other edit.
+
+The CUDA kernels run here twice: on a GPU where there is one, and in the emulator that
+``tests/_simt`` is built around, as backend "simt" on CPU tensors, through the same Python adapter.
 """
 
 from __future__ import annotations
@@ -17,11 +20,36 @@ from torch import Tensor
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
-from rosa_kernels.testing import Case, assert_accurate, make_inputs, uniform_pattern
+from rosa_kernels.backends.native_cuda import register_cuda_kernels
+from rosa_kernels.testing import (
+    LAYOUTS,
+    NASTY,
+    Case,
+    assert_accurate,
+    make_inputs,
+    uniform_pattern,
+)
 
 # One profile everywhere: a red test stays red on the next run and on the next machine.
 hypothesis.settings.register_profile("derandomized", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("derandomized")
+
+try:
+    import _simt
+except ImportError as error:
+    _NO_SIMT: str | None = f"tests/_simt is not built ({error})"
+else:
+    _NO_SIMT = None
+    register_cuda_kernels(_simt, "simt", "cpu", on_request=True)
+# Tests about this library's threads, or of so much work that emulated kernels, 1,000 times slower,
+# would need minutes.
+_NOT_SIMT = (
+    "test_every_number_of_threads",
+    "test_the_same_number_of_threads",
+    "test_more_threads_than",
+    "test_the_gil_is_released",
+    "test_two_callers_at_once[sddmm-simt/gather",
+)
 
 # Sizes at which a kernel could be wrong: around vectors and blocks of 16, 32 and 64.
 SIZES = (0, 1, 3, 4, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100)
@@ -39,8 +67,26 @@ class Served(NamedTuple):
     backend: str
     device: str
     run: Callable[..., object]
+    dtypes: frozenset[torch.dtype]
+    finite_only: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one to take where a test is about something else."""
+        return torch.float32 if torch.float32 in self.dtypes else torch.bfloat16
+
+    @property
+    def takes_float32_values(self) -> bool:
+        """Beside a narrower b: not where they are written into a tile of b's dtype."""
+        native = self.device == "cuda" or self.backend.startswith("simt")
+        return not (self.finite_only and native)
 
     def __call__(self, pattern: CsrPattern, **arguments: object) -> Tensor:
+        for dense in (arguments[name] for name in ("b", "w") if name in arguments):
+            if dense.dtype not in self.dtypes:
+                pytest.skip(f"{self.backend} takes no {dense.dtype}")
+        if self.backend == "simt/wgmma" and pattern.tile_plan.tile != (128, 256):
+            pattern.build_tile_plan(128, 256)  # what a device of compute capability 9.0 gets
         return getattr(rk, self.op)(pattern=pattern, backend=self.backend, **arguments)
 
 
@@ -57,7 +103,7 @@ def check(
     alpha = {"alpha": options["alpha"]} if "alpha" in options else {}
     assert_accurate(kernel.op, pattern, before, got, **alpha)
     for name, x in inputs.items():
-        if (kernel.op, name) != ("csr_add_", "w"):
+        if (kernel.op, name) not in (("csr_add_", "w"), ("csr_scatter_", "w")):
             torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
     return got
 
@@ -68,17 +114,20 @@ KERNELS_OF = {"csr_add": "csr_add_"}
 
 def served(op: str) -> list[object]:
     params = []
+    absent = {} if _NO_SIMT is None else {"simt": _NO_SIMT}
     for kernel in rk.kernels(KERNELS_OF.get(op, op)):
         for device in sorted(kernel.devices):
-            marks = []
-            if device == "cuda":
-                marks.append(pytest.mark.gpu)
-                if not torch.cuda.is_available():
-                    marks.append(pytest.mark.skip(reason="needs a CUDA device"))
+            if device == "cuda" and not torch.cuda.is_available():
+                absent["cuda"] = "needs a CUDA device"  # once, and not for each of a dozen kernels
+                continue
+            marks = [pytest.mark.gpu] if device == "cuda" else []
             if kernel.unavailable is not None:
                 marks.append(pytest.mark.skip(reason=kernel.unavailable))
-            value = Served(op, kernel.name, device, kernel.run)
+            value = Served(op, kernel.name, device, kernel.run, kernel.dtypes, kernel.finite_only)
             params.append(pytest.param(value, marks=marks, id=f"{op}-{kernel.name}-{device}"))
+    for name, reason in absent.items():
+        marks = [pytest.mark.skip(reason=reason), *([pytest.mark.gpu] if name == "cuda" else [])]
+        params.append(pytest.param(None, marks=marks, id=f"{op}-{name}"))
     return params
 
 
@@ -88,40 +137,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("kernel", [p for op in marker.args for p in served(op)])
 
 
-def _powerlaw() -> CsrPattern:
-    """Rows from empty to nearly full, in no order: what real masks look like."""
-    generator = torch.Generator().manual_seed(3)
-    share = torch.rand(90, 1, generator=generator) ** 4
-    return CsrPattern.from_mask(torch.rand(90, 70, generator=generator) < share)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def runs(item: pytest.Item) -> bool:
+        kernel = getattr(item, "callspec", None) and item.callspec.params.get("kernel")
+        if not isinstance(kernel, Served) or not kernel.backend.startswith("simt"):
+            return True
+        return not any(name in item.nodeid for name in _NOT_SIMT)
 
-
-def _only(m: int, n: int, rows: object, cols: object) -> CsrPattern:
-    mask = torch.zeros(m, n, dtype=torch.bool)
-    mask[rows, cols] = True
-    return CsrPattern.from_mask(mask)
-
-
-NASTY: dict[str, Callable[[], CsrPattern]] = {
-    "0x0": lambda: uniform_pattern(0, 0, 0.0),
-    "0x7": lambda: uniform_pattern(0, 7, 0.0),
-    "7x0": lambda: uniform_pattern(7, 0, 0.0),
-    "1x1-empty": lambda: uniform_pattern(1, 1, 0.0),
-    "1x1-full": lambda: uniform_pattern(1, 1, 1.0),
-    "1x9": lambda: uniform_pattern(1, 9, 0.5),
-    "9x1": lambda: uniform_pattern(9, 1, 0.5),
-    "nnz=0": lambda: uniform_pattern(5, 7, 0.0),
-    "empty-rows-and-columns": lambda: uniform_pattern(37, 29, 0.02),
-    "one-full-row": lambda: _only(19, 45, 7, slice(None)),
-    "last-row-only": lambda: _only(21, 33, -1, slice(None, None, 2)),
-    "last-column-only": lambda: _only(33, 21, slice(None), -1),
-    "corners": lambda: _only(130, 67, [0, 0, -1, -1], [0, -1, 0, -1]),
-    "full": lambda: uniform_pattern(33, 31, 1.0),
-    "powerlaw": _powerlaw,
-    "odd-tiles": lambda: uniform_pattern(129, 65, 0.1),
-    "even-tiles": lambda: uniform_pattern(128, 64, 0.1),
-    "wide": lambda: uniform_pattern(3, 40_000, 0.004),
-    "tall": lambda: uniform_pattern(40_000, 3, 0.004),
-}
+    dropped = [item for item in items if not runs(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if runs(item)]
 
 
 @pytest.fixture(params=NASTY)
@@ -148,41 +174,6 @@ def inputs_of(
     return make_inputs(
         Case(op, *pattern.shape, k, pattern.density, dtype, seed=seed), pattern, device
     )
-
-
-# Layouts: each takes a contiguous tensor and gives its values back in other memory. Those that
-# share memory between elements change the values: the oracle must read the tensor they return.
-
-
-def _misaligned(x: Tensor) -> Tensor:
-    storage = x.new_full((x.numel() + 2,), torch.nan)
-    view = storage[1:-1].view(x.shape)
-    return view.copy_(x)
-
-
-def _sliced(x: Tensor) -> Tensor:
-    storage = x.new_full([2 * size + 3 for size in x.shape], torch.nan)
-    view = storage[tuple(slice(1, 1 + 2 * size, 2) for size in x.shape)]
-    return view.copy_(x)
-
-
-def _overlapping(x: Tensor) -> Tensor:
-    flat = x.reshape(-1)[: max(sum(x.shape) - x.dim() + 1, 0)] if x.numel() else x.reshape(-1)
-    return flat.as_strided(x.shape, (1,) * x.dim())
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "row-major": lambda x: x.contiguous(),
-    "token-major": lambda x: x.T.contiguous().T if x.dim() == 2 else x,
-    "misaligned": _misaligned,
-    "misaligned-token-major": lambda x: _misaligned(x.T).T if x.dim() == 2 else _misaligned(x),
-    "sliced": _sliced,
-    "sliced-token-major": lambda x: _sliced(x.T).T if x.dim() == 2 else _sliced(x),
-    "stride-0-rows": lambda x: x[:1].expand(x.shape),
-    "stride-0-columns": lambda x: x[..., :1].expand(x.shape),
-    "stride-0": lambda x: x.flatten()[0].expand(x.shape),
-    "stride-1-1": _overlapping,
-}
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -217,3 +208,5 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROSA_BACKEND", raising=False)
     monkeypatch.setattr(registry, "_kernels", {op: [*ks] for op, ks in registry._kernels.items()})
     monkeypatch.setattr(registry, "_selected", {})
+    monkeypatch.setattr(registry, "_plan_readers", {})
+    monkeypatch.setattr(registry, "_known_backends", set())

@@ -24,6 +24,8 @@ OPERANDS = [
     ("csr_add_", "w"),
     ("csr_add_", "values"),
     ("csr_gather", "w"),
+    ("csr_scatter_", "w"),
+    ("csr_scatter_", "values"),
     ("csr_transpose", "values"),
 ]
 MATRICES = [(op, name) for op, name in OPERANDS if name != "values"]
@@ -43,6 +45,7 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"bad input reached the choice of a kernel for {op}")
 
     monkeypatch.setattr("rosa_kernels.registry.select", select)
+    monkeypatch.setattr("rosa_kernels.registry.settled", select)
 
 
 def refuse(
@@ -129,6 +132,7 @@ def test_shape_of_values(op: str, name: str, pattern: CsrPattern) -> None:
         ("csr_add", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
         ("csr_add_", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
         ("csr_gather", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
+        ("csr_scatter_", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
     ],
 )
 def test_rows_of_matrices(op: str, name: str, message: str, pattern: CsrPattern) -> None:
@@ -144,6 +148,7 @@ def test_rows_of_matrices(op: str, name: str, message: str, pattern: CsrPattern)
         ("csr_add", "w", "expected w of the pattern's shape (37, 53), got (37, 52)"),
         ("csr_add_", "w", "expected w of the pattern's shape (37, 53), got (37, 52)"),
         ("csr_gather", "w", "expected w of the pattern's shape (37, 53), got (37, 52)"),
+        ("csr_scatter_", "w", "expected w of the pattern's shape (37, 53), got (37, 52)"),
     ],
 )
 def test_columns_of_matrices(op: str, name: str, message: str, pattern: CsrPattern) -> None:
@@ -167,7 +172,7 @@ def test_mixed_dtypes(operand: torch.dtype, other: torch.dtype, pattern: CsrPatt
     message = f"expected a and b of one dtype, got {operand} and {other}"
     refuse(TypeError, message, "sddmm", pattern, {"a": a, "b": b.to(other)})
     allowed = f"{operand} or float32" if operand.itemsize == 2 else f"{operand}"
-    for op in ("spmm", "csr_add", "csr_add_"):
+    for op in ("spmm", "csr_add", "csr_add_", "csr_scatter_"):
         inputs = inputs_of(op, pattern, dtype=operand)
         inputs["values"] = inputs["values"].to(other)
         refuse(TypeError, f"expected values of dtype {allowed}, got {other}", op, pattern, inputs)
@@ -196,13 +201,15 @@ def test_index_tensors_changed_since_they_were_validated(op: str, index: str) ->
         getattr(rk, op)(pattern=pattern, **inputs)
 
 
-@pytest.mark.parametrize("op", ["sddmm", "spmm", "csr_add", "csr_add_", "csr_gather"])
+@pytest.mark.parametrize(
+    "op", ["sddmm", "spmm", "csr_add", "csr_add_", "csr_gather", "csr_scatter_"]
+)
 def test_unknown_backend(op: str, pattern: CsrPattern) -> None:
-    with pytest.raises(ValueError, match=r"a backend among auto, cpu, .*reference, got 'cpus'"):
+    with pytest.raises(ValueError, match=r"a backend among auto, .*reference.*, got 'cpus'"):
         getattr(rk, op)(pattern=pattern, **inputs_of(op, pattern), backend="cpus")
 
 
-@pytest.mark.ops("sddmm", "spmm", "csr_add_", "csr_gather")
+@pytest.mark.ops("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_")
 def test_kernels_compare_lengths_again(kernel: Served) -> None:
     """The flat ops are callable past the checks; kernels must not read past the end of a tensor."""
     pattern = uniform_pattern(20, 30, 0.2).to(kernel.device)
@@ -213,6 +220,7 @@ def test_kernels_compare_lengths_again(kernel: Served) -> None:
         "spmm": lambda: (crow, col, x["values"], x["b"]),
         "csr_add_": lambda: (x["w"], crow, col, x["values"], 1.0),
         "csr_gather": lambda: (x["w"], crow, col),
+        "csr_scatter_": lambda: (x["w"], crow, col, x["values"]),
     }[kernel.op]()
     with pytest.raises((ValueError, IndexError, RuntimeError)):
         kernel.run(*arguments)

@@ -1,20 +1,21 @@
-"""The benchmark suite: what it records, what it refuses to time, what it says about two runs."""
+"""The benchmark suite: what it records, what it refuses to time, what its command line takes."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
-import xml.etree.ElementTree
 
 import pytest
 import torch
 
 pytest.importorskip("numpy")
 
+from bench_rows import a_row, failed
+
 from bench import __main__ as cli
-from bench import cases, check, compare, measure, report, results, runner
-from bench.contender import FROM_TOKEN_MAJOR, OP, Contender, Problem
+from bench import cases, check, measure, results, runner, suites
+from bench.contender import FROM_TOKEN_MAJOR, OP, Contender, Problem, Unsupported
 from rosa_kernels import registry
 from rosa_kernels.testing import Case
 
@@ -26,57 +27,9 @@ SMALL = {
     "spmm": Case("spmm", 40, 24, 9, 0.1),
     "csr_add_": Case("csr_add_", 40, 24, 1, 0.1),
     "csr_gather": Case("csr_gather", 40, 24, 1, 0.1),
+    "csr_scatter_": Case("csr_scatter_", 40, 24, 1, 0.1),
 }
 FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
-
-
-def a_row(**columns) -> results.Row:
-    """A timed row of a synthetic run; `ms` sets its median, and p20 and p80 2 % around it."""
-    ms = columns.pop("ms", 1.0)
-    row = dict.fromkeys(results.COLUMNS) | {
-        "schema_version": results.SCHEMA_VERSION,
-        "run_id": "run-1",
-        "utc": "2026-01-02T03:04:05Z",
-        "argv": ["run"],
-        "device": "cpu",
-        "device_name": "Test CPU",
-        "threads": 2,
-        "torch": "2.13.0",
-        "case": "a case",
-        "op": "spmm",
-        "m": 4096,
-        "n": 4096,
-        "k": 2048,
-        "density": 0.01,
-        "nnz": 167772,
-        "dtype": "float32",
-        "mask": "uniform",
-        "seed": 0,
-        "kernel": "auto",
-        "backend": "cpu/avx2",
-        "mode": "no_grad",
-        "charge": FROM_TOKEN_MAJOR,
-        "status": "ok",
-        "samples_s": [ms / 1e3] * 3,
-        "median_s": ms / 1e3,
-        "p20_s": ms / 1e3 * 0.98,
-        "p80_s": ms / 1e3 * 1.02,
-        "calls_per_sample": 1,
-        "flops": 10**9,
-        "bytes": 10**7,
-        "output_bytes": 10**6,
-        "peak_bytes": 2 * 10**6,
-        "max_err": 1e-7,
-    }
-    return row | columns
-
-
-def failed(status: str, **columns) -> results.Row:
-    return a_row(**columns) | {
-        "status": status,
-        "reason": "because",
-        **dict.fromkeys(("samples_s", "median_s", "p20_s", "p80_s")),
-    }
 
 
 def contender(prepare, **options) -> Contender:
@@ -239,6 +192,16 @@ def test_unsupported_keeps_its_reason():
     assert {(row["status"], row["reason"]) for row in rows} == {("unsupported", "not on Sundays")}
 
 
+def test_what_only_the_library_knows_is_unsupported_too():
+    def prepare(problem, charge):
+        raise Unsupported("answers 10: the operation is not supported")
+
+    rows = runner.run_case(SMALL["sddmm"], [contender(prepare)], FAST)
+    assert {(row["status"], row["reason"]) for row in rows} == {
+        ("unsupported", "answers 10: the operation is not supported")
+    }
+
+
 def test_a_case_that_cannot_be_built_is_an_error_of_all_its_pairs():
     case = dataclasses.replace(SMALL["sddmm"], mask="nonsense")
     rows = runner.run_case(case, [contender(right_sddmm)], FAST)
@@ -272,6 +235,22 @@ def test_the_check_on_some_rows_accepts_the_reference_and_sees_an_error(op):
         checked(bad)
     with pytest.raises(AssertionError, match="expected shape"):
         checked(got[:-1])
+
+
+def test_a_long_row_of_an_sddmm_is_checked_in_part_its_ends_among_it():
+    problem = Problem.of(Case("sddmm", 300, 500, 8, 0.9))
+    checked = check.Check(problem, terms=10)
+    row = checked.rows.tolist()
+    assert {0, 299} <= set(row)
+    assert len(checked._picked) <= len(row) * (check._ENTRIES_PER_ROW + 1)
+    (auto,) = (c for c in cases.contenders(problem.case) if c.name == "auto")
+    got = auto.prepare(problem, OP)()
+    assert checked(got) < 1e-6
+    for entry in (0, int(problem.pattern.crow_indices[1]) - 1, problem.pattern.nnz - 1):
+        bad = got.clone()
+        bad[entry] += 1
+        with pytest.raises(AssertionError, match="outside the bound"):
+            checked(bad)
 
 
 def test_a_newly_registered_kernel_competes_without_another_edit(monkeypatch):
@@ -339,96 +318,6 @@ def test_peak_memory_sees_an_allocation():
     assert size <= peak < size + 16 * 2**20
 
 
-# -- suites ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", cases.SUITES)
-def test_cases_of_a_suite_are_distinct(name):
-    names = [cases.case_id(case) for case in cases.suite(name)]
-    assert len(names) == len(set(names))
-
-
-def test_the_density_suite_has_the_points_that_targets_are_set_on():
-    got = {(c.op, c.mask, c.density) for c in cases.suite("density") if c.k == 2048}
-    for op in ("sddmm", "spmm"):
-        for mask in ("uniform", "q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"):
-            for density in (0.001, 0.003, 0.005, 0.01, 0.02, 0.05):
-                assert (op, mask, density) in got
-    assert ("csr_add_", 0.006) in {(c.op, c.density) for c in cases.suite("density")}
-
-
-def test_every_real_mask_is_in_the_rosa_suite_beside_a_uniform_one():
-    suite = cases.suite("rosa")
-    problems = {(c.op, c.m, c.n, c.k, c.density, c.dtype) for c in suite if c.mask == "uniform"}
-    real = [c for c in suite if c.mask.startswith("real:")]
-    assert len({c.mask for c in real}) == 21
-    for c in real:
-        assert (c.op, c.m, c.n, c.k, c.density, c.dtype) in problems
-
-
-# -- reading --------------------------------------------------------------------------------------
-
-
-def test_ratios_geomeans_and_efficiency_are_derived_from_rows():
-    rows = []
-    for density, ours, dense, spops in ((0.01, 2.0, 100.0, 8.0), (0.05, 10.0, 100.0, 5.0)):
-        common = {"case": f"d{density}", "density": density}
-        rows += [
-            a_row(**common, ms=ours),
-            a_row(**common, kernel="dense", backend="torch", ms=dense),
-            a_row(**common, kernel="spops", backend="spops", ms=spops),
-            a_row(**common, kernel="cpu/portable", ms=50.0),
-        ]
-    found = report.ratios(rows, FROM_TOKEN_MAJOR)
-    assert sorted(r.value for r in found if r.peer["kernel"] == "spops") == [0.5, 4.0]
-    assert {r.peer["kernel"] for r in found} == {"dense", "spops"}
-    assert report.geomean([0.5, 4.0]) == pytest.approx(2**0.5)
-    assert report.efficiency(rows) == {("spmm", "float32", "uniform"): pytest.approx(0.5)}
-    table = report.losing_table(rows, FROM_TOKEN_MAJOR)
-    assert [line[0] for line in table.rows] == ["d0.05"]
-    assert "1 of 4 comparisons" in table.title
-
-
-def test_overhead_is_the_op_less_its_adapter():
-    tiny = {"m": 32, "n": 32, "charge": OP}
-    rows = [
-        a_row(**tiny, mode="adapter", ms=0.005),
-        a_row(**tiny, mode="no_grad", ms=0.015),
-        a_row(**tiny, mode="grad", ms=0.025),
-    ]
-    assert report.overheads(rows) == {
-        "spmm": {"adapter": 5e-6, "no_grad": pytest.approx(1e-5), "grad": pytest.approx(2e-5)}
-    }
-
-
-def test_a_busy_machine_is_told():
-    noisy = a_row(samples_s=[0.001, 0.001, 0.009, 0.009])
-    assert report.noise_note([a_row()] * 30 + [noisy]) is None
-    assert report.noise_note([a_row()] * 3 + [noisy]).startswith("1 of 4 times vary")
-
-
-def test_reasons_of_missing_points_are_listed():
-    table = report.status_table([failed("oom", kernel="dense", charge=OP)])
-    assert table.rows == [["because", "oom", "1", "dense"]]
-
-
-@pytest.mark.parametrize(
-    ("ms", "spread", "verdict"),
-    [(1.03, 0.01, "same"), (0.8, 0.01, "faster"), (1.3, 0.01, "slower"), (1.3, 0.5, "ambiguous")],
-)
-def test_verdicts(ms, spread, verdict):
-    new = a_row(ms=ms) | {"p20_s": ms / 1e3 * (1 - spread), "p80_s": ms / 1e3 * (1 + spread)}
-    (found,) = compare.compare([a_row(ms=1.0)], [new])
-    assert found.verdict == verdict
-
-
-def test_rows_of_one_run_only_and_changed_statuses_are_told():
-    base = [a_row(case="a"), a_row(case="b")]
-    new = [failed("incorrect", case="b"), a_row(case="c")]
-    verdicts = {item.row["case"]: item.verdict for item in compare.compare(base, new)}
-    assert verdicts == {"a": "only in base", "b": "status changed", "c": "only in new"}
-
-
 # -- command line ---------------------------------------------------------------------------------
 
 
@@ -440,6 +329,7 @@ def test_run_writes_rows_and_names_the_file(tmp_path, capsys):
     assert "Call overhead in us" in out
     rows = results.read(tmp_path / "results.jsonl")
     assert {row["op"] for row in rows} == {"roof", "sddmm", "spmm", "csr_add_", "csr_gather"}
+    assert {row["device"] for row in rows} == {"cpu"}
     assert all(row["status"] == "ok" for row in rows)
     assert cli.main(["run", *options]) == 0
     twice = results.read(tmp_path / "results.jsonl")
@@ -458,47 +348,31 @@ def test_what_the_time_budget_does_not_reach_is_recorded(tmp_path, capsys):
     assert "Pairs without a time" in capsys.readouterr().out
 
 
+def test_contenders_can_be_chosen_and_left_out(tmp_path):
+    options = ["run", "--suite", "overhead", "--cap", "0.001", "--no-plots", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        cli.main([*options, "--without", "auto"])
+    small = {"quick": lambda seed: [SMALL["spmm"]]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cases.SUITES, "quick", suites.Suite("one case", small["quick"], None))
+        options[2] = "quick"
+        assert cli.main([*options, "--kernels", "auto", "dense", "--without", "dense"]) == 0
+    rows = results.read(tmp_path / "results.jsonl")
+    assert {row["kernel"] for row in rows if row["op"] == "spmm"} == {"auto"}
+
+
 def test_list_and_env(capsys):
     assert cli.main(["list"]) == 0
     assert cli.main(["list", "--suite", "overhead"]) == 0
+    assert cli.main(["list", "--suite", "tokens", "--device", "cuda"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in cases.SUITES)
     assert "csr_gather/uniform/32x32" in out
+    assert "cusparse-alg2" in out
     assert cli.main(["env"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out
     assert "Contenders of spmm" in out
-
-
-def test_plots_are_drawn_from_rows_alone(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "results.jsonl"
-    rows = [a_row(op="roof", kernel="copy", case="roof/copy", m=None, n=None)]
-    for op, density in itertools.product(("sddmm", "spmm"), (0.001, 0.01, 0.05)):
-        for kernel, ms in (("auto", 200 * density), ("dense", 100.0), ("spops", 1000 * density)):
-            case = {"op": op, "density": density, "case": f"{op}{density}"}
-            rows.append(a_row(**case, kernel=kernel, ms=ms, workspace_bytes=10**5))
-    for mask in ("real:14.q_proj", "uniform"):
-        case = {"mask": mask, "m": 576, "n": 576, "density": 0.006, "case": mask}
-        rows += [a_row(**case), a_row(**case, kernel="spops", ms=0.5)]
-    results.append(path, rows)
-    assert cli.main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 0
-    out = capsys.readouterr().out
-    names = {p.name for p in (tmp_path / "plots").iterdir()}
-    for name in (
-        "time_vs_density_4096x4096_k2048_float32",
-        "memory_vs_density_4096x4096_k2048_float32",
-        "speedup_heatmap_float32",
-        "real_vs_uniform_float32",
-    ):
-        assert {f"{name}.png", f"{name}.svg"} <= names
-        svg = tmp_path / "plots" / f"{name}.svg"
-        assert str(svg) in out
-        assert svg.stat().st_size < 300_000
-        text = " ".join(xml.etree.ElementTree.parse(svg).getroot().itertext())
-        assert "Test CPU, 2 threads, torch 2.13.0, 2026-01-02" in text
-    assert cli.main(["report", str(path)]) == 0
-    assert "a peer is faster" in capsys.readouterr().out.lower()
 
 
 @pytest.mark.parametrize(
@@ -509,7 +383,9 @@ def test_plots_are_drawn_from_rows_alone(tmp_path, capsys):
         (["run", "--kernels", "cublas"], "--kernels: expected some of auto, "),
         (["run", "--threads", "0"], "expected a positive int, got 0"),
         (["run", "--suite", "overhead", "--kernels", "dense"], "--kernels: expected some of auto"),
+        (["run", "--suite", "overhead", "--without", "cublas"], "--without: expected some of auto"),
         (["report", "missing.jsonl"], "missing.jsonl: expected a results file"),
+        (["ratios", "missing.jsonl"], "missing.jsonl: expected a results file"),
         (["frobnicate"], "invalid choice: 'frobnicate'"),
     ],
 )

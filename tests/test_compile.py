@@ -45,12 +45,17 @@ def compiled(op: str, **options: object) -> tuple[Callable[..., Tensor], Compile
 
 @pytest.mark.parametrize("layout", ["row-major", "token-major", "sliced"])
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("derived", ["nothing", "transpose", "plans"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_of_the_products(
-    dtype: torch.dtype, transpose: bool, grad: bool, layout: str, pattern: CsrPattern
+    dtype: torch.dtype, derived: str, grad: bool, layout: str, pattern: CsrPattern
 ) -> None:
-    index = (pattern.crow_indices, pattern.col_indices, transpose_tensors(pattern) * transpose)
+    transpose = [] if derived == "nothing" else transpose_tensors(pattern)
+    plan = []
+    if derived == "plans":
+        plan = pattern.tile_plan.tensors
+        transpose += pattern.T.tile_plan.tensors
+    index = (pattern.crow_indices, pattern.col_indices, transpose, plan)
 
     def operands(op: str) -> tuple[Tensor, ...]:
         inputs = inputs_of(op, pattern, 5, dtype).values()
@@ -69,6 +74,7 @@ def test_opcheck_of_the_copies(grad: bool, layout: str, pattern: CsrPattern) -> 
     w = LAYOUTS[layout](inputs["w"]).detach()
     values = inputs["values"]
     torch.library.opcheck(FLAT.csr_add_, (w.clone(), *index, values, 0.5, "auto"))
+    torch.library.opcheck(FLAT.csr_scatter_, (w.clone(), *index, values, "auto"))
     w.requires_grad_(grad)
     values.requires_grad_(grad)
     torch.library.opcheck(FLAT.csr_add, (w, *index, values, 0.5, "auto"))
@@ -81,8 +87,8 @@ def test_opcheck_of_nothing() -> None:
         pattern = uniform_pattern(m, n, 0.0)
         index = (pattern.crow_indices, pattern.col_indices)
         a, b = torch.ones(m, 2, requires_grad=True), torch.ones(n, 2, requires_grad=True)
-        torch.library.opcheck(FLAT.sddmm, (*index, [], a, b, torch.float32, "auto"))
-        torch.library.opcheck(FLAT.spmm, (*index, [], torch.zeros(0), b, "auto"))
+        torch.library.opcheck(FLAT.sddmm, (*index, [], [], a, b, torch.float32, "auto"))
+        torch.library.opcheck(FLAT.spmm, (*index, [], [], torch.zeros(0), b, "auto"))
 
 
 # -- torch.compile -------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ from rosa_kernels import CsrPattern
 from rosa_kernels.strides import overlaps_itself
 
 REDUCING = ("sddmm", "spmm")
-COPYING = ("csr_add", "csr_add_", "csr_gather")
+COPYING = ("csr_add", "csr_add_", "csr_gather", "csr_scatter_")
 ALL = REDUCING + COPYING
 
 
 @pytest.mark.ops(*REDUCING)
 @pytest.mark.parametrize("k", [0, 1, 33])
 def test_patterns(kernel: Served, nasty: CsrPattern, k: int) -> None:
-    check(kernel, nasty, inputs_of(kernel.op, nasty, k, device=kernel.device))
+    check(kernel, nasty, inputs_of(kernel.op, nasty, k, kernel.dtype, kernel.device))
 
 
 @pytest.mark.ops(*COPYING)
@@ -42,7 +42,7 @@ def test_sizes_of_the_pattern(kernel: Served, size: int) -> None:
         pattern = CsrPattern.from_mask(
             torch.rand(m, n, generator=torch.Generator().manual_seed(size)) < density
         )
-        check(kernel, pattern, inputs_of(kernel.op, pattern, 5, device=kernel.device))
+        check(kernel, pattern, inputs_of(kernel.op, pattern, 5, kernel.dtype, kernel.device))
 
 
 @pytest.mark.ops(*ALL)
@@ -54,7 +54,7 @@ def test_layouts(
     names = list(inputs)
     for chosen in (names, *([name] for name in names)):
         changed = {name: layout(x) if name in chosen else x for name, x in inputs.items()}
-        if kernel.op == "csr_add_":
+        if kernel.op in ("csr_add_", "csr_scatter_"):
             changed["w"] = changed["w"].clone() if "w" not in chosen else changed["w"]
             if overlaps_itself(changed["w"]):
                 continue  # refused: see test_csr_add.py
@@ -65,18 +65,22 @@ def test_layouts(
 def test_lazily_negated_views(kernel: Served, pattern: CsrPattern) -> None:
     """A real tensor may be the imaginary part of a conjugate: its memory has the other sign."""
     inputs = inputs_of(kernel.op, pattern, device=kernel.device)
+    if kernel.dtype != torch.float32:
+        pytest.skip("complex numbers have float32 parts")
     inputs = {name: torch.complex(x, -x).conj().imag for name, x in inputs.items()}
     assert all(x.is_neg() for x in inputs.values())
     check(kernel, pattern, inputs)
 
 
-@pytest.mark.ops("spmm", "csr_add", "csr_add_")
+@pytest.mark.ops("spmm", "csr_add", "csr_add_", "csr_scatter_")
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_values_over_narrow_operands(
     kernel: Served, nasty: CsrPattern, narrow: torch.dtype
 ) -> None:
     inputs = inputs_of(kernel.op, nasty, 17, narrow, kernel.device)
-    inputs["values"] = inputs_of(kernel.op, nasty, 17, device=kernel.device)["values"] * 1.001
+    inputs["values"] = inputs["values"].float() * 1.001
+    if not kernel.takes_float32_values:
+        pytest.skip("rejects them")
     check(kernel, nasty, inputs)
 
 
@@ -87,6 +91,11 @@ def test_float32_output_of_narrow_operands(
 ) -> None:
     inputs = inputs_of("sddmm", nasty, 17, narrow, kernel.device)
     check(kernel, nasty, inputs, out_dtype=torch.float32)
+
+
+def skip_finite_only(kernel: Served) -> None:
+    if kernel.finite_only:
+        pytest.skip(f"{kernel.backend} is declared for finite operands only")
 
 
 def poison(inputs: dict[str, Tensor], pattern: CsrPattern, referenced: bool) -> None:
@@ -104,6 +113,7 @@ def poison(inputs: dict[str, Tensor], pattern: CsrPattern, referenced: bool) -> 
 def test_inf_and_nan_in_unreferenced_rows_do_not_leak(
     kernel: Served, order: str, dtype: torch.dtype
 ) -> None:
+    skip_finite_only(kernel)
     pattern = CsrPattern.from_mask(
         torch.rand(60, 70, generator=torch.Generator().manual_seed(2)) < 0.01
     )
@@ -119,6 +129,7 @@ def test_inf_and_nan_in_referenced_rows_propagate(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
     """Exactly where float64 arithmetic has them, Inf with its sign: assert_accurate sees to it."""
+    skip_finite_only(kernel)
     inputs = inputs_of(kernel.op, pattern, 21, dtype, kernel.device)
     poison(inputs, pattern.to(kernel.device), referenced=True)
     got = check(kernel, pattern, inputs)
@@ -126,9 +137,9 @@ def test_inf_and_nan_in_referenced_rows_propagate(
     assert bool(got.isinf().any())
 
 
-@pytest.mark.ops("spmm", "csr_add", "csr_add_")
+@pytest.mark.ops("spmm", "csr_add", "csr_add_", "csr_scatter_")
 def test_inf_and_nan_values_propagate(kernel: Served, pattern: CsrPattern) -> None:
-    inputs = inputs_of(kernel.op, pattern, device=kernel.device)
+    inputs = inputs_of(kernel.op, pattern, dtype=kernel.dtype, device=kernel.device)
     inputs["values"][3], inputs["values"][40] = -torch.inf, torch.nan
     got = check(kernel, pattern, inputs)
     assert bool(got.isnan().any())

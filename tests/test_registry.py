@@ -46,7 +46,7 @@ def gather(**options: object) -> torch.Tensor:
 
 
 def test_every_op_has_a_reference_that_serves_all() -> None:
-    for op in ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_transpose"):
+    for op in ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_", "csr_transpose"):
         *_, last = rk.kernels(op)
         assert last.name == "reference"
         assert last.unavailable is None
@@ -63,7 +63,7 @@ def test_kernels_come_best_first(probe: Probe) -> None:
 
 
 def test_unknown_op_lists_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"an op among \['csr_add_', .*'spmm'\], got 'conv'"):
+    with pytest.raises(ValueError, match=r"an op among \['csr_add_', .*'spmm'.*\], got 'conv'"):
         rk.kernels("conv")
 
 
@@ -135,7 +135,9 @@ def test_use_backend_is_local_to_its_thread(probe: Probe) -> None:
 
 @pytest.mark.parametrize("ask", ["argument", "context", "environment"])
 def test_unknown_backend_lists_those_there_are(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = ", ".join(sorted({"auto"} | {n for k in rk.kernels() for n in (k.backend, k.name)}))
+    every = ", ".join(
+        sorted({"auto", "auto-finite"} | {n for k in rk.kernels() for n in (k.backend, k.name)})
+    )
     message = f"expected a backend among {every}, got 'cpus'"
     if ask == "environment":
         monkeypatch.setenv("ROSA_BACKEND", "cpus")
@@ -210,3 +212,45 @@ def test_a_new_kernel_is_seen_by_calls_already_cached(probe: Probe) -> None:
     log = probe("better", [], priority=9999)
     gather()
     assert log == ["better"]
+
+
+def test_a_choice_that_holds_for_every_shape_is_made_once(probe: Probe) -> None:
+    """Ops then need not even describe the call. What cannot serve such tensors has no say in it."""
+
+    def settled() -> str | None:
+        kernel = registry.settled("csr_gather", "cpu", torch.float32, "auto")
+        return None if kernel is None else kernel.name
+
+    assert settled() is None
+    probe("elsewhere", [], priority=9999, devices={"cuda"}, reject=lambda call: "no")
+    gather()
+    assert settled() == "cpu"
+    probe("picky", [], priority=9999, reject=lambda call: "no")
+    gather()
+    assert settled() is None
+    probe("plain", [], priority=99999)
+    gather()
+    assert settled() == "plain"
+
+
+def test_a_reason_that_takes_a_driver_is_found_out_when_asked(probe: Probe) -> None:
+    asked = []
+    probe("driven", [], priority=9999, unavailable=lambda: asked.append(1) or "needs a driver")
+    assert not asked
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="driven needs a driver"):
+            gather(backend="driven")
+    assert len(asked) == 1
+    (kernel,) = [k for k in rk.kernels("csr_gather") if k.name == "driven"]
+    assert "unavailable='needs a driver'" in repr(kernel)
+
+
+def test_plans_are_read_by_who_may_be_chosen(probe: Probe) -> None:
+    assert not registry.reads_plan("csr_gather", "cpu", "auto")
+    probe("shy", [], reads_plan={"cpu"}, on_request=True)
+    assert not registry.reads_plan("csr_gather", "cpu", "auto")
+    assert registry.reads_plan("csr_gather", "cpu", "shy")
+    assert not registry.reads_plan("csr_gather", "cuda", "shy")
+    probe("open", [], reads_plan={"cpu"}, priority=-9)
+    assert registry.reads_plan("csr_gather", "cpu", "auto")
+    assert not registry.reads_plan("csr_gather", "cpu", "cpu")

@@ -17,7 +17,7 @@ def test_formula(kernel: Served) -> None:
     pattern = CsrPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]]))
     a = torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 4.0]], device=kernel.device)
     b = torch.tensor([[5.0, 6.0], [7.0, 8.0], [-1.0, 1.0]], device=kernel.device)
-    got = kernel(pattern.to(kernel.device), a=a, b=b)
+    got = kernel(pattern.to(kernel.device), a=a.to(kernel.dtype), b=b.to(kernel.dtype))
     assert got.tolist() == [17.0, 1.0, 53.0]
 
 
@@ -60,7 +60,7 @@ def test_nothing_but_a_result_is_returned_for_parameters(
     pattern: CsrPattern, kernel: Served
 ) -> None:
     """Subclasses of Tensor are operands like any other."""
-    inputs = inputs_of("sddmm", pattern, 5, device=kernel.device)
+    inputs = inputs_of("sddmm", pattern, 5, kernel.dtype, kernel.device)
     wrapped = {name: torch.nn.Parameter(x) for name, x in inputs.items()}
     moved = pattern.to(kernel.device)
     got = kernel(moved, **wrapped)

@@ -21,6 +21,7 @@ def test_formula(kernel: Served) -> None:
     pattern = CsrPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]]))
     values = torch.tensor([2.0, -1.0, 3.0], device=kernel.device)
     b = torch.tensor([[5.0, 6.0], [7.0, 8.0], [-1.0, 1.0]], device=kernel.device)
+    values, b = values.to(kernel.dtype), b.to(kernel.dtype)
     got = kernel(pattern.to(kernel.device), values=values, b=b)
     assert got.tolist() == [[11.0, 11.0], [0.0, 0.0], [21.0, 24.0]]
 
@@ -37,7 +38,7 @@ def test_output_lies_in_the_order_of_b(
 
 
 def test_token_major_activations_come_back_token_major(kernel: Served, pattern: CsrPattern) -> None:
-    inputs = inputs_of("spmm", pattern, 5, device=kernel.device)
+    inputs = inputs_of("spmm", pattern, 5, kernel.dtype, kernel.device)
     assert inputs["b"].T.is_contiguous()
     assert check(kernel, pattern, inputs).T.is_contiguous()
 

@@ -46,7 +46,7 @@ def test_the_same_number_of_threads_gives_the_same_bits(
     torch.set_num_threads(threads)
     results = []
     for _ in range(4):
-        inputs = inputs_of(kernel.op, big, 50, device=kernel.device)
+        inputs = inputs_of(kernel.op, big, 50, kernel.dtype, kernel.device)
         results.append(kernel(big.to(kernel.device), **inputs))
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -55,7 +55,7 @@ def test_the_same_number_of_threads_gives_the_same_bits(
 @pytest.mark.parametrize("threads", [2, 3])
 def test_more_threads_than_rows_or_tokens(kernel: Served, nasty: CsrPattern, threads: int) -> None:
     torch.set_num_threads(threads)
-    check(kernel, nasty, inputs_of(kernel.op, nasty, 40, device=kernel.device))
+    check(kernel, nasty, inputs_of(kernel.op, nasty, 40, kernel.dtype, kernel.device))
 
 
 def test_gradients_do_not_depend_on_the_thread_that_asks(big: CsrPattern) -> None:
@@ -74,7 +74,7 @@ def test_gradients_do_not_depend_on_the_thread_that_asks(big: CsrPattern) -> Non
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_callers_at_once(kernel: Served, big: CsrPattern, threads: int) -> None:
     """Each gets what it gets alone, though their workspaces come and go at the same time."""
-    jobs = [inputs_of(kernel.op, big, k, device=kernel.device, seed=k) for k in (20, 33, 64)]
+    jobs = [inputs_of(kernel.op, big, k, kernel.dtype, kernel.device, seed=k) for k in (20, 33, 64)]
     start = threading.Barrier(2)
 
     def work(order: int) -> list[torch.Tensor]:
@@ -111,6 +111,8 @@ def test_two_callers_of_one_fresh_pattern() -> None:
 @pytest.mark.ops("sddmm", "spmm")
 def test_the_gil_is_released(kernel: Served) -> None:
     """Another thread runs Python while the kernel works: seen in the middle half of the call."""
+    if kernel.device == "cuda":
+        pytest.skip("a launch returns at once")
     pattern = uniform_pattern(600, 600, 0.2).to(kernel.device)
     inputs = inputs_of(kernel.op, pattern, 1000, device=kernel.device)
     kernel(pattern, **inputs)

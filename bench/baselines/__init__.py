@@ -1,20 +1,40 @@
-"""The peers, one file each, declared like our kernels."""
+"""The peers, one file each, declared like our kernels.
+
+A peer's name up to the first "-" is its family: tables of ratios give the best of a family.
+"""
 
 from __future__ import annotations
 
-from bench.baselines import dense, numpy_scipy, spops, torch_sparse
+from bench.baselines import cusparse, dense, numpy_scipy, spops, sputnik, torch_sparse
 from bench.contender import Contender
 from rosa_kernels.testing import Case
 
 # Dense first: every ratio to the roof is drawn against it.
-_PEERS = (*dense.CONTENDERS, *torch_sparse.CONTENDERS, *numpy_scipy.CONTENDERS, *spops.CONTENDERS)
+_PEERS = (
+    *dense.CONTENDERS,
+    *cusparse.CONTENDERS,
+    *sputnik.CONTENDERS,
+    *torch_sparse.CONTENDERS,
+    *numpy_scipy.CONTENDERS,
+    *spops.CONTENDERS,
+)
 
 
-def contenders(case: Case) -> list[Contender]:
-    """The peers that have the case's op at all."""
-    return [peer for peer in _PEERS if peer.op == case.op]
+def contenders(case: Case, device: str = "cpu") -> list[Contender]:
+    """The peers that have the case's op at all, on the device."""
+    return [peer for peer in _PEERS if peer.op == case.op and device in peer.devices]
 
 
 def names() -> list[str]:
     """All peers' names."""
     return list(dict.fromkeys(peer.name for peer in _PEERS))
+
+
+def families() -> list[str]:
+    """All peers' families."""
+    return list(dict.fromkeys(map(family, names())))
+
+
+def family(name: str) -> str:
+    """cusparse for cusparse-alg2."""
+    return name.split("-")[0]

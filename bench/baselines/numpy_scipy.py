@@ -13,14 +13,12 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from bench.contender import OP, Contender, Problem, Run, token_major
+from bench.contender import FROM_TOKEN_MAJOR, OP, Contender, Problem, Run, token_major
 
 _DTYPES = (torch.float32, torch.float64)
 
 
 def _reject_numpy(problem: Problem) -> str | None:
-    if problem.device != "cpu":
-        return f"runs on the CPU, got {problem.device}"
     if problem.case.dtype not in _DTYPES:
         return f"numpy's products take float32 and float64, got {problem.case.dtype}"
     return None
@@ -77,14 +75,31 @@ def _add_(problem: Problem, charge: str) -> Run:
     return run
 
 
+def _put(problem: Problem, charge: str) -> Run:
+    w = problem.inputs["w"].clone()
+    flat, values = problem.flat.numpy(), problem.inputs["values"].numpy()
+    target = w.numpy().reshape(-1)
+
+    def run() -> torch.Tensor:
+        target[flat] = values
+        return w
+
+    return run
+
+
 def _take(problem: Problem, charge: str) -> Run:
     w, flat = problem.inputs["w"].numpy().reshape(-1), problem.flat.numpy()
     return lambda: torch.from_numpy(w.take(flat))
 
 
-CONTENDERS = (
-    Contender("spmm", "scipy", "scipy", _spmm, _reject_scipy),
-    Contender("sddmm", "numpy", "numpy", _sddmm, _reject_numpy),
-    Contender("csr_add_", "numpy", "numpy", _add_, _reject_numpy, charges=(OP,)),
-    Contender("csr_gather", "numpy", "numpy", _take, _reject_numpy, charges=(OP,)),
+_CPU = frozenset({"cpu"})
+CONTENDERS = tuple(
+    Contender(op, package, package, prepare, reject, devices=_CPU, charges=charges)
+    for op, package, prepare, reject, charges in (
+        ("spmm", "scipy", _spmm, _reject_scipy, (OP, FROM_TOKEN_MAJOR)),
+        ("sddmm", "numpy", _sddmm, _reject_numpy, (OP, FROM_TOKEN_MAJOR)),
+        ("csr_add_", "numpy", _add_, _reject_numpy, (OP,)),
+        ("csr_scatter_", "numpy", _put, _reject_numpy, (OP,)),
+        ("csr_gather", "numpy", _take, _reject_numpy, (OP,)),
+    )
 )

@@ -64,14 +64,20 @@ def generated(kind: str, m: int, n: int, density: float, seed: int = 0) -> CsrPa
     """
     if kind not in KINDS:
         raise ValueError(f"generated: expected a layer kind among {list(KINDS)}, got {kind!r}")
-    spread = KINDS[kind]
-    rng = np.random.default_rng(seed)
     nnz = round(density * m * n)
+    score = _scores(kind, m, n, seed)
+    flat = np.argpartition(score, m * n - nnz)[m * n - nnz :] if nnz else np.empty(0, int)
+    return _from_flat(np.sort(flat), m, n)
+
+
+@lru_cache(maxsize=1)  # densities are often neighbours in a suite; 14336 x 4096 are 235 MB
+def _scores(kind: str, m: int, n: int, seed: int) -> np.ndarray:
+    spread, rng = KINDS[kind], np.random.default_rng(seed)
     score = rng.standard_normal((m, n), dtype=np.float32)
     score += spread.row * rng.permutation(_tukey_h(m, spread.row_tail))[:, None]
     score += spread.col * rng.permutation(_tukey_h(n, spread.col_tail))[None, :]
-    flat = np.argpartition(score.ravel(), m * n - nnz)[m * n - nnz :] if nnz else np.empty(0, int)
-    return _from_flat(np.sort(flat), m, n)
+    score.flags.writeable = False
+    return score.ravel()
 
 
 @cache

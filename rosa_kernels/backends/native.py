@@ -1,4 +1,6 @@
-"""The native backend "cpu": the one checked adapter between tensors and the unsafe ``_C``.
+"""The native backend "cpu", and what every checked adapter to a native module shares.
+
+``_C`` is imported here alone; native_cuda.py adapts its CUDA entries.
 
 ``_C`` takes addresses. What it relies on is proven here or before: indices by CsrPattern, shapes,
 dtypes and devices by the ops; the lengths are compared once more, since the flat ops are callable.
@@ -19,10 +21,11 @@ try:
     from rosa_kernels import _C
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    _MISSING: str | None = f"is not built ({error}); run `make` or `cmake -B build && ...`"
+    MISSING: str | None = f"is not built ({error}); run `make` or `cmake -B build && ...`"
 else:
-    _MISSING = None
+    MISSING = None
 
+MODULE: Any = _C
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _FLOATS = set(_DTYPES)
 _ISAS = {"avx512": 2, "avx2": 1, "portable": 0}
@@ -30,41 +33,54 @@ _ISAS = {"avx512": 2, "avx2": 1, "portable": 0}
 Csr = tuple[int, int, int, int, int]
 
 
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def csr_of(crow: Tensor, col: Tensor, n: int) -> Csr:
     """The checked addresses and sizes of a pattern, as ``_C`` takes them."""
-    _expect(
+    if not (
         crow.dtype is torch.int32
         and col.dtype is torch.int32
         and crow.is_contiguous()
         and col.is_contiguous()
         and crow.dim() == col.dim() == 1
-        and crow.shape[0] > 0,
-        "expected contiguous 1-D int32 index tensors with m + 1 row pointers",
-    )
+        and crow.shape[0] > 0
+    ):
+        raise ValueError("expected contiguous 1-D int32 index tensors with m + 1 row pointers")
     return crow.data_ptr(), col.data_ptr(), crow.shape[0] - 1, n, col.shape[0]
 
 
-def _dtype(x: Tensor) -> int:
+def dtype_code(x: Tensor) -> int:
     code = _DTYPES.get(x.dtype)
     if code is None:
         raise TypeError(f"expected a tensor of a floating dtype among {_FLOATS}, got {x.dtype}")
     return code
 
 
-def _matrix(x: Tensor) -> tuple[int, int, int, int, int, int]:
+def csr_of_w(w: Tensor, crow: Tensor, col: Tensor) -> Csr:
+    """:func:`csr_of` of the pattern of a dense matrix `w`, whose rows it must have."""
+    csr = csr_of(crow, col, w.shape[1])
+    if w.shape[0] != csr[2]:
+        raise ValueError(f"expected w of {csr[2]} rows, got {tuple(w.shape)}")
+    return csr
+
+
+def check_operands(csr: Csr, a: Tensor, b: Tensor) -> None:
+    """That sddmm's operands have the pattern's rows, one k and one dtype."""
+    if a.shape[0] != csr[2] or a.shape[1] != b.shape[1] or a.dtype != b.dtype:
+        raise ValueError(
+            f"expected a ({csr[2]}, {b.shape[1]}) of dtype {b.dtype}, "
+            f"got {tuple(a.shape)} of dtype {a.dtype}"
+        )
+
+
+def matrix_of(x: Tensor) -> tuple[int, int, int, int, int, int]:
     rows, cols = x.shape
     s0, s1 = x.stride()
-    return x.data_ptr(), _dtype(x), rows, cols, s0, s1
+    return x.data_ptr(), dtype_code(x), rows, cols, s0, s1
 
 
-def _vector(x: Tensor, size: int) -> tuple[int, int, int, int]:
-    _expect(x.dim() == 1 and x.shape[0] == size, f"expected {size} values, got {tuple(x.shape)}")
-    return x.data_ptr(), _dtype(x), size, x.stride(0)
+def vector_of(x: Tensor, size: int) -> tuple[int, int, int, int]:
+    if x.dim() != 1 or x.shape[0] != size:
+        raise ValueError(f"expected {size} values, got {tuple(x.shape)}")
+    return x.data_ptr(), dtype_code(x), size, x.stride(0)
 
 
 def workspace_bytes(
@@ -78,11 +94,7 @@ def workspace_bytes(
 def _sddmm(variant: str) -> Callable[..., Tensor]:
     def run(crow: Tensor, col: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
         csr = csr_of(crow, col, b.shape[0])
-        _expect(
-            a.shape[0] == csr[2] and a.shape[1] == b.shape[1] and a.dtype == b.dtype,
-            f"expected a ({csr[2]}, {b.shape[1]}) of dtype {b.dtype}, "
-            f"got {tuple(a.shape)} of dtype {a.dtype}",
-        )
+        check_operands(csr, a, b)
         # Read once: the workspace must fit the threads that use it.
         threads = torch.get_num_threads()
         scratch = workspace_bytes("sddmm", variant, csr, a.shape[1], a.dtype, threads)
@@ -90,9 +102,9 @@ def _sddmm(variant: str) -> Callable[..., Tensor]:
         out = a.new_empty(col.shape[0], dtype=out_dtype)
         _C.sddmm(
             csr,
-            _matrix(a),
-            _matrix(b),
-            _vector(out, csr[4]),
+            matrix_of(a),
+            matrix_of(b),
+            vector_of(out, csr[4]),
             work.data_ptr(),
             threads,
             _ISAS[variant],
@@ -111,9 +123,9 @@ def _spmm(variant: str) -> Callable[..., Tensor]:
         c = empty_like_order(b, csr[2])
         _C.spmm(
             csr,
-            _vector(values, csr[4]),
-            _matrix(b),
-            _matrix(c),
+            vector_of(values, csr[4]),
+            matrix_of(b),
+            matrix_of(c),
             work.data_ptr(),
             threads,
             _ISAS[variant],
@@ -129,27 +141,31 @@ for _name, _isa in _ISAS.items():
         "devices": {"cpu"},
         "dtypes": _FLOATS,
         "priority": 100 + _isa,
-        "unavailable": _MISSING
+        "unavailable": MISSING
         or (None if _C.isa_available(_isa) else f"needs a machine and a build with {_name}"),
     }
     register("sddmm", "cpu", **_common)(_sddmm(_name))
     register("spmm", "cpu", **_common)(_spmm(_name))
 
 
-@register("csr_add_", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=_MISSING)
+@register("csr_add_", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=MISSING)
 def csr_add_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float) -> None:
-    csr = csr_of(crow, col, w.shape[1])
-    _expect(w.shape[0] == csr[2], f"expected w of {csr[2]} rows, got {tuple(w.shape)}")
-    _C.csr_add_(_matrix(w), csr, _vector(values, csr[4]), alpha, torch.get_num_threads())
+    csr = csr_of_w(w, crow, col)
+    _C.csr_add_(matrix_of(w), csr, vector_of(values, csr[4]), alpha, torch.get_num_threads())
 
 
-@register("csr_gather", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=_MISSING)
+@register("csr_gather", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=MISSING)
 def csr_gather(w: Tensor, crow: Tensor, col: Tensor) -> Tensor:
-    csr = csr_of(crow, col, w.shape[1])
-    _expect(w.shape[0] == csr[2], f"expected w of {csr[2]} rows, got {tuple(w.shape)}")
+    csr = csr_of_w(w, crow, col)
     out = w.new_empty(col.shape[0])
-    _C.csr_gather(_matrix(w), csr, _vector(out, csr[4]), torch.get_num_threads())
+    _C.csr_gather(matrix_of(w), csr, vector_of(out, csr[4]), torch.get_num_threads())
     return out
+
+
+@register("csr_scatter_", "cpu", devices={"cpu"}, dtypes=_FLOATS, priority=100, unavailable=MISSING)
+def csr_scatter_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor) -> None:
+    csr = csr_of_w(w, crow, col)
+    _C.csr_scatter_(matrix_of(w), csr, vector_of(values, csr[4]), torch.get_num_threads())
 
 
 @register(
@@ -158,7 +174,7 @@ def csr_gather(w: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     devices={"cpu"},
     dtypes={torch.int32},
     priority=100,
-    unavailable=_MISSING,
+    unavailable=MISSING,
 )
 def csr_transpose(crow: Tensor, col: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     csr = csr_of(crow, col, n)
@@ -166,3 +182,15 @@ def csr_transpose(crow: Tensor, col: Tensor, n: int) -> tuple[Tensor, Tensor, Te
     col_t, permutation = torch.empty_like(col), torch.empty_like(col)
     _C.csr_transpose(csr, crow_t.data_ptr(), col_t.data_ptr(), permutation.data_ptr())
     return crow_t, col_t, permutation
+
+
+@register(
+    "tile_plan", "cpu", devices={"cpu"}, dtypes={torch.int32}, priority=100, unavailable=MISSING
+)
+def tile_plan(
+    crow: Tensor, col: Tensor, n: int, tile_rows: int, tile_cols: int, heavy_fill: float
+) -> tuple[Tensor, Tensor]:
+    plan = _C.tile_plan(csr_of(crow, col, n), tile_rows, tile_cols, heavy_fill)
+    blob = col.new_empty(plan.blob_size)
+    plan.copy_blob(blob.data_ptr())
+    return torch.tensor(plan.header, dtype=torch.int64, device="cpu"), blob

@@ -64,6 +64,27 @@ def csr_gather(w: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     return w[_rows_of(crow, col.numel()), col.long()]
 
 
+@register("csr_scatter_", "reference", devices=DEVICES, dtypes=FLOATS, priority=0)
+def csr_scatter_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor) -> None:
+    w[_rows_of(crow, col.numel()), col.long()] = values.to(w.dtype)
+
+
+# What the dense kernels read and write: rows that are a slab of the pattern's, so that crow begins
+# at `first`; col is the whole pattern's.
+
+
+@register("csr_gather_slab", "reference", devices=DEVICES, dtypes=FLOATS, priority=0)
+def csr_gather_slab(w: Tensor, crow: Tensor, col: Tensor, first: int, out: Tensor) -> None:
+    nnz = out.numel()
+    out.copy_(w[_rows_of(crow, nnz), col[first : first + nnz].long()])
+
+
+@register("csr_scatter_slab_", "reference", devices=DEVICES, dtypes=FLOATS, priority=0)
+def csr_scatter_slab_(w: Tensor, crow: Tensor, col: Tensor, first: int, values: Tensor) -> None:
+    nnz = values.numel()
+    w[_rows_of(crow, nnz), col[first : first + nnz].long()] = values
+
+
 @register("csr_transpose", "reference", devices=DEVICES, dtypes={torch.int32}, priority=0)
 def csr_transpose(crow: Tensor, col: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = _rows_of(crow, col.numel())

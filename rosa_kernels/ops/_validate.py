@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.pattern import INT32_MAX, CsrPattern
+from rosa_kernels.strides import overlaps_itself
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,6 +50,30 @@ def check_values_dtype(op: str, name: str, got: torch.dtype, dense: torch.dtype)
 def check_same_dtype(op: str, a: Tensor, b: Tensor) -> None:
     if a.dtype != b.dtype:
         raise TypeError(f"{op}: expected a and b of one dtype, got {a.dtype} and {b.dtype}")
+
+
+def check_target(op: str, w: Tensor, values: Tensor, instead: str) -> None:
+    """`w` can be written in place and no gradient is lost by it; `instead` advises what to do."""
+    if w.requires_grad:
+        raise RuntimeError(
+            f"{op}: expected a target that does not require grad, got one that does; {instead}, or "
+            "pass w.detach() to change its data"
+        )
+    if values.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: expected values that do not require grad in grad mode, got values that do; "
+            f"{instead}, or torch.no_grad()"
+        )
+    if overlaps_itself(w):
+        raise RuntimeError(
+            f"{op}: expected a target whose elements do not share memory, got shape "
+            f"{tuple(w.shape)} with strides {w.stride()}; clone it first"
+        )
+    if not torch.compiler.is_compiling() and w.is_neg():
+        raise RuntimeError(
+            f"{op}: expected a target that holds its own values, got a lazily negated view; "
+            "resolve_neg() it first"
+        )
 
 
 def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) -> None:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from rosa_kernels import registry
-from rosa_kernels.ops import _library, _validate
+from rosa_kernels.ops import _dispatch, _library, _validate
 from rosa_kernels.ops.csr_gather import csr_gather_op
 from rosa_kernels.pattern import CsrPattern
-from rosa_kernels.strides import overlaps_itself
 
 
 def csr_add(
@@ -60,26 +59,7 @@ def csr_add_(
     grad, or if values does while grad mode is on.
     """
     _check("csr_add_", w, pattern, values)
-    if w.requires_grad:
-        raise RuntimeError(
-            "csr_add_: expected a target that does not require grad, got one that does; use "
-            "csr_add, or pass w.detach() to change its data"
-        )
-    if values.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "csr_add_: expected values that do not require grad in grad mode, got values that do; "
-            "use csr_add, or torch.no_grad()"
-        )
-    if overlaps_itself(w):
-        raise RuntimeError(
-            "csr_add_: expected a target whose elements do not share memory, got shape "
-            f"{tuple(w.shape)} with strides {w.stride()}; clone it first"
-        )
-    if not torch.compiler.is_compiling() and w.is_neg():
-        raise RuntimeError(
-            "csr_add_: expected a target that holds its own values, got a lazily negated view; "
-            "resolve_neg() it first"
-        )
+    _validate.check_target("csr_add_", w, values, "use csr_add")
     csr_add__op(
         w,
         pattern.crow_indices,
@@ -99,8 +79,7 @@ def _check(op: str, w: Tensor, pattern: CsrPattern, values: Tensor) -> None:
 
 
 def _run_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str) -> None:
-    call = registry.Call(w.device.type, w.dtype, tuple(w.shape))
-    registry.select("csr_add_", call, backend).run(w, crow, col, values, alpha)
+    _dispatch.kernel_of_copies("csr_add_", w, backend).run(w, crow, col, values, alpha)
     torch.autograd.graph.increment_version(w)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels import registry
-from rosa_kernels.ops import _library, _validate
+from rosa_kernels.ops import _dispatch, _library, _validate
 from rosa_kernels.pattern import CsrPattern
 
 
@@ -33,8 +33,7 @@ def csr_gather(w: Tensor, pattern: CsrPattern, *, backend: str | None = None) ->
 
 
 def _run(w: Tensor, crow: Tensor, col: Tensor, backend: str) -> Tensor:
-    call = registry.Call(w.device.type, w.dtype, tuple(w.shape))
-    return registry.select("csr_gather", call, backend).run(w, crow, col)
+    return _dispatch.kernel_of_copies("csr_gather", w, backend).run(w, crow, col)
 
 
 def _fake(w: Tensor, crow: Tensor, col: Tensor, backend: str) -> Tensor:

@@ -31,9 +31,15 @@ def transpose_tensors(pattern: CsrPattern) -> list[Tensor]:
     return [t.crow_indices, t.col_indices, pattern.transpose_permutation]
 
 
-def or_transpose(crow: Tensor, col: Tensor, n: int, transpose: list[Tensor]) -> list[Tensor]:
-    """`transpose` if it was handed over, else computed: double backward comes here."""
-    return transpose or list(csr_transpose_op(crow, col, n))
+def or_transpose(
+    crow: Tensor, col: Tensor, n: int, transpose: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """crow, col, permutation and plan of the transpose, as handed over.
+
+    Computed where they were not, without a plan: double backward comes here.
+    """
+    crow_t, col_t, permutation, *plan = transpose or csr_transpose_op(crow, col, n)
+    return crow_t, col_t, permutation, plan
 
 
 def _run(crow: Tensor, col: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rosa_kernels import registry
-from rosa_kernels.ops import _library, _validate
-from rosa_kernels.ops.csr_transpose import or_transpose, transpose_tensors
+from rosa_kernels.ops import _dispatch, _library, _validate
+from rosa_kernels.ops.csr_transpose import or_transpose
 from rosa_kernels.ops.spmm import spmm_op
 from rosa_kernels.pattern import CsrPattern
 
@@ -49,16 +49,19 @@ def sddmm(
         out_dtype = a.dtype
     else:
         _validate.check_values_dtype("sddmm", "out_dtype", out_dtype, a.dtype)
+    backend = registry.requested(backend)
+    differentiate = _library.any_requires_grad(a, b)
     return _library.call(
         sddmm_op,
-        _library.any_requires_grad(a, b),
+        differentiate,
         pattern.crow_indices,
         pattern.col_indices,
-        transpose_tensors(pattern) if _library.any_requires_grad(b) else [],
+        _dispatch.backward_tensors(pattern, backend) if differentiate and b.requires_grad else [],
+        _dispatch.plan_tensors("sddmm", pattern, backend),
         a,
         b,
         out_dtype,
-        registry.requested(backend),
+        backend,
     )
 
 
@@ -66,19 +69,28 @@ def _run(
     crow: Tensor,
     col: Tensor,
     transpose: list[Tensor],
+    plan: list[Tensor],
     a: Tensor,
     b: Tensor,
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    call = registry.Call(a.device.type, a.dtype, (*a.shape, b.shape[0]))
-    return registry.select("sddmm", call, backend).run(crow, col, a, b, out_dtype)
+    kernel = registry.settled("sddmm", a.device.type, a.dtype, backend)
+    if kernel is None:
+        shape = (*a.shape, b.shape[0])
+        kernel = _dispatch.kernel_of_product(
+            "sddmm", shape, col.shape[0], plan, (a, b), out_dtype, backend
+        )
+    if kernel.reads_plan:
+        return kernel.run(crow, col, a, b, out_dtype, plan)
+    return kernel.run(crow, col, a, b, out_dtype)
 
 
 def _fake(
     crow: Tensor,
     col: Tensor,
     transpose: list[Tensor],
+    plan: list[Tensor],
     a: Tensor,
     b: Tensor,
     out_dtype: torch.dtype,
@@ -89,29 +101,39 @@ def _fake(
 
 class _Sddmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, crow: Tensor, col: Tensor, transpose: list[Tensor], *args: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        crow: Tensor,
+        col: Tensor,
+        transpose: list[Tensor],
+        plan: list[Tensor],
+        *args: Any,
+    ) -> Tensor:
         a, b, _, ctx.backend = args
-        ctx.save_for_backward(crow, col, a, b, *transpose)
-        return _library.below_autograd(sddmm_op, crow, col, transpose, *args)
+        ctx.save_for_backward(crow, col, a, b, *plan, *transpose)
+        ctx.plan_size = len(plan)
+        return _library.below_autograd(sddmm_op, crow, col, transpose, plan, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        crow, col, a, b, *transpose = ctx.saved_tensors
+        crow, col, a, b, *rest = ctx.saved_tensors
+        plan, transpose = rest[: ctx.plan_size], rest[ctx.plan_size :]
+        backend = registry.related("spmm", ctx.backend)
         grad_a = grad_b = None
-        if ctx.needs_input_grad[3]:
-            grad_a = spmm_op(crow, col, transpose, grad, b, ctx.backend)
         if ctx.needs_input_grad[4]:
-            crow_t, col_t, permutation = or_transpose(crow, col, b.shape[0], transpose)
+            grad_a = spmm_op(crow, col, transpose, plan, grad, b, backend)
+        if ctx.needs_input_grad[5]:
+            crow_t, col_t, permutation, plan_t = or_transpose(crow, col, b.shape[0], transpose)
             grad_t = grad.index_select(0, permutation)
-            grad_b = spmm_op(crow_t, col_t, [], grad_t, a, ctx.backend)
-        return None, None, None, grad_a, grad_b, None, None
+            grad_b = spmm_op(crow_t, col_t, [], plan_t, grad_t, a, backend)
+        return None, None, None, None, grad_a, grad_b, None, None
 
 
 sddmm_op = _library.define(
-    "sddmm(Tensor crow_indices, Tensor col_indices, Tensor[] transpose, Tensor a, Tensor b, "
-    "ScalarType out_dtype, str backend) -> Tensor",
+    "sddmm(Tensor crow_indices, Tensor col_indices, Tensor[] transpose, Tensor[] plan, Tensor a, "
+    "Tensor b, ScalarType out_dtype, str backend) -> Tensor",
     _run,
     _fake,
     _Sddmm,
-    differentiable=(3, 4),
+    differentiable=(4, 5),
 )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rosa_kernels import registry
-from rosa_kernels.ops import _library, _validate
-from rosa_kernels.ops.csr_transpose import or_transpose, transpose_tensors
+from rosa_kernels.ops import _dispatch, _library, _validate
+from rosa_kernels.ops.csr_transpose import or_transpose
 from rosa_kernels.pattern import CsrPattern
 from rosa_kernels.strides import empty_like_order
 
@@ -34,58 +34,91 @@ def spmm(pattern: CsrPattern, values: Tensor, b: Tensor, *, backend: str | None 
     _validate.check_size("spmm", "b", b, 0, n, "n={} rows like the pattern's columns")
     (b,) = _validate.autocast(b)
     _validate.check_values("spmm", values, pattern, b.dtype)
+    backend = registry.requested(backend)
+    differentiate = _library.any_requires_grad(values, b)
     return _library.call(
         spmm_op,
-        _library.any_requires_grad(values, b),
+        differentiate,
         pattern.crow_indices,
         pattern.col_indices,
-        transpose_tensors(pattern) if _library.any_requires_grad(b) else [],
+        _dispatch.backward_tensors(pattern, backend) if differentiate and b.requires_grad else [],
+        _dispatch.plan_tensors("spmm", pattern, backend),
         values,
         b,
-        registry.requested(backend),
+        backend,
     )
 
 
 def _run(
-    crow: Tensor, col: Tensor, transpose: list[Tensor], values: Tensor, b: Tensor, backend: str
+    crow: Tensor,
+    col: Tensor,
+    transpose: list[Tensor],
+    plan: list[Tensor],
+    values: Tensor,
+    b: Tensor,
+    backend: str,
 ) -> Tensor:
-    call = registry.Call(b.device.type, b.dtype, (crow.shape[0] - 1, *b.shape))
-    return registry.select("spmm", call, backend).run(crow, col, values, b)
+    kernel = registry.settled("spmm", b.device.type, b.dtype, backend)
+    if kernel is None:
+        shape = (crow.shape[0] - 1, *b.shape)
+        kernel = _dispatch.kernel_of_product(
+            "spmm", shape, col.shape[0], plan, (b,), values.dtype, backend
+        )
+    if kernel.reads_plan:
+        return kernel.run(crow, col, values, b, plan)
+    return kernel.run(crow, col, values, b)
 
 
 def _fake(
-    crow: Tensor, col: Tensor, transpose: list[Tensor], values: Tensor, b: Tensor, backend: str
+    crow: Tensor,
+    col: Tensor,
+    transpose: list[Tensor],
+    plan: list[Tensor],
+    values: Tensor,
+    b: Tensor,
+    backend: str,
 ) -> Tensor:
     return empty_like_order(b, crow.shape[0] - 1)
 
 
 class _Spmm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, crow: Tensor, col: Tensor, transpose: list[Tensor], *args: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        crow: Tensor,
+        col: Tensor,
+        transpose: list[Tensor],
+        plan: list[Tensor],
+        *args: Any,
+    ) -> Tensor:
         values, b, ctx.backend = args
-        ctx.save_for_backward(crow, col, values, b, *transpose)
-        return _library.below_autograd(spmm_op, crow, col, transpose, *args)
+        ctx.save_for_backward(crow, col, values, b, *plan, *transpose)
+        ctx.plan_size = len(plan)
+        return _library.below_autograd(spmm_op, crow, col, transpose, plan, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from rosa_kernels.ops.sddmm import sddmm_op
 
-        crow, col, values, b, *transpose = ctx.saved_tensors
+        crow, col, values, b, *rest = ctx.saved_tensors
+        plan, transpose = rest[: ctx.plan_size], rest[ctx.plan_size :]
         grad_values = grad_b = None
-        if ctx.needs_input_grad[3]:
-            grad_values = sddmm_op(crow, col, transpose, grad, b, values.dtype, ctx.backend)
         if ctx.needs_input_grad[4]:
-            crow_t, col_t, permutation = or_transpose(crow, col, b.shape[0], transpose)
+            backend = registry.related("sddmm", ctx.backend)
+            grad_values = sddmm_op(crow, col, transpose, plan, grad, b, values.dtype, backend)
+        if ctx.needs_input_grad[5]:
+            crow_t, col_t, permutation, plan_t = or_transpose(crow, col, b.shape[0], transpose)
             values_t = values.index_select(0, permutation)
-            grad_b = spmm_op(crow_t, col_t, [], values_t, grad, ctx.backend)
-        return None, None, None, grad_values, grad_b, None
+            backend = registry.related("spmm", ctx.backend)
+            grad_b = spmm_op(crow_t, col_t, [], plan_t, values_t, grad, backend)
+        return None, None, None, None, grad_values, grad_b, None
 
 
 spmm_op = _library.define(
-    "spmm(Tensor crow_indices, Tensor col_indices, Tensor[] transpose, Tensor values, Tensor b, "
-    "str backend) -> Tensor",
+    "spmm(Tensor crow_indices, Tensor col_indices, Tensor[] transpose, Tensor[] plan, "
+    "Tensor values, Tensor b, str backend) -> Tensor",
     _run,
     _fake,
     _Spmm,
-    differentiable=(3, 4),
+    differentiable=(4, 5),
 )

@@ -38,6 +38,11 @@ void csr_add_(const MatrixView& w, const CsrView& pattern, const VectorView& val
 // out[t] = w[i_t, j_t], in w's dtype; w may be any strided matrix.
 void csr_gather(const MatrixView& w, const CsrView& pattern, const VectorView& out, int threads);
 
+// w[i_t, j_t] = values[t], rounded where values are float32 beside another dtype, else bit for bit:
+// what csr_gather read goes back. w (m, n) without internal overlap.
+void csr_scatter_(const MatrixView& w, const CsrView& pattern, const VectorView& values,
+                  int threads);
+
 // The pattern of the transpose, and where its entries come from:
 // values_t[s] = values[permutation[s]]. crow_t (n + 1), col_t and permutation (nnz).
 void csr_transpose(const CsrView& pattern, int32_t* crow_t, int32_t* col_t, int32_t* permutation);

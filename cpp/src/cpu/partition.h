@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arena.h"
 #include "cpu/isa/kernels.h"
 #include "rosa/views.h"
 
@@ -77,29 +78,5 @@ inline int block_of(int64_t tokens, int64_t active_cols, int64_t accumulator_siz
 // Sets active[j] to whether column j is to be packed; returns how many are. Columns without a
 // nonzero need not be, but for few tokens finding them costs more than packing them.
 int64_t mark_active_cols(const CsrView& pattern, int64_t tokens, uint8_t* active, int threads);
-
-// Consecutive pieces of a workspace, each aligned to a cache line.
-class Arena {
- public:
-  explicit Arena(void* base) : next_(reinterpret_cast<uintptr_t>(base)) {}
-  void* take(int64_t bytes) {
-    next_ = (next_ + 63) / 64 * 64;
-    void* piece = reinterpret_cast<void*>(next_);
-    next_ += static_cast<uintptr_t>(bytes);
-    return piece;
-  }
-  uintptr_t end() const { return next_; }
-
- private:
-  uintptr_t next_;
-};
-
-// What `lay_out(arena)` takes in all, wherever its base may lie.
-template <class LayOut>
-int64_t bytes_of(const LayOut& lay_out) {
-  Arena arena(nullptr);
-  lay_out(arena);
-  return static_cast<int64_t>(arena.end()) + 63;
-}
 
 }  // namespace rosa::cpu

@@ -13,19 +13,28 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench import plot_rows
+from bench import baselines
+from bench.plot import rows as plot_rows
 from bench.results import Row
 
 OURS_COLOR, INK, FAINT = "#D55E00", "#333333", "#999999"
 # Muted members of Paul Tol's colour-blind-safe sets; markers tell them apart in grey too.
 _PEERS = {
     "dense": ("#555555", "s"),
-    "torch-csr": ("#6699CC", "^"),
+    "torch": ("#6699CC", "^"),
     "torch-csc": ("#332288", "v"),
-    "torch-sampled": ("#6699CC", "^"),
+    "cusparse": ("#882255", "P"),
+    "sputnik_style": ("#CCBB44", "X"),
     "scipy": ("#997700", "D"),
     "numpy": ("#997700", "D"),
     "spops": ("#44AA99", "o"),
+}
+# Our kernels when they are drawn beside "auto", by the last part of their names.
+_OWN = {
+    "gather": ("#0072B2", "v"),
+    "tile": ("#009E73", "s"),
+    "wgmma": ("#CC79A7", "D"),
+    "dense": ("#555555", "P"),
 }
 OURS_NAME = "rosa-kernels"
 
@@ -55,13 +64,14 @@ def look(kernel: str) -> dict[str, Any]:
     """Colour, marker and weight of a contender's line."""
     if kernel == "auto":
         return {"color": OURS_COLOR, "marker": "o", "linewidth": 2.6, "markersize": 6, "zorder": 5}
-    color, marker = _PEERS.get(kernel, (FAINT, "x"))
+    peer = _PEERS.get(kernel) or _PEERS.get(baselines.family(kernel))
+    color, marker = peer or _OWN.get(kernel.replace("-", "/").split("/")[-1], (FAINT, "x"))
     return {"color": color, "marker": marker, "linewidth": 1.3, "markersize": 4, "zorder": 3}
 
 
 def name_of(kernel: str) -> str:
     """What a plot calls a contender."""
-    return OURS_NAME if kernel == "auto" else kernel
+    return OURS_NAME if kernel == "auto" else kernel.replace("_", "-")
 
 
 def context() -> AbstractContextManager[None]:
@@ -71,6 +81,7 @@ def context() -> AbstractContextManager[None]:
 
 def figure(width: float, height: float, title: str, note: str, row: Row) -> Figure:
     """An empty figure with a bold title, and what it was measured on below."""
+    width = max(width, 7.5)  # or the note would not fit
     # Two lines of text at fixed height, whatever the height of the figure.
     engine = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 / height), w_pad=0.08, h_pad=0.08)
     fig = Figure(figsize=(width, height), layout=engine)

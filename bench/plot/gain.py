@@ -1,0 +1,60 @@
+"""SDDMM's gain over dense GEMM + gather, which on a GPU is the peer to beat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench import report
+from bench.plot import rows as plot_rows
+from bench.plot import style
+from bench.results import Row
+
+_KINDS = {
+    "generated": (style.OURS_COLOR, "o", "generated masks"),
+    "real": ("#882255", "D", "real masks, replicated"),
+    "uniform": ("#0072B2", "s", "uniform masks"),
+    "peers": (style.FAINT, "x", "fastest sparse peer, generated masks"),
+}
+
+
+def speedup_over_dense(
+    curves: plot_rows.Speedups, dtype: str, sample: Row, out: Path, name: str
+) -> list[Path]:
+    """A panel per number of tokens, a line per kind of mask."""
+    tokens = list(curves)
+    fig = style.figure(
+        0.9 + 3.6 * len(tokens),
+        4.6,
+        f"SDDMM: times faster than dense GEMM + gather, {dtype}",
+        f"4032×4032 and larger, {plot_rows.CHARGE_NOTE}; line: geometric mean, band: all masks",
+        sample,
+    )
+    grid = fig.subplots(1, len(tokens), squeeze=False, sharey=True)[0]
+    seen: dict[str, object] = {}
+    for k, axes in zip(tokens, grid, strict=True):
+        densities: set[float] = set()
+        for kind, by_density in curves[k].items():
+            color, marker, label = _KINDS[kind]
+            xs = sorted(by_density)
+            means = [report.geomean(by_density[x]) for x in xs]
+            line = "none" if len(xs) == 1 else "-"
+            (handle,) = axes.plot(xs, means, color=color, marker=marker, linestyle=line)
+            if label not in seen or line == "-":
+                seen[label] = handle
+            low, high = ([pick(by_density[x]) for x in xs] for pick in (min, max))
+            if len(xs) == 1:
+                axes.vlines(xs, low, high, color=color, alpha=0.4)
+            else:
+                axes.fill_between(xs, low, high, color=color, alpha=0.12, linewidth=0)
+            densities |= set(xs)
+        axes.axhline(1, color=style.INK, linestyle=(0, (5, 3)), linewidth=1)
+        style.plain_log(axes, "y")
+        style.density_axis(axes, sorted(densities))
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_title(f"{k} tokens")
+        axes.set_xlabel("density")
+    grid[0].set_ylabel("t(dense GEMM + gather) / t")
+    fig.legend(
+        seen.values(), seen, loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8
+    )
+    return style.save(fig, out, name)

@@ -1,0 +1,85 @@
+"""Every case against every peer, as a table of colours."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+
+from bench import baselines, report
+from bench.contender import FROM_TOKEN_MAJOR
+from bench.plot import rows as plot_rows
+from bench.plot import style
+from bench.results import Row
+
+_MOST_LINES = 80  # a page and a half
+# Mid tone at 1: orange where a peer is faster, blue where ours is; safe for colour-blind readers.
+_DIVERGING = LinearSegmentedColormap.from_list("wins", ["#E66100", "#FBF7F2", "#2F6DA8"])
+
+
+def speedup_heatmap(rows: list[Row], out: Path, name: str) -> list[Path]:
+    """A line per case, or where there are too many of them per kind of case."""
+    found = [r for r in report.ratios(rows, FROM_TOKEN_MAJOR) if r.ours["op"] in plot_rows.PRODUCTS]
+    if not found:
+        return []
+    ops = [op for op in plot_rows.PRODUCTS if any(r.ours["op"] == op for r in found)]
+    lines, line_of = plot_rows.lines(found, _MOST_LINES)
+    peers = {
+        op: [
+            peer
+            for peer in dict.fromkeys((*baselines.names(), *baselines.families()))
+            if any(r.ours["op"] == op and r.peer["kernel"] == peer for r in found)
+        ]
+        for op in ops
+    }
+    pooled = "" if len(lines) == len({plot_rows.problem(r.ours) for r in found}) else "means; "
+    sample = found[0].ours
+    fig = style.figure(
+        3.2 + 0.85 * sum(len(names) for names in peers.values()),
+        1.3 + 0.235 * len(lines),
+        f"How many times faster than each peer, {sample['dtype']}",
+        f"{plot_rows.CHARGE_NOTE}; {pooled}orange: the peer wins",
+        sample,
+    )
+    widths = [len(peers[op]) for op in ops]
+    grid = fig.subplots(1, len(ops), squeeze=False, sharey=True, width_ratios=widths)[0]
+    norm = TwoSlopeNorm(0.0, -4.0, 4.0)  # log2: a factor of 16 either way
+    for op, axes in zip(ops, grid, strict=True):
+        table: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for r in found:
+            if r.ours["op"] == op:
+                table[line_of(r.ours), r.peer["kernel"]].append(r.value)
+        for i, line in enumerate(lines):
+            for j, peer in enumerate(peers[op]):
+                if (line, peer) in table:
+                    _cell(axes, i, j, report.geomean(table[line, peer]), norm)
+        axes.set_xlim(-0.5, len(peers[op]) - 0.5)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        names = [style.name_of(peer) for peer in peers[op]]
+        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.xaxis.tick_top()
+        axes.set_yticks(range(len(lines)), lines, fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_title(plot_rows.TITLES[op])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    return style.save(fig, out, name)
+
+
+def _cell(axes: Axes, i: int, j: int, value: float, norm: TwoSlopeNorm) -> None:
+    color = _DIVERGING(norm(min(max(math.log2(value), -4.0), 4.0)))
+    axes.fill_between([j - 0.48, j + 0.48], i - 0.47, i + 0.47, color=color, linewidth=0)
+    dark = value > 7 or value < 1 / 7
+    axes.text(
+        j,
+        i,
+        f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}",
+        ha="center",
+        va="center",
+        fontsize=8,
+        fontweight="bold" if value < 1 else "normal",
+        color="white" if dark else style.INK,
+    )

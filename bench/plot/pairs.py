@@ -1,0 +1,80 @@
+"""Real masks beside uniform ones of the same shape and density."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from bench import report
+from bench.plot import rows as plot_rows
+from bench.plot import style
+from bench.results import Row
+
+
+def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
+    """A line per real mask: ours and the fastest sparse peer on it and on its uniform twin."""
+    pairs = plot_rows.real_pairs(rows)
+    if not pairs:
+        return []
+    ops = [op for op in plot_rows.PRODUCTS if any(key[0] == op for key in pairs)]
+    sizes = sorted({large for _, large in pairs})
+    tallest = [max(len(pairs.get((op, large), ())) for op in ops) for large in sizes]
+    sample = next(iter(pairs.values()))[0].real[report.OURS]
+    fig = style.figure(
+        1.6 + 4.0 * len(ops),
+        1.5 + sum(0.32 * count + 0.6 for count in tallest),
+        f"Real masks and uniform masks of the same density, {sample['dtype']}",
+        f"{sample['k']} tokens, {plot_rows.CHARGE_NOTE}",
+        sample,
+    )
+    heights = [count + 1 for count in tallest]
+    grid = fig.subplots(len(sizes), len(ops), squeeze=False, height_ratios=heights)
+    for line, large in zip(grid, sizes, strict=True):
+        for op, axes in zip(ops, line, strict=True):
+            _dumbbells(axes, pairs.get((op, large), []))
+            axes.set_title(f"{plot_rows.TITLES[op]}{', replicated masks' if large else ''}")
+            if op != ops[0]:
+                axes.set_yticklabels([])
+    for axes in grid[-1]:
+        axes.set_xlabel("GFLOP/s on the nonzeros")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    fig.legend(
+        handles, labels, loc="outside lower center", ncols=2 * len(ops), frameon=False, fontsize=8
+    )
+    return style.save(fig, out, name)
+
+
+def _dumbbells(axes: Axes, pairs: list[plot_rows.RealPair]) -> None:
+    """Per layer: ours and the fastest sparse peer, real filled, uniform hollow."""
+    seen: set[str] = set()
+    for i, (_, real, uniform) in enumerate(pairs):
+        sparse = [k for k in real if k in uniform and k not in (report.OURS, "dense")]
+        best = min(sparse, key=lambda k: real[k]["median_s"], default=None)
+        for kernel, color, who in (
+            (report.OURS, style.OURS_COLOR, style.OURS_NAME),
+            (best, "#6699CC", "fastest sparse peer"),
+        ):
+            if kernel is None or kernel not in real or kernel not in uniform:
+                continue
+            x, u = (row["flops"] / row["median_s"] / 1e9 for row in (real[kernel], uniform[kernel]))
+            axes.plot([x, u], [i, i], color=color, linewidth=1.5, alpha=0.5, zorder=2)
+            for value, face, what in ((x, color, "real mask"), (u, "white", "uniform mask")):
+                label = f"{who}, {what}"
+                axes.plot(
+                    [value],
+                    [i],
+                    "o",
+                    markersize=6,
+                    markerfacecolor=face,
+                    markeredgecolor=color,
+                    label=None if label in seen else label,
+                    linestyle="none",
+                    zorder=3,
+                )
+                seen.add(label)
+    axes.set_yticks(range(len(pairs)), [label for label, _, _ in pairs], fontsize=8)
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)

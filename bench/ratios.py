@@ -1,0 +1,125 @@
+"""How many times faster, by kind of case: than every family of peers, and than our own kernels.
+
+The rows of any number of runs are taken together; every ratio is within one case of one run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bench import baselines, targets
+from bench.races import Race, races
+from bench.report import PRODUCTS, Table, geomean, mask_kind
+from bench.results import Row
+
+_GROUP = "device, op, dtype, masks, density, tokens"
+# Upper ends of the bands of density that cases are grouped by.
+_BANDS = (0.002, 0.0045, 0.008, 0.015, 0.03, 1.0)
+# "auto" that is slower than one of our kernels by more than this took the wrong one.
+_WRONG = 1.05
+
+
+def band(density: float) -> str:
+    """The band of densities that a case is counted in."""
+    last = _band(density)
+    low, high = _BANDS[last - 1] * 100, _BANDS[last] * 100
+    if last == 0:
+        return f"< {high:g} %"
+    return f">= {low:g} %" if last == len(_BANDS) - 1 else f"{low:g}-{high:g} %"
+
+
+def _band(density: float) -> int:
+    return next(i for i, high in enumerate(_BANDS) if density <= high)
+
+
+def tables(rows: Iterable[Row], limit: int | None = None) -> list[Table]:
+    """Ratios to peers, to our own kernels, the wrong choices of "auto", and the targets."""
+    found = races(rows)
+    made = [
+        peers_table(found),
+        own_table(found),
+        choices_table(found, limit),
+        targets.table(found),
+    ]
+    return [table for table in made if table.rows]
+
+
+def peers_table(found: Sequence[Race]) -> Table:
+    """Geometric mean and worst case against the fastest of each family."""
+    families = [
+        family for family in baselines.families() if any(family in race.peers for race in found)
+    ]
+    table = Table(
+        "Times faster than the fastest of a family of peers: geometric mean (worst)",
+        [_GROUP, "cases", *families],
+    )
+    for group, members in _grouped(found):
+        cells = [_spread([race.against(family) for race in members], min) for family in families]
+        table.rows.append([group, str(len(members)), *cells])
+    return table
+
+
+def own_table(found: Sequence[Race]) -> Table:
+    """How much slower "auto" is than the best of our kernels, and which these were."""
+    table = Table(
+        "auto against the best of our own kernels: times slower, geometric mean (worst)",
+        [_GROUP, "cases", "slower", "auto took", "the fastest was"],
+    )
+    for group, members in _grouped([race for race in found if race.own]):
+        slower = [race.auto["median_s"] / race.best_own()["median_s"] for race in members]
+        taken = Counter(race.auto["backend"] for race in members)
+        best = Counter(race.best_own()["backend"] for race in members)
+        table.rows.append(
+            [group, str(len(members)), _spread(slower, max), _counts(taken), _counts(best)]
+        )
+    return table
+
+
+def choices_table(found: Sequence[Race], limit: int | None = None) -> Table:
+    """The cases in which "auto" should have taken another of our kernels, worst first."""
+    wrong = []
+    for race in found:
+        best = race.best_own()
+        if best is not None and best["backend"] != race.auto["backend"]:
+            factor = race.auto["median_s"] / best["median_s"]
+            if factor > _WRONG:
+                wrong.append((factor, race.auto, best))
+    wrong.sort(key=lambda entry: -entry[0])
+    shown = wrong[:limit]
+    more = f"; the worst {len(shown)}, `ratios` has all" if len(shown) < len(wrong) else ""
+    table = Table(
+        f"auto should have taken another of our kernels: {len(wrong)} of {len(found)} cases{more}",
+        ["case", "took", "ms", "better", "ms", "slower"],
+    )
+    for factor, auto, best in shown:
+        cells = [(row["backend"], f"{row['median_s'] * 1e3:.3f}") for row in (auto, best)]
+        table.rows.append([auto["case"], *cells[0], *cells[1], f"{factor:.2f}"])
+    return table
+
+
+def _grouped(found: Iterable[Race]) -> list[tuple[str, list[Race]]]:
+    groups: dict[tuple[Any, ...], list[Race]] = defaultdict(list)
+    for race in found:
+        row = race.auto
+        what = (row["device"], row["op"], row["dtype"], mask_kind(row["mask"]))
+        groups[*what, _band(row["density"]), row["k"]].append(race)
+    named = []
+    for key in sorted(groups):
+        row = groups[key][0].auto
+        tokens = f"{row['k']}" if row["op"] in PRODUCTS else "-"
+        parts = (*key[:4], band(row["density"]), tokens)
+        named.append((", ".join(parts), groups[key]))
+    return named
+
+
+def _spread(values: Sequence[float | None], worst: Callable[[list[float]], float]) -> str:
+    present = [value for value in values if value is not None]
+    if not present:
+        return "-"
+    return f"{geomean(present):.2f} ({worst(present):.2f})"
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counter.most_common())

@@ -1,0 +1,95 @@
+// The devices there are, and whether this build has code for them.
+#include <cstdlib>
+
+#include "cuda/platform.h"
+#include "rosa/cuda.h"
+
+#ifndef ROSA_CUDA_ARCHITECTURES
+#define ROSA_CUDA_ARCHITECTURES "unknown architectures"
+#endif
+#ifndef ROSA_HAS_WGMMA
+#define ROSA_HAS_WGMMA 0
+#endif
+
+namespace rosa::cuda {
+
+#if defined(ROSA_SIMT)
+
+// The emulated device: so few multiprocessors, and so little scratch, that small problems fill them
+// several times over.
+std::string unavailable() { return ""; }
+std::string unsupported(int) { return ""; }
+DeviceProperties properties(int device) {
+  // Device 1 has too little shared memory for kernels that keep an operand there; device 2 has one
+  // multiprocessor and room for long chunks, so that one block goes through many lines of a tile.
+  const int64_t shared_bytes = device == 1 ? 16 << 10 : 227 << 10;
+  const int64_t panel_bytes = device == 2 ? 4 << 20 : 256 << 10;
+  return {device == 2 ? 1 : 3, 9, 0, 50 << 20, shared_bytes, panel_bytes, true};
+}
+bool has_wgmma() { return true; }
+
+#else
+
+namespace {
+
+// Panels of one chunk of tokens. More would cost memory; less would cost launches: three of 2.5 us
+// a chunk (an estimate), beside 30 us and more that packing so much takes.
+constexpr int64_t kPanelMib = 128;
+
+// For experiments: ROSA_PANEL_MIB overrides it, and ROSA_EARLY_LAUNCH=1 lets launches overlap.
+int64_t from_environment(const char* name, int64_t otherwise) {
+  const char* text = std::getenv(name);
+  const int64_t value = text != nullptr ? std::atoll(text) : 0;
+  return value > 0 ? value : otherwise;
+}
+
+// Asked for its attributes, to learn whether this build has code for a device.
+__global__ void probe_kernel() {}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+std::string unavailable() {
+  int count = 0;  // left untouched where there is no driver
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess && count > 0) return "";
+  cudaGetLastError();
+  return std::string("needs a CUDA device and driver: ") +
+         (status == cudaSuccess ? "no device was found" : cudaGetErrorString(status));
+}
+
+std::string unsupported(int device) {
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  if (status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction)
+    return cudaGetErrorString(status);
+  const DeviceProperties p = properties(device);
+  return "has no code for compute capability " + std::to_string(p.capability_major) + "." +
+         std::to_string(p.capability_minor) + " in this build, which was made for " +
+         ROSA_CUDA_ARCHITECTURES;
+}
+
+DeviceProperties properties(int device) {
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  return {attribute(cudaDevAttrMultiProcessorCount, device),
+          major,
+          attribute(cudaDevAttrComputeCapabilityMinor, device),
+          attribute(cudaDevAttrL2CacheSize, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          from_environment("ROSA_PANEL_MIB", kPanelMib) << 20,
+          major >= 9 && from_environment("ROSA_EARLY_LAUNCH", 0) > 0};
+}
+
+bool has_wgmma() { return ROSA_HAS_WGMMA; }
+
+#endif
+
+}  // namespace rosa::cuda

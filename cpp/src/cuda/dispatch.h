@@ -1,0 +1,40 @@
+// From a run-time dtype to a type, and the checks that every entry makes.
+#pragma once
+
+#include "cuda/numeric.h"
+#include "rosa/check.h"
+#include "rosa/tile_plan.h"
+#include "rosa/views.h"
+
+namespace rosa::cuda {
+
+// body(T{}) for the storage type T of `dtype`.
+template <class Body>
+void with_float(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(Bf16{});
+    case DType::kFloat16:
+      return body(Half{});
+    case DType::kFloat64:
+      break;
+  }
+  check(false, "expected a dtype among float32, bfloat16 and float16 on CUDA");
+}
+
+// Values and results beside dense operands of one dtype have that dtype or float32.
+inline void check_values(const VectorView& values, DType dense, int64_t nnz) {
+  check(values.size == nnz, "expected as many values as the pattern has nonzeros");
+  check(values.dtype == dense || values.dtype == DType::kFloat32,
+        "expected values of the dense operands' dtype or float32");
+}
+
+inline void check_plan(const PlanView& plan, const CsrView& pattern) {
+  check(plan.empty() || (plan.rows.size == pattern.rows && plan.cols.size == pattern.cols &&
+                         plan.nnz == pattern.nnz),
+        "expected the tile plan of this pattern");
+}
+
+}  // namespace rosa::cuda

@@ -1,0 +1,461 @@
+"""The faults that mutants.py plants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# A failed check of the tests, or an exception that none of them expects.
+ANY_FAILURE = r"\.(?:cpp|h|cu|cuh):\d+: |what\(\): "
+OUT_OF_BOUNDS = r"AddressSanitizer: "
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Args:
+        name: Kernel and fault.
+        file: Below cpp/src.
+        original: Text that the file holds exactly once.
+        replacement: What stands there instead.
+        test: The test that must fail, in cpp/tests/simt.
+        why: What goes wrong.
+        sanitizer: "" or "address".
+        seen_as: What the test's complaint must match.
+    """
+
+    name: str
+    file: str
+    original: str
+    replacement: str
+    test: str
+    why: str
+    sanitizer: str = ""
+    seen_as: str = ANY_FAILURE
+
+
+def out_of_bounds(
+    name: str, file: str, original: str, replacement: str, test: str, why: str
+) -> Mutant:
+    """A fault that only AddressSanitizer need see."""
+    return Mutant(name, file, original, replacement, test, why, "address", OUT_OF_BOUNDS)
+
+
+TILE, WGMMA, PACK = "cuda/sddmm_tile.cuh", "cuda/sddmm_wgmma.cuh", "cuda/pack.cuh"
+GATHER, FINALIZE = "cuda/sddmm_gather.cuh", "cuda/sddmm_finalize.cuh"
+SPMM_GATHER, SPMM_STAGED = "cuda/spmm_gather.cuh", "cuda/spmm_staged.cuh"
+SPMM_TILE, ENTRIES = "cuda/spmm_tile.cuh", "cuda/csr_entries.cuh"
+SPUTNIK_SPMM = "cuda/baselines/sputnik_style_spmm.cuh"
+SDDMM_TEST, WGMMA_TEST = "test_cuda_sddmm", "test_cuda_sddmm_wgmma"
+SPMM_TEST, BASELINES_TEST = "test_cuda_spmm", "test_cuda_baselines"
+
+SDDMM_MUTANTS = [
+    Mutant(
+        "tile: missing barrier before a stage is read",
+        TILE,
+        "one before it is free again.\n      __syncthreads();\n",
+        "one before it is free again.\n",
+        SDDMM_TEST,
+        "a warp reads what another one copies, or refills what another one reads",
+    ),
+    Mutant(
+        "tile: early refill",
+        TILE,
+        "      copy_async_wait<Shape::kStages - 2>();\n",
+        "      if (block + Shape::kStages - 1 < piece.end) load(block + Shape::kStages - 1);\n"
+        "      copy_async_wait<Shape::kStages - 2>();\n",
+        SDDMM_TEST,
+        "the stage that is refilled is still being read",
+    ),
+    Mutant(
+        "tile: waits for too few copies",
+        TILE,
+        "copy_async_wait<Shape::kStages - 2>();",
+        "copy_async_wait<Shape::kStages - 1>();",
+        SDDMM_TEST,
+        "the stage to be read has not landed",
+    ),
+    Mutant(
+        "tile: missing drain",
+        TILE,
+        "    __syncthreads();  // the stages become the sampling area\n",
+        "",
+        SDDMM_TEST,
+        "sums overwrite stages that another warp still reads",
+    ),
+    Mutant(
+        "tile: missing barrier before sampling",
+        TILE,
+        "    __syncthreads();\n    sample_tile<",
+        "    sample_tile<",
+        SDDMM_TEST,
+        "sums of other warps are read before they are there",
+    ),
+    Mutant(
+        "tile: missing barrier between tiles",
+        TILE,
+        "    __syncthreads();  // the sampling area becomes stages again\n",
+        "",
+        SDDMM_TEST,
+        "copies of the next tile overwrite sums that are still read",
+    ),
+    Mutant(
+        "tile: wrong swizzle",
+        TILE,
+        "((step * 2 + half_a) ^ (line_a % 8))",
+        "((step * 2 + half_a) ^ (line_a % 4))",
+        SDDMM_TEST,
+        "lines 4 to 7 of eight are read in the wrong order",
+    ),
+    Mutant(
+        "tile: slices left as they were",
+        TILE,
+        "int32_t slice = piece.slice + 1;",
+        "int32_t slice = piece.slice + 2;",
+        SDDMM_TEST,
+        "a slice that nobody wrote is added",
+    ),
+    Mutant(
+        "tile: pieces overwrite each other",
+        TILE,
+        "piece.accumulate = piece.end < args.blocks;\n  if (piece.accumulate) {",
+        "piece.accumulate = false;\n  if (piece.end < args.blocks) {",
+        WGMMA_TEST,
+        "only the last piece of a long sum is kept",
+    ),
+    Mutant(
+        "wgmma: empty stage not awaited",
+        WGMMA,
+        "      mbarrier_wait(&shared.empty[place.stage], place.round ^ 1);\n",
+        "",
+        WGMMA_TEST,
+        "the stage that is refilled is still being read",
+    ),
+    Mutant(
+        "wgmma: full stage not awaited",
+        WGMMA,
+        "    mbarrier_wait(&shared.full[place.stage], place.round);\n",
+        "",
+        WGMMA_TEST,
+        "the stage to be read has not landed",
+    ),
+    Mutant(
+        "wgmma: rounds not counted",
+        WGMMA,
+        "      round ^= 1;\n",
+        "",
+        WGMMA_TEST,
+        "from the second round on, waits end at once or never",
+    ),
+    Mutant(
+        "wgmma: stage given back too early",
+        WGMMA,
+        "    wgmma_wait<1>();\n",
+        "    wgmma_wait<2>();\n",
+        WGMMA_TEST,
+        "the products of the stage before may still read it",
+    ),
+    Mutant(
+        "wgmma: stage given back before its own products",
+        WGMMA,
+        "if (elected && i > 0) mbarrier_arrive(&shared.empty[before]);\n    before = place.stage;",
+        "before = place.stage;\n    if (elected && i + 1 < blocks) "
+        "mbarrier_arrive(&shared.empty[before]);",
+        WGMMA_TEST,
+        "the products just issued still read the stage",
+    ),
+    Mutant(
+        "wgmma: too few bytes announced",
+        WGMMA,
+        "mbarrier_expect_bytes(full, WgmmaTile::kStageBytes);",
+        "mbarrier_expect_bytes(full, WgmmaTile::kBytesA);",
+        WGMMA_TEST,
+        "a phase ends when part of the stage has landed",
+    ),
+    Mutant(
+        "wgmma: missing fence",
+        WGMMA,
+        "    wgmma_fence();\n",
+        "",
+        WGMMA_TEST,
+        "accumulators are not handed over",
+    ),
+    Mutant(
+        "wgmma: products not awaited",
+        WGMMA,
+        "  wgmma_wait<0>();\n",
+        "",
+        WGMMA_TEST,
+        "sums are read before they are there",
+    ),
+    Mutant(
+        "wgmma: wrong column step",
+        WGMMA,
+        "swizzled_descriptor(b + step * 2 * kSegmentBytes)",
+        "swizzled_descriptor(b + step * kSegmentBytes)",
+        WGMMA_TEST,
+        "products of different tokens are added",
+    ),
+    Mutant(
+        "wgmma: missing barrier before sampling",
+        WGMMA,
+        "    named_barrier_sync(kBarrier, kThreads);\n    for (int32_t first",
+        "    for (int32_t first",
+        WGMMA_TEST,
+        "sums of other warps are read before they are there",
+    ),
+    Mutant(
+        "wgmma: missing barrier between quarters",
+        WGMMA,
+        "    named_barrier_sync(kBarrier, kThreads);  // nobody reads the last quarter any more\n",
+        "",
+        WGMMA_TEST,
+        "a quarter is overwritten while it is read",
+    ),
+    Mutant(
+        "pack: missing barrier",
+        PACK,
+        "  __syncthreads();\n  transpose_to_lines(",
+        "  transpose_to_lines(",
+        SDDMM_TEST,
+        "the tile is transposed before it is there",
+    ),
+    Mutant(
+        "pack: wrong last row",
+        PACK,
+        "if (index < side.size) p =",
+        "if (index < side.size - 1) p =",
+        SDDMM_TEST,
+        "the operand's last row is not packed",
+    ),
+    Mutant(
+        "pack: wrong tail of the tokens",
+        PACK,
+        "const int64_t count = token < tokens ?",
+        "const int64_t count = token <= tokens ?",
+        SDDMM_TEST,
+        "a token that is not the chunk's is packed, of both operands",
+        "address",
+        rf"{OUT_OF_BOUNDS}|{ANY_FAILURE}",
+    ),
+    Mutant(
+        "pack: wrong swizzle",
+        PACK,
+        "                                  (s ^ (p & 7)) * kSegmentBytes);",
+        "                                  (s ^ (p & 3)) * kSegmentBytes);",
+        SDDMM_TEST,
+        "half the lines are not in the order that they are read in",
+    ),
+    out_of_bounds(
+        "pack: reads past a row",
+        PACK,
+        "if (vector && count >= kWords) return",
+        "if (vector && count > 0) return",
+        SDDMM_TEST,
+        "the last vector of the operand reaches past its end",
+    ),
+    out_of_bounds(
+        "pack: writes before the panel",
+        PACK,
+        "    if (p >= 0)\n      *panel_segment(side, block, p, half * 4",
+        "    *panel_segment(side, block, p, half * 4",
+        SDDMM_TEST,
+        "rows without a position go to position -1",
+    ),
+    Mutant(
+        "gather: wrong tail of the tokens",
+        GATHER,
+        "lane % kSegments < segments)",
+        "lane % kSegments <= segments)",
+        SDDMM_TEST,
+        "a segment past the last one is read",
+        "address",
+        rf"{OUT_OF_BOUNDS}|{ANY_FAILURE}",
+    ),
+    out_of_bounds(
+        "gather: writes past the last nonzero",
+        GATHER,
+        "  if (lane >= count) return;\n",
+        "  if (lane > count) return;\n",
+        SDDMM_TEST,
+        "one lane too many stores",
+    ),
+    Mutant(
+        "gather: wrong row of a nonzero",
+        GATHER,
+        "if (crow[middle] <= t) {",
+        "if (crow[middle] < t) {",
+        SDDMM_TEST,
+        "a row's first nonzero is taken for the row before's",
+    ),
+    Mutant(
+        "gather: wrong lanes exchange",
+        GATHER,
+        "__shfl_xor_sync(kAll, odd ? x : y, 8)",
+        "__shfl_xor_sync(kAll, odd ? x : y, 4)",
+        SDDMM_TEST,
+        "sums of different nonzeros are added",
+    ),
+    out_of_bounds(
+        "finalize: one nonzero too many",
+        FINALIZE,
+        "if (e >= heavy.count + light.count) return;",
+        "if (e > heavy.count + light.count) return;",
+        SDDMM_TEST,
+        "reads and writes past the ends",
+    ),
+    Mutant(
+        "finalize: forgets a slice",
+        FINALIZE,
+        "for (int32_t s = 1; s < slices; ++s)",
+        "for (int32_t s = 1; s < slices - 1; ++s)",
+        SDDMM_TEST,
+        "the last slice is not added",
+    ),
+]
+
+SPMM_MUTANTS = [
+    Mutant(
+        "spmm gather: missing barrier before the tasks",
+        SPMM_GATHER,
+        "  __syncthreads();\n\n  const int count = tasks",
+        "  const int count = tasks",
+        SPMM_TEST,
+        "tasks are taken before they are all listed",
+    ),
+    Mutant(
+        "spmm gather: missing barrier before the results leave",
+        SPMM_GATHER,
+        "  __syncthreads();\n\n  if (cuts > 0) {",
+        "  if (cuts > 0) {",
+        SPMM_TEST,
+        "results of other warps are read before they are there",
+    ),
+    Mutant(
+        "spmm gather: wrong tail of a row",
+        SPMM_GATHER,
+        "if (kFull || entry < count) loaded",
+        "if (kFull || entry <= count) loaded",
+        SPMM_TEST,
+        "column 0 is read for an entry that there is not: 0 times its Inf is NaN",
+    ),
+    Mutant(
+        "spmm staged: missing barrier after staging",
+        SPMM_STAGED,
+        "  __syncthreads();\n\n  // Chunks of equal size.",
+        "  // Chunks of equal size.",
+        SPMM_TEST,
+        "slots are read before they are there",
+    ),
+    Mutant(
+        "spmm staged: missing barrier between chunks",
+        SPMM_STAGED,
+        "    __syncthreads();  // the lists and the results give way to the next chunk's\n",
+        "",
+        SPMM_TEST,
+        "the next chunk's rows are listed over results that have not left",
+    ),
+    Mutant(
+        "spmm tile: missing barrier in the main loop",
+        SPMM_TILE,
+        "the step and the slab before are free.\n    __syncthreads();\n",
+        "the step and the slab before are free.\n",
+        SPMM_TEST,
+        "a warp reads what another one copies, or refills what another one reads",
+    ),
+    Mutant(
+        "spmm tile: copies not awaited",
+        SPMM_TILE,
+        "    copy_async_wait<0>();\n",
+        "    copy_async_wait<1>();\n",
+        SPMM_TEST,
+        "the step to be read has not landed",
+    ),
+    Mutant(
+        "spmm tile: missing barrier after clearing",
+        SPMM_TILE,
+        "    clear_slab(slabs);\n    __syncthreads();\n",
+        "    clear_slab(slabs);\n",
+        SPMM_TEST,
+        "what one thread wrote into the slab another one clears",
+    ),
+    Mutant(
+        "spmm tile: missing drain",
+        SPMM_TILE,
+        "  __syncthreads();  // the sums replace the slabs\n",
+        "",
+        SPMM_TEST,
+        "sums overwrite a slab that another warp still reads",
+    ),
+    Mutant(
+        "spmm tile: wrong swizzle",
+        SPMM_TILE,
+        "((col % kStepCols / 8) ^ (row % 8))",
+        "((col % kStepCols / 8) ^ (row % 4))",
+        SPMM_TEST,
+        "half the rows of a slab are not in the order that they are read in",
+    ),
+    Mutant(
+        "spmm tile: columns that were never packed",
+        SPMM_TILE,
+        "first_col + col < args.active_cols ? 16 : 0",
+        "first_col + col < args.active_cols + 1 ? 16 : 0",
+        SPMM_TEST,
+        "NaN in a column past the last one shows, or lies past the panel",
+        "address",
+        rf"{OUT_OF_BOUNDS}|{ANY_FAILURE}",
+    ),
+    Mutant(
+        "spmm tile: wrong tail of the tokens",
+        SPMM_TILE,
+        "if (token + u < args.tokens) to[",
+        "if (token + u <= args.tokens) to[",
+        SPMM_TEST,
+        "a token too many is stored",
+    ),
+    Mutant(
+        "spmm tile: wrong last row",
+        SPMM_TILE,
+        "if (position >= args.active_rows) break;",
+        "if (position + 1 >= args.active_rows) break;",
+        SPMM_TEST,
+        "the last row is not stored",
+    ),
+]
+
+ENTRY_MUTANTS = [
+    out_of_bounds(
+        "csr_add_: one entry too many",
+        ENTRIES,
+        "own.valid[u] = own.entry[u] <= last;",
+        "own.valid[u] = own.entry[u] <= last + 1;",
+        "test_cuda_csr_add",
+        "reads past the last entry",
+    ),
+    Mutant(
+        "csr_gather: wrong row of an entry",
+        ENTRIES,
+        "if (int64_t{args.crow[middle]} - base <= own.entry[u]) {",
+        "if (int64_t{args.crow[middle]} - base < own.entry[u]) {",
+        "test_cuda_csr_gather",
+        "a row's first entry is taken for the row before's",
+    ),
+    Mutant(
+        "csr_scatter_: wrong stride of the values",
+        ENTRIES,
+        "if (own.valid[u]) value[u] = values[own.entry[u] * args.value_stride];",
+        "if (own.valid[u]) value[u] = values[own.entry[u]];",
+        "test_cuda_csr_scatter",
+        "values that are not contiguous are read as if they were",
+    ),
+    Mutant(
+        "sputnik-style spmm: missing __syncwarp",
+        SPUTNIK_SPMM,
+        "    offsets[item] = args.col[t + item] * args.k;\n  }\n  __syncwarp(mask);\n",
+        "    offsets[item] = args.col[t + item] * args.k;\n  }\n",
+        BASELINES_TEST,
+        "what other lanes bring is used before it is there",
+    ),
+]
+
+MUTANTS = SDDMM_MUTANTS + SPMM_MUTANTS + ENTRY_MUTANTS

@@ -1,0 +1,310 @@
+// What the emulator knows of a running block. Its parts share it; kernels see emulator.h alone.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "simt/emulator.h"
+#include "simt/fiber.h"
+
+namespace rosa::simt {
+
+class Block;
+
+// splitmix64: the same schedules everywhere.
+class Random {
+ public:
+  explicit Random(uint64_t seed = 0) : state_(seed) {}
+  uint64_t bits() {
+    uint64_t z = (state_ += 0x9E3779B97F4A7C15u);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+  }
+  uint32_t below(uint32_t bound) { return static_cast<uint32_t>((bits() >> 32) * bound >> 32); }
+
+ private:
+  uint64_t state_;
+};
+
+enum class State : uint8_t {
+  kRunnable,  // running, or could be
+  kAtWarpCollective,
+  kAtBarrier,       // __syncthreads
+  kAtNamedBarrier,  // bar.sync
+  kAtMbarrier,
+  kExited,
+};
+
+// What a warp collective does once all its lanes have come: arguments and results are in what
+// `exchange` of each lane points to.
+using Complete = void (*)(void* const (&exchange)[32], uint32_t mask);
+
+struct CopyAsync {
+  void* shared;
+  const void* global;
+  int bytes;
+};
+
+struct Thread : ThreadIndex {
+  Block* owner = nullptr;
+  int lane = 0, warp = 0;
+  State state = State::kRunnable;
+  Fiber* fiber = nullptr;  // from its first instruction to its last
+
+  // What it waits for.
+  Where where{};
+  const char* operation = "";
+  uint32_t mask = 0;
+  Complete complete = nullptr;
+  void* exchange = nullptr;
+  int named_barrier = 0;
+  const uint64_t* mbarrier = nullptr;
+
+  // cp.async: issued copies that have not landed, and how many each open group still has.
+  std::vector<CopyAsync> copies;
+  std::vector<int> copy_groups;  // committed ones, oldest first
+  int uncommitted_copies = 0;
+  bool waited_for_kernel_ahead = false;
+};
+
+// One warp's share of a wgmma, 16 rows.
+struct Wgmma {
+  int accumulator;  // index into Warp::accumulators
+  int rank;         // of the warp in its warpgroup
+  int columns;
+  uint64_t a, b;  // descriptors
+  bool accumulate, bf16;
+  int64_t group;
+  bool executed;
+};
+// Registers that wgmmas under way write to. The kernel's own copy is NaN meanwhile.
+struct Accumulator {
+  float* registers[32];       // per lane
+  int count;                  // per lane
+  int64_t last_group;         // of the last wgmma on it
+  std::vector<float> values;  // [lane][count]
+  Where where;
+};
+
+// How often lanes came to a collective of this mask.
+struct MaskArrivals {
+  uint32_t mask, count;
+};
+
+struct Warp {
+  uint32_t exists = 0, runnable = 0, exited = 0;
+  uint32_t waiting = 0;                // at a warp collective
+  std::vector<MaskArrivals> arrivals;  // for ThreadSanitizer
+
+  std::vector<Wgmma> wgmmas;  // issued, not waited for, oldest first
+  std::vector<Accumulator> accumulators;
+  int pending_wgmmas = 0;   // not executed
+  int64_t wgmma_group = 0;  // being filled
+  int64_t wgmma_count = 0;  // issued in all
+  bool wgmma_fenced = false;
+  // How soon they are executed: 4 is at once, 0 only by the wait. They go in order, so that with
+  // any chance in between, few would ever be late.
+  uint32_t wgmma_eagerness = 0;
+};
+
+struct NamedBarrier {
+  int expected = 0, arrived = 0;
+  int phase = 0;
+};
+
+struct CopyBulk {
+  void* shared;
+  const void* global;
+  int bytes;
+  uint64_t* barrier;
+  Where where;
+  int thread;
+  unsigned number;
+};
+
+// Shared memory of a block: the dynamic part, and every static declaration it has met. Each has its
+// own allocation, ending where it ends, so that AddressSanitizer sees what lies beyond.
+class SharedMemory {
+ public:
+  SharedMemory() = default;
+  ~SharedMemory() { release(); }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  void begin_block(int64_t dynamic_bytes);
+  // Whether all guards are as they were.
+  bool intact() const;
+  void release();
+
+  unsigned char* dynamic() const { return dynamic_.data; }
+  int64_t dynamic_bytes() const { return dynamic_.bytes; }
+  // Null when the declaration does not fit.
+  void* declared(const void* declaration, int64_t bytes);
+  // Whether [pointer, pointer + bytes) is shared memory, and where in its window.
+  bool find(const void* pointer, int64_t bytes, uint32_t* address) const;
+  // The inverse.
+  unsigned char* at(uint32_t address, int64_t bytes) const;
+
+ private:
+  struct Region {
+    const void* declaration = nullptr;
+    unsigned char* data = nullptr;
+    int64_t bytes = -1;
+    uint32_t address = 0;  // in the window
+    bool used = false;     // in this block
+    void allocate(int64_t alignment);
+    void poison();
+  };
+  Region dynamic_;
+  std::vector<Region> static_;
+  // Under ThreadSanitizer all of it, allocated before any thread runs: it takes an allocation for
+  // a write by the allocating thread.
+  Region arena_;
+  int64_t static_bytes_ = 0;
+};
+
+// Addresses that ThreadSanitizer hangs its happens-before relation on, fresh for every block.
+// Two of each, taken in turns: who leaves a barrier must not inherit from who is at the next one.
+struct SyncPoints {
+  uint64_t block_begin, block_end;
+  uint64_t barrier[2];
+  uint64_t named[16][2];
+  uint64_t warp[32][16][2];  // by mask
+  uint64_t mbarrier[1024][2];
+  uint64_t bulk_copy[64];
+};
+
+// The same of a launch.
+struct LaunchSync {
+  uint64_t end, fence;
+};
+
+// The fibers of one operating-system thread.
+class FiberPool {
+ public:
+  // For ThreadSanitizer fibers are threads, with stacks of their own, and making one takes 0.7 ms.
+  // So the emulated threads of two blocks have one each, and the third block begins with the
+  // first one's again: of races between blocks it sees all but those of the same threads, an even
+  // number of blocks apart.
+  void set_up(Fiber::Main main, int threads);
+  void begin_block();
+  Fiber* take(Fiber::Main main, int thread);
+  void give(Fiber* fiber);
+
+ private:
+  std::vector<std::unique_ptr<Fiber>> all_;
+  std::vector<Fiber*> idle_;
+  int threads_ = 0, turn_ = 0;
+};
+
+// The block that an operating-system thread runs; used again for the next one.
+class Block : public BlockIndex {
+ public:
+  Block() = default;
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  // Of the launch.
+  KernelCall call{};
+  uint64_t seed = 0;
+  LaunchSync* launch_sync = nullptr;
+
+  // Runs all threads of block `index`; throws what went wrong.
+  void run(uint64_t linear_index, int64_t shared_bytes);
+
+  // ---- called by the running thread
+  // Gives way to other threads until woken.
+  void wait(State state, const char* operation, Where where);
+  void wake(Thread& thread);
+  void yield(bool always);
+  [[noreturn]] void fail(Where where, const std::string& what);
+
+  Error error_at(const Thread& thread, Where where, const std::string& what) const;
+  // Makes the block fail, from where nothing may be thrown.
+  void record(const Error& failure);
+  // Ends the running thread if the block has failed.
+  void check_recorded() const;
+
+  int total = 0, exited = 0;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Thread* current = nullptr;
+  SharedMemory shared;
+  SyncPoints* sync = nullptr;  // only under ThreadSanitizer
+  Random random;
+  bool in_order = true;
+
+  int at_barrier = 0, barrier_count = 0, barrier_result = 0, barrier_first = 0;
+  int barrier_phase = 0;
+  int at_mbarrier = 0;
+  unsigned bulk_copies_issued = 0;
+  void* copier = nullptr;  // for ThreadSanitizer
+  NamedBarrier named[16];
+  std::vector<CopyBulk> bulk_copies;  // under way
+  int wgmmas = 0;                     // issued by any warp, not executed
+
+ private:
+  enum class Policy { kRoundRobin, kUniform, kPriority };
+
+  static void run_threads(Fiber& fiber);
+  void set_up();
+  void reset(uint64_t linear_index);
+  void check_exit(Thread& thread);
+  void exit_thread(Thread& thread);
+  void go_to(Thread& next, Context& from);
+  Thread* pick();
+  Thread* pick_runnable();
+  Thread* pick_any();
+  Thread* pick_to_unwind();
+  void redraw_policy();
+  void advance_asynchronous(bool forced);
+  Error deadlock() const;
+
+  dim3 set_up_for_{0, 0, 0};
+  uint32_t runnable_warps_ = 0;
+  Context main_;
+  // For ThreadSanitizer: who runs the block, and who frees what it had.
+  void* main_identity_ = nullptr;
+  void* janitor_ = nullptr;
+  FiberPool fibers_;
+  std::exception_ptr error_;  // set: every thread unwinds
+
+  Policy policy_ = Policy::kRoundRobin;
+  uint32_t picks_left_ = 0;  // under this policy
+  uint8_t priority_[32] = {};
+  uint32_t asynchronous_odds_ = 8;  // one of so many picks advances a copy or wgmma
+  int64_t idle_yields_ = 0;
+};
+
+inline Thread& self() { return *static_cast<Thread*>(running); }
+inline Block& here() { return *self().owner; }
+
+// All lanes of `mask` bring `exchange`; the last one to come runs `complete` for all.
+void warp_collective(const char* operation, uint32_t mask, void* exchange, Complete complete,
+                     Where where);
+// The same, and what lanes did before happens before what they do afterwards. Shuffles, votes and
+// the like do not promise that.
+void ordering_collective(const char* operation, uint32_t mask, void* exchange, Complete complete,
+                         Where where);
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+std::string describe(const uint3& index);
+std::string describe(Where where);
+
+// ---- asynchronous work, in copies.cpp and tensor_core.cpp -----------------------------------
+
+void land_bulk_copy(Block& block, size_t index);
+void land_copies(Thread& thread);  // what a thread leaves behind
+// Executes the oldest wgmma of some warp; unless forced, only of one that is not to be late.
+void advance_wgmma(Block& block, bool forced);
+// Why `warp` may not end here, or "".
+std::string unfinished_wgmma(const Warp& warp);
+// What is wrong with a block whose warpgroups did not issue their wgmmas together, or "".
+std::string uneven_wgmma(const Block& block);
+
+}  // namespace rosa::simt

@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""What the compiler made of every CUDA kernel: registers, spills, shared memory, instructions.
+
+    python cpp/tools/resource_report.py build/release/cpp/src/cuda/librosa_cuda.a
+
+Any object file, library, module or cubin will do. It exits with 1 if a kernel spills, or lacks the
+instructions that its speed rests on (EXPECTED below): a tile kernel without tensor cores is still
+correct, so no other test would notice. No GPU is needed, but cuobjdump and nvdisasm are: those
+beside nvcc, on PATH, from the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (5 MB, part of
+the `dev` extra) or in triton's package. Without them it exits with 77, which ctest takes for
+"skipped".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cuda_toolchain
+
+SKIPPED = 77
+
+# Instructions that are counted, by a pattern of their name in the machine code.
+INSTRUCTIONS = {
+    "HMMA": r"HMMA\b",  # tensor cores by mma.sync
+    "HGMMA": r"HGMMA\b",  # and by wgmma
+    "LDSM": r"LDSM\b",  # ldmatrix
+    "LDGSTS": r"LDGSTS\b",  # cp.async
+    "UBLKCP": r"UBLKCP\b",  # cp.async.bulk
+    "LDG.128": r"LDG\b.*\.128\b",
+    "STG.128": r"STG\b.*\.128\b",
+    "LDS.128": r"LDS\b.*\.128\b",
+    "local": r"(LDL|STL)\b",
+    "atomics": r"(ATOM|ATOMG|ATOMS|RED)\b.*\.F(16|32|64)",
+}
+FORBIDDEN = {
+    "local": "spills to local memory",
+    "atomics": "adds floats in an order that changes from run to run",
+}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Kernels whose name matches `kernel`, and each instruction that all of them must hold."""
+
+    kernel: str
+    instructions: tuple[str, ...]
+    architecture: str = ""  # the only one they are built for, if there is just one
+
+
+EXPECTED = (
+    Expectation(r"pack_kernel\b", ("LDG.128", "STG.128")),
+    Expectation(r"sddmm_gather_kernel\b", ("LDG.128",)),
+    Expectation(r"sddmm_tile_kernel\b", ("HMMA", "LDSM", "LDGSTS")),
+    Expectation(r"sddmm_wgmma_kernel\b", ("HGMMA", "UBLKCP"), "sm_90a"),
+    Expectation(r"spmm_gather_kernel\b", ("LDG.128",)),
+    Expectation(r"spmm_staged_kernel\b", ("LDG.128", "LDS.128")),
+    Expectation(r"spmm_tile_kernel\b", ("HMMA", "LDSM", "LDGSTS")),
+    # A baseline that does not load as its model does would be an unfair one.
+    Expectation(r"baselines::sputnik_style_\w+_kernel<(float, 4|Bf16, 8|Half, 8),", ("LDG.128",)),
+)
+
+
+@dataclass
+class Kernel:
+    """One kernel's code for one architecture."""
+
+    name: str
+    architecture: str
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def violations(self) -> Iterator[str]:
+        """What is wrong with it, if anything."""
+        if self.stack:
+            yield f"{self.stack} bytes of stack"
+        for instruction, harm in FORBIDDEN.items():
+            if self.counts[instruction]:
+                yield f"{self.counts[instruction]} {instruction} instructions: it {harm}"
+        for expected in EXPECTED:
+            if re.match(expected.kernel, self.name):
+                for instruction in expected.instructions:
+                    if not self.counts[instruction]:
+                        yield f"expected {instruction} instructions, got none"
+
+
+class Disassembler:
+    """cuobjdump, with the nvdisasm it calls on its PATH."""
+
+    def __init__(self) -> None:
+        folders = [str(folder) for folder in self._folders()]
+        path = os.pathsep.join([*folders, os.environ.get("PATH", "")])
+        self._environment = {**os.environ, "PATH": path}
+        self.found = all(shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm"))
+
+    @staticmethod
+    def _folders() -> Iterator[Path]:
+        nvcc = cuda_toolchain.find()
+        if nvcc is not None:  # the same version, before any other
+            yield nvcc.resolve().parent
+        yield cuda_toolchain.TOOLKIT / "bin"
+        yield cuda_toolchain.wheel_root() / "bin"
+        triton = importlib.util.find_spec("triton")
+        if triton is not None and triton.origin is not None:
+            yield Path(triton.origin).parent / "backends" / "nvidia" / "bin"
+
+    def lines(self, option: str, file: Path) -> list[str]:
+        """What `cuobjdump option file` prints."""
+        done = subprocess.run(
+            ["cuobjdump", option, str(file)],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            sys.exit(f"resource_report: cuobjdump {option} {file} failed: {done.stderr.strip()}")
+        return done.stdout.splitlines()
+
+
+def read(disassembler: Disassembler, file: Path) -> list[Kernel]:
+    """Every kernel in a file, by name and architecture."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    architecture = name = ""
+    for line in disassembler.lines("-res-usage", file):
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r" Function (\S+):", line):
+            name = match[1]
+        elif match := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            registers, stack, shared = map(int, match.groups())
+            key = (name, architecture)
+            kernels[key] = Kernel(name, architecture, registers, stack, shared)
+    patterns = {name: re.compile(pattern) for name, pattern in INSTRUCTIONS.items()}
+    counts: Counter[str] = Counter()
+    for line in disassembler.lines("-sass", file):
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\t\tFunction : (\S+)", line):
+            # A template's kernel may be in several objects of a library: one copy counts.
+            counts = kernels[match[1], architecture].counts = Counter()
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+)", line):
+            for instruction, pattern in patterns.items():
+                counts[instruction] += bool(pattern.match(match[1]))
+    demangle(list(kernels.values()))
+    return sorted(kernels.values(), key=lambda k: (k.name, k.architecture))
+
+
+def demangle(kernels: list[Kernel]) -> None:
+    """Give kernels their C++ names, without namespaces and arguments, where c++filt is found."""
+    try:
+        names = "\n".join(kernel.name for kernel in kernels)
+        done = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return
+    for kernel, name in zip(kernels, done.stdout.splitlines(), strict=True):
+        kernel.name = short_name(name)
+
+
+def short_name(demangled: str) -> str:
+    """ "void rosa::cuda::f<rosa::cuda::Bf16, (int)8>(int)" -> "f<Bf16, 8>"."""
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|rosa::(cuda::)?", "", demangled)
+    name = re.sub(r"\((?:bool|int|unsigned int|long)\)(?=[\d-])", "", name)
+    name = name.removeprefix("void ")
+    depth = 0
+    for i, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:i]
+    return name
+
+
+def missing(kernels: list[Kernel]) -> Iterator[str]:
+    """Expectations that nothing is held to: a renamed kernel must not slip out of the check."""
+    architectures = {kernel.architecture for kernel in kernels}
+    for expected in EXPECTED:
+        if expected.architecture and expected.architecture not in architectures:
+            continue
+        if not any(re.match(expected.kernel, kernel.name) for kernel in kernels):
+            yield f"expected a kernel that matches {expected.kernel}, got none"
+
+
+def table(kernels: list[Kernel]) -> Iterator[str]:
+    """The report as lines of aligned columns; a dot is a zero."""
+    head = ["kernel", "arch", "regs", "stack", "shared", *INSTRUCTIONS]
+    rows = [
+        [
+            kernel.name,
+            kernel.architecture,
+            *(str(n or ".") for n in (kernel.registers, kernel.stack, kernel.shared)),
+            *(str(kernel.counts[instruction] or ".") for instruction in INSTRUCTIONS),
+        ]
+        for kernel in kernels
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in [head, *rows]:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def main() -> int:
+    """Print the report and what violates the expectations; 1 if anything does."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, help="objects, libraries, modules or cubins")
+    arguments = parser.parse_args()
+    disassembler = Disassembler()
+    if not disassembler.found:
+        print("resource_report: cuobjdump and nvdisasm were not found (the dev extra has them)")
+        return SKIPPED
+    kernels = [kernel for file in arguments.files for kernel in read(disassembler, file)]
+    for line in table(kernels):
+        print(line)
+    wrong = [
+        f"{kernel.name} ({kernel.architecture}): {violation}"
+        for kernel in kernels
+        for violation in kernel.violations()
+    ]
+    wrong += missing(kernels)
+    for line in wrong:
+        print(f"resource_report: {line}", file=sys.stderr)
+    print(f"{len(kernels)} kernels, {len(wrong)} violations")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

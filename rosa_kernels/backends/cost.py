@@ -1,0 +1,250 @@
+"""The cost model of the CUDA kernels: seconds by stage, from sizes and a machine's rates.
+
+Every stage takes as long as the busiest of what it needs: bytes to and from memory, bytes from the
+second-level cache, products. Nothing here reads a tensor; no estimate is exact, and each says by
+how much it may be off. None stands for "no idea": a call without the sizes, or not on CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from rosa_kernels.backends.machine import Machine, machine_of
+from rosa_kernels.backends.slabs import slab_edges
+from rosa_kernels.registry import Call, Estimate
+from rosa_kernels.tile_plan import PlanSizes
+
+Model = Callable[[Call], Estimate | None]
+
+# DRAM and L2 deliver this many bytes at a time.
+_SECTOR = 32
+# Columns that a pack reads together.
+_SECTOR_INDICES = 16
+# Panels of one chunk of tokens: cpp/src/cuda/sddmm.cu.
+_PANEL_BYTES = 128 << 20
+# How much longer than predicted a kernel may take: the GEMM's rate is the best known of all; ours
+# are trusted more once this kind of device was calibrated.
+_DENSE_UNCERTAINTY, _CALIBRATED_UNCERTAINTY, _UNCERTAINTY = 0.03, 0.10, 0.25
+# Taking a 128 x 128 tile's nonzeros out of its sums, by one multiprocessor.
+_SAMPLE_SECONDS = 1e-6
+
+
+def _machine(call: Call) -> Machine | None:
+    if call.device != "cuda" or call.place is None or call.nnz is None:
+        return None
+    return machine_of(call.place)
+
+
+def _estimate(machine: Machine, stages: dict[str, float]) -> Estimate:
+    known = machine.calibrated
+    return Estimate(stages, _CALIBRATED_UNCERTAINTY if known else _UNCERTAINTY)
+
+
+def _pack(machine: Machine, plan: PlanSizes | None, call: Call, packed: list[int]) -> float:
+    """Reading operands, `packed` of them by number, sector by sector and writing panels."""
+    m, k, n = call.shape
+    size = call.dtype.itemsize
+    indices = {
+        0: (plan.active_rows, plan.row_sectors) if plan else (m, -(-m // _SECTOR_INDICES)),
+        1: (plan.active_cols, plan.col_sectors) if plan else (n, -(-n // _SECTOR_INDICES)),
+    }
+    written = size * k * sum(indices[i][0] for i in packed)
+    read = 0.0
+    for i in packed:
+        active, sectors = indices[i]
+        # Rows that lie token by token are read in whole sectors, others only where they are wanted.
+        read += size * k * (active if call.in_place[i] else sectors * _SECTOR_INDICES)
+    # Panels larger than half the cache go out to memory, and come back when they are read.
+    spilled = 2 * written if written > machine.l2_bytes / 2 else 0
+    return max((read + spilled) / machine.hbm, (read + written) / machine.l2)
+
+
+def _gathered(machine: Machine, call: Call, entries: int, rows: int) -> float:
+    """A dot product of k tokens per entry: b's row each time, a's where a row or a warp begins."""
+    k, size = call.shape[1], call.dtype.itemsize
+    lines = entries + min(entries, entries / 32 + rows)
+    return lines * k * size / machine.l2
+
+
+def _finalized(machine: Machine, call: Call, entries: int) -> float:
+    """Partial sums read, their places in the result, a sector of it each if it is permuted."""
+    return entries * (4 + 4 + _SECTOR) / machine.hbm
+
+
+def sddmm_gather(call: Call) -> Estimate | None:
+    """Pack what cannot be read in place, a dot product for every nonzero, finalize."""
+    machine = _machine(call)
+    if machine is None:
+        return None
+    nnz = call.nnz or 0
+    packed = [i for i in (0, 1) if not call.in_place[i]]
+    rows = call.plan.active_rows if call.plan else call.shape[0]
+    return _estimate(
+        machine,
+        {
+            "pack": _pack(machine, call.plan, call, packed),
+            "gather": _gathered(machine, call, nnz, rows),
+            "finalize": nnz * 8 / machine.hbm,
+            "launch": machine.launch * (2 * _chunks(call, packed) + 1),
+        },
+    )
+
+
+def _chunks(call: Call, packed: list[int]) -> int:
+    m, k, n = call.shape
+    if call.plan:
+        m, n = call.plan.active_rows, call.plan.active_cols
+    panel = call.dtype.itemsize * k * sum((m, n)[i] for i in packed)
+    return max(math.ceil(panel / _PANEL_BYTES), 1)
+
+
+def _sddmm_tiles(rate: Callable[[Machine], float]) -> Model:
+    def model(call: Call) -> Estimate | None:
+        machine, plan = _machine(call), call.plan
+        if machine is None or plan is None:
+            return None
+        k, size, edges = call.shape[1], call.dtype.itemsize, plan.tile_rows + plan.tile_cols
+        area = plan.tile_rows * plan.tile_cols
+        chunks = _chunks(call, [0, 1])
+        sampled = _SAMPLE_SECONDS * area / 2**14 * (plan.tiles / machine.multiprocessors + 1)
+        tiles = max(
+            2 * area * k * plan.tiles / rate(machine), edges * k * size * plan.tiles / machine.l2
+        )
+        launches = chunks * (1 + (plan.tiles > 0) + (plan.light_nnz > 0)) + 1
+        return _estimate(
+            machine,
+            {
+                "pack": _pack(machine, plan, call, [0, 1]),
+                "tiles": tiles + chunks * sampled * (plan.tiles > 0),
+                "gather": _gathered(machine, call, plan.light_nnz, plan.active_rows),
+                "finalize": _finalized(machine, call, plan.nnz),
+                "launch": machine.launch * launches,
+            },
+        )
+
+    return model
+
+
+sddmm_tile = _sddmm_tiles(lambda machine: machine.tile16)
+sddmm_wgmma = _sddmm_tiles(lambda machine: machine.wgmma16)
+
+
+def _gemm(machine: Machine, m: int, n: int, k: int, dtype: torch.dtype) -> float:
+    """torch.mm of (m, k) by (k, n): whole waves of 128 x 128 tiles, or the operands' bytes."""
+    rate = machine.gemm16 if dtype.itemsize == 2 else machine.gemm32
+    if dtype == torch.float64:
+        rate /= 2
+    tiles = math.ceil(m / 128) * math.ceil(n / 128)
+    waves = tiles / machine.multiprocessors
+    # Fewer tiles than multiprocessors are split along k.
+    padded = math.ceil(waves) / waves if waves > 1 else 1.0
+    flop = 2 * 128 * 128 * tiles * k * padded
+    read = dtype.itemsize * k * (m + n)
+    return max(flop / rate, read / machine.hbm) + machine.launch
+
+
+def dense_sddmm(call: Call) -> Estimate | None:
+    """The GEMM in slabs of rows; from each a gather; the results converted once."""
+    machine = _machine(call)
+    if machine is None:
+        return None
+    m, k, n = call.shape
+    width = 8 if call.dtype == torch.float64 else 4
+    edges = slab_edges(m, n * width)
+    if edges is None:
+        return None
+    slabs = len(edges) - 1
+    return Estimate(
+        {
+            "gemm": slabs * _gemm(machine, math.ceil(m / slabs), n, k, call.dtype),
+            "gather": (call.nnz or 0) * (_SECTOR + 4 + width) / machine.l2,
+            "launch": machine.launch * (slabs + 1),
+        },
+        _DENSE_UNCERTAINTY,
+    )
+
+
+def dense_spmm(call: Call) -> Estimate | None:
+    """Slabs of rows: zeroed, scattered into, multiplied, copied to the result."""
+    machine = _machine(call)
+    if machine is None:
+        return None
+    m, n, k = call.shape
+    size = call.dtype.itemsize
+    edges = slab_edges(m, n * size)
+    if edges is None:
+        return None
+    slabs = len(edges) - 1
+    rows = math.ceil(m / slabs)
+    return Estimate(
+        {
+            "scatter": m * n * size / machine.l2 + (call.nnz or 0) * 2 * _SECTOR / machine.l2,
+            "gemm": slabs * _gemm(machine, rows, k, n, call.dtype),
+            "copy": m * k * (max(size, 4) + size) / machine.hbm,
+            "launch": machine.launch * 3 * slabs,
+        },
+        _DENSE_UNCERTAINTY,
+    )
+
+
+def _spmm_operands(machine: Machine, call: Call) -> tuple[float, float]:
+    """Packing b into rows where it is not read in place, and what every kernel moves at least."""
+    m, n, k = call.shape
+    size = call.dtype.itemsize
+    values = (call.other or call.dtype).itemsize
+    cols = call.plan.active_cols if call.plan else n
+    sectors = call.plan.col_sectors if call.plan else -(-n // _SECTOR_INDICES)
+    pack = 0.0
+    if not call.in_place[0]:
+        read, written = size * k * sectors * _SECTOR_INDICES, size * k * cols
+        spilled = 2 * written if written > machine.l2_bytes / 2 else 0
+        pack = max((read + spilled) / machine.hbm, (read + written) / machine.l2)
+    least = (size * k * (cols + m) + (call.nnz or 0) * (4 + values) + 4 * m) / machine.hbm
+    return pack, least
+
+
+def spmm_gather(call: Call) -> Estimate | None:
+    """A row of b for every nonzero."""
+    machine = _machine(call)
+    if machine is None:
+        return None
+    k = call.shape[2]
+    pack, least = _spmm_operands(machine, call)
+    row = max(k * call.dtype.itemsize, _SECTOR)
+    partials = call.plan.partials if call.plan else 0
+    return _estimate(
+        machine,
+        {
+            "pack": pack,
+            "gather": max((call.nnz or 0) * row / machine.l2, least),
+            "partials": partials * k * 8 / machine.l2,
+            "launch": machine.launch * (1 + (pack > 0) + (partials > 0)),
+        },
+    )
+
+
+def spmm_tile(call: Call) -> Estimate | None:
+    """Heavy tiles written out and multiplied on the tensor cores, the rest gathered."""
+    machine, plan = _machine(call), call.plan
+    if machine is None or plan is None:
+        return None
+    k, size = call.shape[2], call.dtype.itemsize
+    pack, least = _spmm_operands(machine, call)
+    area, tokens = plan.tile_rows * plan.tile_cols, math.ceil(k / 64) * 64
+    tiles = max(
+        2 * area * tokens * plan.tiles / machine.tile16,
+        (area + plan.tile_cols * tokens) * size * plan.tiles / machine.l2,
+    )
+    row = max(k * size, _SECTOR)
+    return _estimate(
+        machine,
+        {
+            "pack": pack,
+            "tiles": tiles,
+            "gather": max(plan.light_nnz * row / machine.l2, least),
+            "launch": machine.launch * (2 + (pack > 0) + (plan.light_nnz > 0)),
+        },
+    )

@@ -1,0 +1,104 @@
+"""The reference tile plan: the arrays of cpp/include/rosa/tile_plan.h in plain PyTorch.
+
+Serves where the native library is not built, and is what the tests hold that against.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rosa_kernels.registry import register
+from rosa_kernels.tile_plan import SLABS, PlanSizes
+
+_SEGMENT = 512  # entries of a row that SpMM keeps together
+_SECTOR = 16
+
+
+def _axis(count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """position, order and sectors of the rows or columns with these numbers of nonzeros."""
+    active = int((count > 0).sum())
+    order = torch.argsort(count, descending=True, stable=True)[:active]
+    position = torch.full_like(count, -1)
+    position[order] = torch.arange(active)
+    return position, order, torch.unique(order // _SECTOR)
+
+
+def _segments(crow: Tensor) -> tuple[Tensor, Tensor]:
+    """Pieces of rows (row, begin, end, partial), longest first; rows cut, with their partials."""
+    length = crow.diff()
+    pieces = torch.clamp((length + _SEGMENT - 1) // _SEGMENT, min=1)
+    first = pieces.cumsum(0) - pieces
+    row = torch.repeat_interleave(torch.arange(len(length)), pieces)
+    piece = torch.arange(len(row)) - first[row]
+    begin = crow[row] + length[row] * piece // pieces[row]
+    end = crow[row] + length[row] * (piece + 1) // pieces[row]
+    cut = pieces > 1
+    partials = torch.where(cut, pieces, 0)
+    first_partial = partials.cumsum(0) - partials
+    partial = torch.where(cut[row], first_partial[row] + piece, -1)
+    segment = torch.stack((row, begin, end, partial), 1)
+    longest_first = torch.argsort(end - begin, descending=True, stable=True)
+    rows = cut.nonzero().flatten()
+    split = torch.stack((rows, first_partial[rows], first_partial[rows] + partials[rows]), 1)
+    return segment[longest_first], split
+
+
+@register("tile_plan", "reference", devices={"cpu"}, dtypes={torch.int32}, priority=0)
+def tile_plan(
+    crow: Tensor, col: Tensor, n: int, tile_rows: int, tile_cols: int, heavy_fill: float
+) -> tuple[Tensor, Tensor]:
+    edges = (tile_rows, tile_cols)
+    if any(e <= 0 or e % _SECTOR for e in edges) or tile_rows * tile_cols > 65536:
+        raise ValueError(
+            "tile_plan: expected tile edges that are multiples of 16 and at most 65,536 elements, "
+            f"got {tile_rows} x {tile_cols}"
+        )
+    if not heavy_fill >= 0:
+        raise ValueError(f"tile_plan: expected a heavy fill of 0 or more, got {heavy_fill}")
+    crow, cols, m, nnz = crow.long(), col.long(), crow.numel() - 1, col.numel()
+    rows = torch.repeat_interleave(torch.arange(m), crow.diff(), output_size=nnz)
+    row_position, row_order, row_sectors = _axis(crow.diff())
+    col_position, col_order, col_sectors = _axis(torch.bincount(cols, minlength=n))
+    p, q = row_position[rows], col_position[cols]
+
+    strips, across = -(-len(row_order) // tile_rows), -(-len(col_order) // tile_cols)
+    tile, of_entry, count = torch.unique(
+        p // tile_rows * across + q // tile_cols, return_inverse=True, return_counts=True
+    )
+    area = tile_rows * tile_cols
+    need = max(math.ceil(min(heavy_fill * area, area + 1)), 1)
+    is_heavy = count >= need
+    heavy_tile, heavy = tile[is_heavy], is_heavy[of_entry].nonzero().flatten()
+    heavy = heavy[torch.argsort(of_entry[heavy], stable=True)]
+    light = (~is_heavy[of_entry]).nonzero().flatten()
+    light = light[torch.argsort(p[light] * max(len(col_order), 1) + q[light])]
+    boundaries = torch.arange(strips + 1)
+    across = max(across, 1)
+    segment, split = _segments(crow)
+
+    arrays = [
+        *(row_position, row_order, row_sectors),
+        *(col_position, col_order, col_sectors),
+        torch.stack((heavy_tile // across, heavy_tile % across), 1),
+        torch.cat((torch.zeros(1).long(), count[is_heavy].cumsum(0))),
+        torch.searchsorted(heavy_tile // across, boundaries),
+        torch.searchsorted(p[light], boundaries * tile_rows),
+        p[heavy] % tile_rows * tile_cols + q[heavy] % tile_cols,
+        torch.cat((heavy, light)),
+        *(p[light], q[light]),
+        *(segment, split),
+    ]
+    sizes = PlanSizes(
+        m,
+        n,
+        nnz,
+        *edges,
+        *(len(row_order), len(col_order), len(row_sectors), len(col_sectors)),
+        *(len(heavy_tile), len(heavy), len(segment), len(split), int((segment[:, 3] >= 0).sum())),
+    )
+    slabs = crow[torch.arange(SLABS + 1) * m // SLABS]
+    header = torch.cat((torch.tensor(sizes), slabs))
+    return header, torch.cat([array.flatten() for array in arrays]).int()

@@ -1,0 +1,66 @@
+"""Slabs: ranges of rows that dense kernels work through, to never hold a whole dense matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rosa_kernels.tile_plan import SLABS, slab_offsets
+
+# What one slab should have: it then stays in the second-level caches of 40 to 50 MB that GPUs with
+# fast GEMMs have, between the GEMM and the gather.
+SLAB_BYTES = 32 << 20
+# What it may have, where rows are so long that SLABS of them are not enough.
+MOST_SLAB_BYTES = 64 << 20
+
+
+class Slab(NamedTuple):
+    """Rows [begin, end) and their CSR entries [first, last)."""
+
+    begin: int
+    end: int
+    first: int
+    last: int
+
+
+@lru_cache(maxsize=1024)
+def slab_edges(rows: int, row_bytes: int) -> tuple[int, ...] | None:
+    """Boundaries s, of rows * s // SLABS, of the fewest slabs of at most SLAB_BYTES.
+
+    Of MOST_SLAB_BYTES if need be; None if not even that will do.
+    """
+
+    def fit(count: int, most: int) -> tuple[int, ...] | None:
+        edges = tuple(SLABS * i // count for i in range(count + 1))
+        at = [rows * s // SLABS for s in edges]
+        tallest = max(b - a for a, b in pairwise(at))
+        return edges if tallest * row_bytes <= most else None
+
+    for count in range(1, SLABS + 1):
+        edges = fit(count, SLAB_BYTES)
+        if edges is not None:
+            return edges
+    return fit(SLABS, MOST_SLAB_BYTES)
+
+
+def slabs_of(crow: Tensor, plan: Sequence[Tensor], row_bytes: int) -> list[Slab]:
+    """The slabs of a matrix whose rows take `row_bytes`.
+
+    The entries come from the plan's header; without one they are read from `crow`, which makes the
+    host wait where `crow` is on a device.
+    """
+    rows = crow.numel() - 1
+    edges = slab_edges(rows, row_bytes)
+    if edges is None:
+        raise ValueError(f"expected rows that fit {MOST_SLAB_BYTES} bytes in slabs of {SLABS}")
+    at = [rows * s // SLABS for s in edges]
+    offsets = [slab_offsets(plan[0])[s] for s in edges] if plan else crow[at].tolist()
+    return [
+        Slab(*x)
+        for x in zip(at[:-1], at[1:], offsets[:-1], offsets[1:], strict=True)
+        if x[0] < x[1]
+    ]

@@ -1,0 +1,53 @@
+"""csr_scatter_: write values into a dense matrix at a sparsity pattern, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rosa_kernels import registry
+from rosa_kernels.ops import _dispatch, _library, _validate
+from rosa_kernels.pattern import CsrPattern
+
+
+def csr_scatter_(
+    w: Tensor, pattern: CsrPattern, values: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """w = values at the pattern, in place; returns w. The rest of w stays as it is.
+
+    Formula: w[i_t, j_t] = values[t]. Values of w's dtype are copied bit by bit: what csr_gather
+    took from a weight before csr_add_ changed it goes back exactly, which adding -v would not do.
+
+    Shapes: w (m, n), any strides without internal overlap; pattern (m, n); values (nnz,), of w's
+    dtype, or float32, which is rounded.
+    Has no autograd, which torch does not allow for an op that mutates.
+    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got;
+    RuntimeError if elements of w share memory, if w requires grad, or if values does while grad
+    mode is on.
+    """
+    _validate.check_pattern("csr_scatter_", pattern)
+    _validate.check_matrix("csr_scatter_", "w", w, pattern)
+    _validate.check_shape_of_pattern("csr_scatter_", "w", w, pattern)
+    _validate.check_values("csr_scatter_", values, pattern, w.dtype)
+    _validate.check_target("csr_scatter_", w, values, "pass values.detach()")
+    csr_scatter__op(
+        w, pattern.crow_indices, pattern.col_indices, values, registry.requested(backend)
+    )
+    return w
+
+
+def _run(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, backend: str) -> None:
+    _dispatch.kernel_of_copies("csr_scatter_", w, backend).run(w, crow, col, values)
+    torch.autograd.graph.increment_version(w)
+
+
+def _fake(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, backend: str) -> None:
+    return None
+
+
+csr_scatter__op = _library.define(
+    "csr_scatter_(Tensor(a!) w, Tensor crow_indices, Tensor col_indices, Tensor values, "
+    "str backend) -> ()",
+    _run,
+    _fake,
+)

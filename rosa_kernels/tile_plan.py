@@ -1,0 +1,163 @@
+"""TilePlan: what the CUDA kernels know of a pattern beyond its indices, found once on the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A tile is heavy, worth a dense product, from this share of nonzeros on.
+HEAVY_FILL = 0.011
+# Row boundaries at which a plan knows the CSR offset on the host.
+SLABS = 32
+
+
+class PlanSizes(NamedTuple):
+    """The first integers of a plan's header, in its order: all that a cost model needs.
+
+    Attributes:
+        rows, cols, nnz: of the pattern.
+        tile_rows, tile_cols: edges of a tile.
+        active_rows, active_cols: rows and columns with a nonzero.
+        row_sectors, col_sectors: groups of 16 neighbours with an active member.
+        tiles: heavy ones.
+        heavy_nnz: nonzeros inside them.
+        segments, split_rows, partials: pieces of rows of at most 512 nonzeros; rows that were cut;
+            pieces of those.
+    """
+
+    rows: int
+    cols: int
+    nnz: int
+    tile_rows: int
+    tile_cols: int
+    active_rows: int
+    active_cols: int
+    row_sectors: int
+    col_sectors: int
+    tiles: int
+    heavy_nnz: int
+    segments: int
+    split_rows: int
+    partials: int
+
+    @property
+    def light_nnz(self) -> int:
+        """Nonzeros outside the heavy tiles."""
+        return self.nnz - self.heavy_nnz
+
+
+_FIELDS = len(PlanSizes._fields)
+HEADER = _FIELDS + SLABS + 1
+
+
+def sizes_of(header: Tensor) -> PlanSizes:
+    """The sizes in a plan's header, which nobody changes: read once, for 1 us a call."""
+    sizes: PlanSizes | None = getattr(header, "_rosa_sizes", None)
+    if sizes is None:
+        sizes = PlanSizes._make(header.tolist()[:_FIELDS])
+        header._rosa_sizes = sizes  # type: ignore[attr-defined]
+    return sizes
+
+
+def slab_offsets(header: Tensor) -> list[int]:
+    """SLABS + 1 CSR offsets: entry s is the first entry of row rows * s // SLABS."""
+    return header.tolist()[_FIELDS:]
+
+
+def default_tile(device: torch.device) -> tuple[int, int]:
+    """The tile (rows, columns) that the kernels for `device` want."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        return 128, 256  # half the operand bytes a product of 128 x 128 tiles, and wgmma's width
+    return 128, 128
+
+
+class TilePlan:
+    """A pattern's rows and columns sorted by nnz, its heavy tiles, and equal pieces of its rows.
+
+    Real masks put 99 % of their nonzeros into 5-16 % of the tiles once rows and columns are sorted.
+    Built by :attr:`CsrPattern.tile_plan`; kernels read its two tensors.
+
+    Attributes:
+        header: int64 sizes on the host, so that no kernel launch has to ask the device.
+        blob: int32 arrays one after the other, on the pattern's device; which ones, says
+            cpp/include/rosa/tile_plan.h.
+        seconds: what building it took; 0 for one that was moved here.
+    """
+
+    def __init__(self, header: Tensor, blob: Tensor, seconds: float = 0.0) -> None:
+        self.header = header
+        self.blob = blob
+        self.seconds = seconds
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the flat ops take."""
+        return [self.header, self.blob]
+
+    @property
+    def sizes(self) -> PlanSizes:
+        """The sizes in the header."""
+        return sizes_of(self.header)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile."""
+        sizes = self.sizes
+        return sizes.tile_rows, sizes.tile_cols
+
+    def stats(self) -> dict[str, float]:
+        """What decides the speed of the kernels that use it.
+
+        Returns:
+            tile_rows, tile_cols; tiles, the number of heavy ones; heavy_nnz and area, the shares of
+            the nonzeros inside them and of the matrix that they cover (tiles overhang a small
+            matrix: more than 1 is possible); light_nnz, the number of the other nonzeros;
+            active_rows and active_cols; segments and split_rows; bytes, of both tensors; seconds,
+            that building took.
+        """
+        s = self.sizes
+        return {
+            "tile_rows": s.tile_rows,
+            "tile_cols": s.tile_cols,
+            "tiles": s.tiles,
+            "heavy_nnz": s.heavy_nnz / max(s.nnz, 1),
+            "area": s.tiles * s.tile_rows * s.tile_cols / max(s.rows * s.cols, 1),
+            "light_nnz": s.light_nnz,
+            "active_rows": s.active_rows,
+            "active_cols": s.active_cols,
+            "segments": s.segments,
+            "split_rows": s.split_rows,
+            "bytes": self.header.nbytes + self.blob.nbytes,
+            "seconds": self.seconds,
+        }
+
+    def summary(self) -> str:
+        """:meth:`stats` in four lines."""
+        s, of = self.stats(), self.sizes
+        return "\n".join(
+            (
+                f"TilePlan of {of.rows} x {of.cols}, nnz {of.nnz}, on {self.blob.device}",
+                f"  active: {of.active_rows} rows, {of.active_cols} columns",
+                f"  heavy: {of.tiles} tiles of {of.tile_rows} x {of.tile_cols} with "
+                f"{s['heavy_nnz']:.1%} of nnz in {s['area']:.1%} of the area; light: "
+                f"{of.light_nnz} nonzeros",
+                f"  rows: {of.segments} segments, {of.split_rows} rows cut; {s['bytes'] / 1e6:.2f} "
+                f"MB, built in {s['seconds'] * 1e3:.1f} ms",
+            )
+        )
+
+    __str__ = summary
+
+    def __repr__(self) -> str:
+        s = self.sizes
+        return (
+            f"TilePlan({s.rows} x {s.cols}, {s.tiles} heavy tiles of {s.tile_rows} x "
+            f"{s.tile_cols}, device={str(self.blob.device)!r})"
+        )
+
+    def to(self, device: torch.device | str) -> TilePlan:
+        """This plan with its blob on `device`; the header stays on the host."""
+        blob = self.blob.to(device)
+        return self if blob is self.blob else TilePlan(self.header, blob)

@@ -1,0 +1,308 @@
+"""The benchmark's CUDA side on machines without a GPU: torch.cuda is replaced where it is asked.
+
+What is shown is the logic: what is recorded, flushed, counted and skipped, in which order. That the
+numbers mean something only a GPU can show.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("numpy")
+
+from bench import __main__ as cli
+from bench import cases, environment, measure, results, roofs, run, runner
+from bench.baselines import dense, sputnik
+from bench.contender import Contender, Problem
+from rosa_kernels.backends import native
+from rosa_kernels.testing import Case
+
+FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+
+
+class Timeline:
+    """A device on which every flush takes 100 and every call `cost` milliseconds."""
+
+    def __init__(self) -> None:
+        self.now, self.log = 0.0, []
+
+    def event(self) -> SimpleNamespace:
+        event = SimpleNamespace(at=None)
+
+        def record() -> None:
+            event.at = self.now
+            self.log.append("event")
+
+        event.record = record
+        event.synchronize = lambda: self.log.append("wait")
+        event.elapsed_time = lambda end: end.at - event.at
+        return event
+
+    def flush(self, *arguments, **options) -> None:
+        self.now += 100
+        self.log.append("flush")
+
+    def call(self, cost: float):
+        def run() -> None:
+            self.now += cost
+            self.log.append("call")
+
+        return run
+
+
+@pytest.fixture
+def timeline(monkeypatch) -> Timeline:
+    timeline = Timeline()
+    monkeypatch.setattr(measure, "_event", timeline.event)
+    monkeypatch.setattr(torch, "sum", timeline.flush)
+    return timeline
+
+
+def test_every_call_is_timed_by_itself_from_a_cold_cache(timeline):
+    clock = measure.CudaClock("cpu", flush_bytes=64)
+    assert clock(timeline.call(cost=2.0), 3) == pytest.approx(3 * 2e-3)
+    assert timeline.log == ["flush", "event", "call", "event"] * 3 + ["wait"]
+    timeline.log.clear()
+    assert clock(timeline.call(cost=0.5), 2) == pytest.approx(2 * 0.5e-3)  # events are used again
+    assert timeline.log.count("event") == 4
+
+
+def test_short_calls_are_many_per_sample_each_of_them_cold(timeline):
+    clock = measure.CudaClock("cpu", flush_bytes=64)
+    calls = {"short": timeline.call(cost=0.005), "long": timeline.call(cost=3.0)}
+    timed = measure.interleaved(calls, measure.Rule(max_samples=5), clock)
+    assert timed["short"].calls_per_sample == 40
+    assert timed["long"].calls_per_sample == 1
+    assert timed["short"].seconds == pytest.approx([5e-6] * len(timed["short"].seconds))
+    assert timeline.log.count("flush") == timeline.log.count("call")
+
+
+def test_the_host_clock_leaves_the_device_out(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    assert measure.host_clock(lambda: log.append("call"), 2) < 0.1
+    assert log == ["wait", "call", "call", "wait"]
+    assert measure.clock_on("cuda", host=True) is measure.host_clock
+    assert measure.clock_on("cpu", host=True) is measure.cpu_clock
+
+
+def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
+    held = {"now": 1000, "peak": 9000}
+
+    def reset() -> None:
+        held["peak"] = held["now"]
+
+    def call() -> str:
+        held["peak"] = held["now"] + 500
+        held["now"] += 200
+        return "result"
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    assert measure.with_peak(call, "cuda") == ("result", 500)
+
+
+# -- devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "available", "devices"),
+    [
+        ("auto", False, ["cpu"]),
+        ("auto", True, ["cuda", "cpu"]),
+        ("cpu", True, ["cpu"]),
+        ("cuda", True, ["cuda"]),
+    ],
+)
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch, asked, available, devices):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert run._devices(asked) == devices
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--device", "cuda"])
+    assert "--device: expected a machine with CUDA, got none" in capsys.readouterr().err
+
+
+def test_peers_and_kernels_compete_only_where_they_exist():
+    case = Case("sddmm", 40, 24, 9, 0.1)
+    on = {
+        device: {contender.name for contender in cases.contenders(case, device)}
+        for device in ("cpu", "cuda")
+    }
+    assert {"auto", "dense", "reference", "torch-sampled", "spops"} <= on["cpu"] & on["cuda"]
+    only_cuda = {"cusparse", "cusparse-fp32", "sputnik_style", "sputnik_style-trimmed"}
+    assert only_cuda | {"cuda/gather", "cuda/tile", "dense-reduced"} <= on["cuda"] - on["cpu"]
+    assert {"numpy", "cpu/portable"} <= on["cpu"] - on["cuda"]
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> list[str]:
+    """A GPU whose cases run on the CPU; returns the log of what ran."""
+    ran: list[str] = []
+
+    def run_case(case, competing, rule, device):
+        ran.append(f"{device} {case.op}")
+        return run_on_cpu(case, competing, rule)
+
+    run_on_cpu = runner.run_case
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    record = environment.device_record("cpu")
+    monkeypatch.setattr(environment, "device_record", lambda device: record | {"device": device})
+    monkeypatch.setattr(runner, "warm_up", lambda competing, device: None)
+    monkeypatch.setattr(runner, "roof_rows", lambda dtypes, rule, device: [])
+    monkeypatch.setattr(runner, "run_case", run_case)
+    return ran
+
+
+OPTIONS = ["run", "--suite", "overhead", "--cap", "0.001", "--no-plots"]
+
+
+def test_a_run_on_two_devices_is_one_run_told_apart(gpu, tmp_path, capsys):
+    assert cli.main([*OPTIONS, "--ops", "sddmm", "spmm", "--out", str(tmp_path)]) == 0
+    assert gpu == ["cuda sddmm", "cuda spmm", "cpu sddmm", "cpu spmm"]
+    rows = results.read(tmp_path / "results.jsonl")
+    assert {row["device"] for row in rows} == {"cpu", "cuda"}
+    assert len({row["run_id"] for row in rows}) == 1
+    out = capsys.readouterr().out
+    assert "cuda: Call overhead in us" in out
+    assert "cpu: Call overhead in us" in out
+
+
+def test_a_budget_is_shared_by_devices_and_suites(gpu, tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr(run.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(
+        run._Session, "measure", lambda self, part, end, spent: ends.append((part.suite, end))
+    )
+    options = ["--suite", "overhead", "tokens", "--time-budget", "80", "--out", str(tmp_path)]
+    cli.main(["run", *options, "--no-plots"])
+    # Nothing is spent here: of 80 s the first of four parts may take 20, ..., the last one all.
+    assert [(name, round(end - 1000, 3)) for name, end in ends] == [
+        ("overhead", 20),
+        ("tokens", pytest.approx(80 / 3, abs=1e-3)),
+        ("overhead", 40),
+        ("tokens", 80),
+    ]
+
+
+def test_a_lost_gpu_ends_its_cases_and_the_cpu_goes_on(gpu, tmp_path, monkeypatch, capsys):
+    reason = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(
+        runner, "lost", lambda device: reason if device == "cuda" and "cuda sddmm" in gpu else None
+    )
+    assert cli.main([*OPTIONS, "--ops", "sddmm", "spmm", "--out", str(tmp_path)]) == 1
+    assert gpu == ["cuda sddmm", "cpu sddmm", "cpu spmm"]
+    rows = results.read(tmp_path / "results.jsonl")
+    (skipped,) = {row["reason"] for row in rows if row["device"] == "cuda" and row["op"] == "spmm"}
+    assert skipped == f"not run: cuda was lost ({reason})"
+    assert f"cuda was lost, and its remaining cases were not run: {reason}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_gpu_is_lost_when_waiting_for_it_fails(monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("CUDA error: misaligned address\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert runner.lost("cuda") == "CUDA error: misaligned address"
+    assert runner.lost("cpu") is None
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert runner.lost("cuda") is None
+
+
+def test_nvidia_smi_is_asked_about_the_device_that_torch_uses(monkeypatch):
+    for uuid in ("2f9c-11", "GPU-2f9c-11"):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda uuid=uuid: SimpleNamespace(uuid=uuid)
+        )
+        assert environment._query("clocks.sm")[:4] == [
+            *("nvidia-smi", "-i", "GPU-2f9c-11"),
+            "--query-gpu=clocks.sm",
+        ]
+
+
+# -- peers ----------------------------------------------------------------------------------------
+
+
+def test_dense_sums_in_float32_whatever_torch_allows_and_puts_it_back(monkeypatch):
+    switches = SimpleNamespace(
+        allow_bf16_reduced_precision_reduction=True, allow_fp16_reduced_precision_reduction=True
+    )
+    monkeypatch.setattr(torch.backends.cuda, "matmul", switches)
+    seen = []
+
+    def prepare(problem, charge):
+        return lambda: seen.append(switches.allow_bf16_reduced_precision_reduction)
+
+    dense._with_reduced(False, prepare)(SimpleNamespace(device="cuda"), "op")()
+    dense._with_reduced(True, prepare)(SimpleNamespace(device="cuda"), "op")()
+    assert seen == [False, True]
+    assert switches.allow_bf16_reduced_precision_reduction
+    assert switches.allow_fp16_reduced_precision_reduction
+
+
+def emulated(monkeypatch):
+    """The native module whose CUDA entries the emulator runs on CPU memory."""
+    module = pytest.importorskip("_simt", reason="tests/_simt is not built")
+    monkeypatch.setattr(native, "_C", module)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("op", "k"), [("sddmm", 9), ("sddmm", 64), ("spmm", 1), ("spmm", 20)])
+def test_sputnik_style_peers_are_right_under_both_charges(monkeypatch, op, k, dtype):
+    emulated(monkeypatch)
+    competing = [contender for contender in sputnik.CONTENDERS if contender.op == op]
+    rows = runner.run_case(Case(op, 40, 24, k, 0.1, dtype), competing, FAST)
+    assert len(rows) == 2 * len(competing)
+    for row in rows:
+        assert row["status"] == "ok", (row["kernel"], row["charge"], row["reason"])
+
+
+def test_the_roofs_of_a_gpu_call_our_probes_where_they_are_built(monkeypatch):
+    emulated(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    one_sm = SimpleNamespace(multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: one_sm)
+    monkeypatch.setattr(roofs, "_L2_BYTES", 2**14)
+    monkeypatch.setattr(roofs, "_L2_PASSES", 2)
+    for make in (roofs._read_l2, roofs._launch):
+        call, columns = make("cpu")
+        call()
+        assert columns["backend"] == "cuda"
+
+
+def test_the_roofs_of_a_gpu_fall_back_on_torch(monkeypatch):
+    monkeypatch.setattr(native, "_C", SimpleNamespace())
+    monkeypatch.setattr(roofs, "_L2_BYTES", 2**14)
+    for make in (roofs._read_l2, roofs._launch):
+        call, columns = make("cpu")
+        call()
+        assert "backend" not in columns  # torch's, by default
+
+
+def test_what_a_peer_holds_between_calls_is_its_workspace():
+    class Held:
+        workspace_bytes = 4096
+
+        def __init__(self, problem: Problem) -> None:
+            self.values = problem.pattern.to_torch(problem.inputs["values"])
+            self.b = problem.inputs["b"]
+
+        def __call__(self) -> torch.Tensor:
+            return self.values.to_dense() @ self.b
+
+    peer = Contender("spmm", "held", "test", lambda problem, charge: Held(problem))
+    rows = runner.run_case(Case("spmm", 40, 24, 9, 0.1), [peer], FAST)
+    assert {(row["status"], row["workspace_bytes"]) for row in rows} == {("ok", 4096)}

@@ -1,0 +1,105 @@
+"""Plots are drawn from rows alone; the rows here are synthetic."""
+
+from __future__ import annotations
+
+import itertools
+import xml.etree.ElementTree
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from bench_rows import a_row, gpu_rows
+
+from bench import __main__ as cli
+from bench import cases, plot, report, results
+from bench.plot import rows as plot_rows
+
+
+def test_plots_are_drawn_from_rows_alone(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    rows = [a_row(op="roof", kernel="copy", case="roof/copy", m=None, n=None)]
+    for op, density in itertools.product(("sddmm", "spmm"), (0.001, 0.01, 0.05)):
+        for kernel, ms in (("auto", 200 * density), ("dense", 100.0), ("spops", 1000 * density)):
+            case = {"op": op, "density": density, "case": f"{op}{density}"}
+            rows.append(a_row(**case, kernel=kernel, ms=ms, workspace_bytes=10**5))
+    for mask in ("real:14.q_proj", "uniform"):
+        case = {"mask": mask, "m": 576, "n": 576, "density": 0.006, "case": mask}
+        rows += [a_row(**case), a_row(**case, kernel="spops", ms=0.5)]
+    results.append(path, rows)
+    assert cli.main(["plot", str(path), "--out", str(tmp_path / "plots")]) == 0
+    out = capsys.readouterr().out
+    names = {p.name for p in (tmp_path / "plots").iterdir()}
+    for name in (
+        "time_vs_density_4096x4096_k2048_float32",
+        "memory_vs_density_4096x4096_k2048_float32",
+        "speedup_heatmap_float32",
+        "real_vs_uniform_float32",
+    ):
+        assert {f"{name}.png", f"{name}.svg"} <= names
+        svg = tmp_path / "plots" / f"{name}.svg"
+        assert str(svg) in out
+        assert svg.stat().st_size < 300_000
+        text = " ".join(xml.etree.ElementTree.parse(svg).getroot().itertext())
+        assert "Test CPU, 2 threads, torch 2.13.0, 2026-01-02" in text
+    assert cli.main(["report", str(path)]) == 0
+    assert "a peer is faster" in capsys.readouterr().out.lower()
+
+
+def test_a_gpu_gets_its_own_plots_from_rows_alone(tmp_path):
+    tokens = cases.suite("tokens", device="cuda")[:26]
+    density = [case for case in cases.suite("density", device="cuda")[:40] if case.m == 4096]
+    kept = [*tokens, *density, *cases.suite("rosa", device="cuda")[:4]]
+    written = {path.name for path in plot.draw_all(gpu_rows(kept), tmp_path)}
+    for name in (
+        "speedup_over_dense_bfloat16_cuda",
+        "spmm_over_tokens_4096x4096_0.6pc_bfloat16_cuda",
+        "sddmm_over_tokens_4096x4096_0.6pc_bfloat16_cuda",
+        "own_kernels_4096x4096_k8192_bfloat16_cuda",
+        "time_vs_density_4096x4096_k8192_bfloat16_cuda",
+        "memory_vs_density_4096x4096_k8192_bfloat16_cuda",
+        "real_vs_uniform_bfloat16_cuda",
+        "speedup_heatmap_bfloat16_cuda",
+    ):
+        assert {f"{name}.png", f"{name}.svg"} <= written
+        svg = xml.etree.ElementTree.parse(tmp_path / f"{name}.svg")
+        text = " ".join(svg.getroot().itertext())
+        assert "Synthetic GPU, torch 2.13.0, 2026-01-02" in text
+        assert "threads" not in text
+
+
+def test_a_run_on_two_devices_is_drawn_device_by_device(tmp_path):
+    densities = (0.001, 0.01, 0.05)
+    rows = [
+        a_row(density=density, device=device, case=f"{device}{density}", kernel=kernel, ms=1.0)
+        for density in densities
+        for device in ("cpu", "cuda")
+        for kernel in ("auto", "dense")
+    ]
+    written = {path.name for path in plot.draw_all(rows, tmp_path)}
+    assert "time_vs_density_4096x4096_k2048_float32.png" in written
+    assert "time_vs_density_4096x4096_k2048_float32_cuda.png" in written
+
+
+def test_of_a_family_only_the_fastest_is_drawn_for_a_gpu():
+    rows = [
+        a_row(kernel="auto"),
+        a_row(kernel="cusparse", ms=3.0),
+        a_row(kernel="cusparse-alg2", ms=2.0),
+        a_row(kernel="cusparse-alg2", ms=1.0, charge="op"),
+    ]
+    kept = plot_rows.fastest_of_families(rows)
+    assert [(row["kernel"], row["median_s"]) for row in kept if row["charge"] != "op"] == [
+        ("auto", 0.001),
+        ("cusparse", 0.002),
+    ]
+
+
+def test_too_many_problems_share_lines():
+    suite = cases.suite("density", device="cuda")
+    found = report.ratios(gpu_rows(suite), "from_token_major")
+    every, _ = plot_rows.lines(found, most=10**6)
+    few, line_of = plot_rows.lines(found, most=80)
+    assert len(every) > 400
+    assert len(few) <= 80
+    assert {line_of(ratio.ours) for ratio in found} == set(few)

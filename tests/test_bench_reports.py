@@ -1,0 +1,220 @@
+"""What is read off result rows: ratios, verdicts, targets, what is missing and why."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("numpy")
+
+from bench_rows import a_row, failed, gpu_rows
+
+from bench import __main__ as cli
+from bench import cases, compare, races, ratios, report, results, targets
+from bench.contender import FROM_TOKEN_MAJOR, OP
+from rosa_kernels.testing import Case
+
+
+def test_ratios_geomeans_and_efficiency_are_derived_from_rows():
+    rows = []
+    for density, ours, dense, spops in ((0.01, 2.0, 100.0, 8.0), (0.05, 10.0, 100.0, 5.0)):
+        common = {"case": f"d{density}", "density": density}
+        rows += [
+            a_row(**common, ms=ours),
+            a_row(**common, kernel="dense", backend="torch", ms=dense),
+            a_row(**common, kernel="spops", backend="spops", ms=spops),
+            a_row(**common, kernel="cpu/portable", ms=50.0),
+        ]
+    found = report.ratios(rows, FROM_TOKEN_MAJOR)
+    assert sorted(r.value for r in found if r.peer["kernel"] == "spops") == [0.5, 4.0]
+    assert {r.peer["kernel"] for r in found} == {"dense", "spops"}
+    assert report.geomean([0.5, 4.0]) == pytest.approx(2**0.5)
+    assert report.efficiency(rows) == {("spmm", "float32", "uniform"): pytest.approx(0.5)}
+    table = report.losing_table(rows, FROM_TOKEN_MAJOR)
+    assert [line[0] for line in table.rows] == ["d0.05"]
+    assert "1 of 4 comparisons" in table.title
+
+
+def test_overhead_is_the_op_less_its_adapter():
+    tiny = {"m": 32, "n": 32, "charge": OP}
+    rows = [
+        a_row(**tiny, mode="adapter", ms=0.005),
+        a_row(**tiny, mode="no_grad", ms=0.015),
+        a_row(**tiny, mode="grad", ms=0.025),
+    ]
+    assert report.overheads(rows) == {
+        "spmm": {"adapter": 5e-6, "no_grad": pytest.approx(1e-5), "grad": pytest.approx(2e-5)}
+    }
+
+
+def test_a_busy_machine_is_told():
+    noisy = a_row(samples_s=[0.001, 0.001, 0.009, 0.009])
+    assert report.noise_note([a_row()] * 30 + [noisy]) is None
+    assert report.noise_note([a_row()] * 3 + [noisy]).startswith("1 of 4 times vary")
+
+
+def test_reasons_of_missing_points_are_listed():
+    table = report.status_table([failed("oom", kernel="dense", charge=OP)])
+    assert table.rows == [["because", "oom", "1", "dense"]]
+
+
+@pytest.mark.parametrize(
+    ("ms", "spread", "verdict"),
+    [(1.03, 0.01, "same"), (0.8, 0.01, "faster"), (1.3, 0.01, "slower"), (1.3, 0.5, "ambiguous")],
+)
+def test_verdicts(ms, spread, verdict):
+    new = a_row(ms=ms) | {"p20_s": ms / 1e3 * (1 - spread), "p80_s": ms / 1e3 * (1 + spread)}
+    (found,) = compare.compare([a_row(ms=1.0)], [new])
+    assert found.verdict == verdict
+
+
+def test_rows_of_one_run_only_and_changed_statuses_are_told():
+    base = [a_row(case="a"), a_row(case="b")]
+    new = [failed("incorrect", case="b"), a_row(case="c")]
+    verdicts = {item.row["case"]: item.verdict for item in compare.compare(base, new)}
+    assert verdicts == {"a": "only in base", "b": "status changed", "c": "only in new"}
+
+
+# -- ratios and targets; all rows of a GPU are synthetic ------------------------------------------
+
+
+def on_gpu(case: str, kernel: str, ms: float, **columns) -> results.Row:
+    common = {"device": "cuda", "op": "sddmm", "dtype": "bfloat16", "k": 8192, "mask": "q_proj"}
+    backend = {"auto": "cuda/tile", "rosa-dense": "dense"}.get(kernel, kernel)
+    return a_row(**(common | {"backend": backend, **columns}), case=case, kernel=kernel, ms=ms)
+
+
+def test_cases_of_one_name_on_two_devices_are_not_compared():
+    rows = [a_row(), a_row(kernel="dense", ms=2.0), a_row(device="cuda", kernel="spops", ms=3.0)]
+    assert [ratio.peer["kernel"] for ratio in report.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
+    assert {race.auto["device"] for race in races.races(rows)} == {"cpu"}
+
+
+def test_a_race_has_the_fastest_of_each_family_and_our_own_kernels():
+    rows = [
+        on_gpu("a", "auto", 1.0),
+        on_gpu("a", "cuda/tile", 1.1),
+        on_gpu("a", "cuda/gather", 2.0),
+        on_gpu("a", "rosa-dense", 0.5),
+        on_gpu("a", "reference", 0.1),
+        on_gpu("a", "dense", 3.0),
+        on_gpu("a", "dense-reduced", 2.5),
+        on_gpu("a", "cusparse-fp32", 9.0),
+        on_gpu("a", "cusparse-fp32", 5.0, charge=OP),
+    ]
+    (race,) = races.races(rows)
+    assert set(race.own) == {"cuda/tile", "cuda/gather", "dense"}
+    assert race.best_own()["kernel"] == "rosa-dense"
+    assert race.against("dense") == pytest.approx(2.5)
+    assert race.against("cusparse") == pytest.approx(9.0)
+    assert race.against("spops") is None
+
+
+def test_kernels_that_auto_may_not_take_are_no_measure_of_its_choice():
+    rows = [
+        on_gpu("a", "auto", 2.0, op="spmm", backend="cuda/gather"),
+        on_gpu("a", "auto-finite", 1.0, op="spmm", backend="cuda/tile"),
+        on_gpu("a", "cuda/gather", 2.0, op="spmm"),
+        on_gpu("a", "cuda/tile", 1.0, op="spmm"),  # Inf and NaN leak from it
+    ]
+    (race,) = races.races(rows)
+    assert set(race.own) == {"cuda/gather"}
+    assert not ratios.choices_table([race]).rows
+
+
+def test_wrong_choices_are_listed_worst_first_and_noise_is_not():
+    rows = []
+    for case, best in (("near", 0.97), ("bad", 0.5), ("worse", 0.25)):
+        rows += [on_gpu(case, "auto", 1.0), on_gpu(case, "cuda/tile", 1.0)]
+        rows.append(on_gpu(case, "cuda/gather", best))
+    found = races.races(rows)
+    table = ratios.choices_table(found)
+    assert [line[0] for line in table.rows] == ["worse", "bad"]
+    assert table.rows[0][1:] == ["cuda/tile", "1.000", "cuda/gather", "0.250", "4.00"]
+    assert "2 of 3 cases" in table.title
+    assert len(ratios.choices_table(found, limit=1).rows) == 1
+    (line,) = ratios.own_table(found).rows
+    assert line[2] == "2.02 (4.00)"
+    assert line[3:] == ["cuda/tile 3", "cuda/gather 3"]
+
+
+@pytest.mark.parametrize(
+    ("density", "name"),
+    [(0.0005, "< 0.2 %"), (0.003, "0.2-0.45 %"), (0.006, "0.45-0.8 %"), (0.1, ">= 3 %")],
+)
+def test_bands_of_density(density, name):
+    assert ratios.band(density) == name
+
+
+def verdicts(rows) -> dict[str, list[str]]:
+    return {line[0]: line[1:] for line in targets.table(races.races(rows)).rows}
+
+
+def test_targets_are_reached_missed_or_not_measured():
+    rows = []
+    for case, mask, density, dense in (
+        ("generated", "q_proj", 0.006, 3.5),
+        ("real", "real:14.q_proj", 0.006, 3.5),
+        ("uniform", "uniform", 0.01, 0.9),
+    ):
+        common = {"mask": mask, "density": density}
+        rows += [on_gpu(case, "auto", 1.0, **common), on_gpu(case, "dense", dense, **common)]
+    found = verdicts(rows)
+    reached = found["SDDMM, generated masks, 0.3-2 %: x dense + gather"]
+    assert reached == ["mean 3", "3.50 (3.50)", "1", "reached"]
+    assert found["SDDMM, replicated real masks: x dense + gather"][-1] == "missed"
+    assert found["SDDMM, uniform masks: x the best of all peers"][1:] == [
+        "0.90 (0.90)",
+        "1",
+        "missed",
+    ]
+    assert found["SDDMM, real-like masks: x spops"] == ["mean 8", "-", "0", "not measured"]
+
+
+def test_targets_are_of_one_gpu_only():
+    assert not targets.table(races.races([a_row(), a_row(kernel="dense", ms=9.0)])).rows
+
+
+def test_the_floor_of_scattered_adds_counts_sectors():
+    # Two entries of 16 bits in the one sector of a 1 x 16 matrix, next to everything else.
+    row = a_row(op="csr_add_", m=1, n=16, nnz=16, density=1.0, dtype="bfloat16")
+    copy = a_row(op="roof", kernel="copy", bytes=10**9, ms=1.0)  # 1 GB per ms
+    traffic = 2 * 32 + 16 * (4 + 2) + 4 * 2
+    assert targets.scattered_floor_s(row, copy) == pytest.approx(traffic * 1e-12)
+
+
+def test_the_roofs_are_a_table():
+    rows = gpu_rows([])
+    rows.append(a_row(op="roof", kernel="gemm", m=8192, n=8192, k=8192, flops=10**12, ms=1.25))
+    lines = {line[0]: line[1] for line in report.roof_table(rows).rows}
+    assert lines["copy, read and written"] == "4000 GB/s"
+    assert lines["L2 cache, read"] == "5000 GB/s"
+    assert lines["float32 GEMM, 8192x8192x8192"] == "800 TFLOP/s"
+    assert lines["kernel launch, one after the other"] == "2.00 us"
+
+
+def test_the_ratios_of_several_files_are_taken_together(tmp_path, capsys):
+    suite = [case for case in cases.suite("quick", device="cuda") if case.m > 64]
+    half = len(suite) // 2
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, part in zip(paths, (suite[:half], suite[half:]), strict=True):
+        results.append(path, gpu_rows(part))
+    assert cli.main(["ratios", *map(str, paths)]) == 0
+    out = capsys.readouterr().out
+    assert "cuda, sddmm, bfloat16, generated, 0.45-0.8 %, 8192" in out
+    assert "auto against the best of our own kernels" in out
+    assert "Targets on one GPU" in out
+    assert "SDDMM, generated masks, 0.3-2 %: x dense + gather" in out
+
+
+def test_ratios_without_a_single_case_are_refused(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    results.append(path, gpu_rows([]))
+    with pytest.raises(SystemExit):
+        cli.main(["ratios", str(path)])
+    assert "expected timed rows to compare, got none" in capsys.readouterr().err
+
+
+def test_a_synthetic_row_is_a_row(tmp_path):
+    rows = gpu_rows([Case("csr_add_", 64, 64, 1, 0.1), Case("sddmm", 64, 64, 8, 0.1)])
+    results.append(tmp_path / "results.jsonl", rows)
+    assert results.read(tmp_path / "results.jsonl") == rows

@@ -1,0 +1,95 @@
+"""The suites of the benchmark: the points that targets are set on, what says most first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("numpy")
+
+from bench import cases, masks, targets
+from bench.suites import cpu, cuda
+
+DEVICES = ("cpu", "cuda")
+
+
+def row_of(case) -> dict:
+    """What a row says of its case."""
+    names = ("op", "m", "n", "k", "density", "mask")
+    return {name: getattr(case, name) for name in names} | {"dtype": cases.dtype_name(case.dtype)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", cases.SUITES)
+def test_cases_of_a_suite_are_distinct_and_have_contenders(name, device):
+    suite = cases.suite(name, device=device)
+    names = [cases.case_id(case) for case in suite]
+    assert len(names) == len(set(names)) > 0
+    for case in suite[:20]:
+        assert cases.contenders(case, device)
+
+
+def test_the_density_suite_has_the_points_that_targets_are_set_on():
+    got = {(c.op, c.mask, c.density) for c in cases.suite("density") if c.k == 2048}
+    for op in ("sddmm", "spmm"):
+        for mask in ("uniform", "q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"):
+            for density in (0.001, 0.003, 0.005, 0.01, 0.02, 0.05):
+                assert (op, mask, density) in got
+    assert ("csr_add_", 0.006) in {(c.op, c.density) for c in cases.suite("density")}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_real_mask_is_in_the_rosa_suite_beside_a_uniform_one(device):
+    suite = cases.suite("rosa", device=device)
+    problems = {(c.op, c.m, c.n, c.k, c.density, c.dtype) for c in suite if c.mask == "uniform"}
+    real = [c for c in suite if c.mask.startswith("real:")]
+    assert len({c.mask for c in real}) == 21
+    for c in real:
+        assert (c.op, c.m, c.n, c.k, c.density, c.dtype) in problems
+        own = masks.real(c.mask.removeprefix("real:")).shape
+        assert c.m % own[0] == c.n % own[1] == 0
+
+
+def test_the_gpu_suites_have_every_point_of_the_speeds_to_reach():
+    sddmm = {
+        (c.mask, c.m, c.n, c.k, c.density)
+        for c in cases.suite("density", device="cuda")
+        if (c.op, c.dtype) == ("sddmm", torch.bfloat16)
+    }
+    for m, n in ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)):
+        for k in (2048, 8192, 16384):
+            for density in (0.003, 0.006, 0.01, 0.02):
+                assert {(kind, m, n, k, density) for kind in masks.KINDS} <= sddmm
+            for density in (0.0005, 0.001, 0.01, 0.1):
+                assert ("uniform", m, n, k, density) in sddmm
+    decoding = {(c.mask, c.k) for c in cases.suite("tokens", device="cuda") if c.op == "spmm"}
+    for k in (1, 2, 4, 8, 16, 32, 64):
+        assert {("uniform", k), ("q_proj", k), ("gate_proj", k), ("down_proj", k)} <= decoding
+
+
+@pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.what)
+def test_every_target_has_cases_and_the_quick_suite_some(target):
+    every = [case for name in cases.SUITES for case in cases.suite(name, device="cuda")]
+    assert sum(target.applies(row_of(case)) for case in every) >= 3
+    assert any(target.applies(row_of(case)) for case in cases.suite("quick", device="cuda"))
+
+
+def test_what_a_budget_cuts_off_is_what_says_least():
+    density = cases.suite("density", device="cuda")
+    tenth = density[: len(density) // 10]
+    # The first tenth has a whole curve of uniform masks, and every kind of layer.
+    assert {c.density for c in tenth if c.mask == "uniform"} >= set(cuda.UNIFORM)
+    assert {c.mask for c in tenth} >= set(masks.KINDS)
+    rosa = cases.suite("rosa", device="cuda")[:15]
+    assert {c.mask for c in rosa} >= {f"real:14.{kind}" for kind in masks.KINDS}
+
+
+def test_a_cpu_never_gets_the_sizes_of_a_gpu():
+    for suite in (cpu.tokens(0), cpu.llm(0)):
+        for case in suite:
+            assert 2 * case.m * case.n * case.k <= 3e10  # a dense GEMM of half a second at most
+
+
+def test_an_unknown_suite_is_refused():
+    with pytest.raises(ValueError, match=r"suite: expected one of quick, rosa, .*, got 'fast'"):
+        cases.suite("fast")

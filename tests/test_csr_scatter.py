@@ -1,0 +1,148 @@
+"""csr_scatter_: copies into place, and restores what csr_add_ changed to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import LAYOUTS, Served, check, inputs_of
+from torch import Tensor
+
+import rosa_kernels as rk
+from rosa_kernels import CsrPattern
+from rosa_kernels.strides import overlaps_itself
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def random_bits(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """NaN payloads, infinities, subnormals and signed zeros among them."""
+    bits = BITS[dtype.itemsize]
+    info = torch.iinfo(bits)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(info.min, info.max, shape, dtype=bits, generator=generator)
+    x.flatten()[: x.numel() // 2 : 5] = info.min  # -0.0
+    x.flatten()[1 : x.numel() // 2 : 5] = info.max  # a NaN of all ones
+    return x.view(dtype).to(device)
+
+
+@pytest.mark.ops("csr_scatter_")
+def test_is_index_assignment(
+    kernel: Served, nasty: CsrPattern, layout: Callable[[Tensor], Tensor]
+) -> None:
+    inputs = inputs_of("csr_scatter_", nasty, 0, device=kernel.device)
+    w = layout(inputs["w"]) if inputs["w"].numel() else inputs["w"]
+    if overlaps_itself(w):
+        pytest.skip("refused: see below")
+    nasty = nasty.to(kernel.device)
+    expected = w.clone()
+    expected[nasty.row_indices.long(), nasty.col_indices.long()] = inputs["values"]
+    assert kernel(nasty, w=w, values=inputs["values"]) is w
+    assert torch.equal(w, expected)
+
+
+@pytest.mark.ops("csr_scatter_")
+def test_keeps_every_bit(kernel: Served, pattern: CsrPattern, dtype: torch.dtype) -> None:
+    """Of what is written, and of what is not."""
+    bits = BITS[dtype.itemsize]
+    w = random_bits(pattern.shape, dtype, kernel.device)
+    values = random_bits((pattern.nnz,), dtype, kernel.device)
+    expected = w.clone().view(bits)
+    pattern = pattern.to(kernel.device)
+    at = (pattern.row_indices.long(), pattern.col_indices.long())
+    expected[at] = values.view(bits)
+    kernel(pattern, w=w, values=values)
+    assert torch.equal(w.view(bits), expected)
+
+
+@pytest.mark.ops("csr_scatter_")
+@pytest.mark.parametrize("order", ["row-major", "token-major", "sliced"])
+def test_round_trip(kernel: Served, nasty: CsrPattern, order: str, dtype: torch.dtype) -> None:
+    """gather, add, scatter: the weight is what it was, where adding and subtracting is not."""
+    if dtype not in kernel.dtypes:
+        pytest.skip(f"{kernel.backend} takes no {dtype}")
+    # The dtype's own values: a NaN's payload may not survive an addition, but a restore.
+    w = LAYOUTS[order](random_bits(nasty.shape, dtype, kernel.device))
+    before = w.clone()
+    nasty = nasty.to(kernel.device)
+    backend = kernel.backend
+    kept = rk.csr_gather(w, nasty, backend=backend)
+    rk.csr_add_(w, nasty, torch.randn(nasty.nnz, device=w.device).to(dtype), backend=backend)
+    rk.csr_scatter_(w, nasty, kept, backend=backend)
+    bits = BITS[dtype.itemsize]
+    assert torch.equal(w.contiguous().view(bits), before.contiguous().view(bits))
+
+
+@pytest.mark.ops("csr_scatter_")
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_values_are_rounded_to_nearest_even(kernel: Served, narrow: torch.dtype) -> None:
+    values = torch.tensor([1 + 2.0**-9, 1 + 3 * 2.0**-8, 1e-9, 1e30, -0.0, torch.nan, torch.inf])
+    pattern = CsrPattern.from_mask(torch.ones(1, 7)).to(kernel.device)
+    w = torch.zeros(1, 7, dtype=narrow, device=kernel.device)
+    kernel(pattern, w=w, values=values.to(kernel.device))
+    expected = values.to(narrow)
+    assert torch.equal(w[0].cpu().isnan(), expected.isnan())
+    assert torch.equal(w[0].cpu().nan_to_num(), expected.nan_to_num())
+    assert bool(w[0, 4].signbit())
+
+
+@pytest.mark.ops("csr_scatter_")
+def test_returns_its_target(kernel: Served, pattern: CsrPattern) -> None:
+    inputs = inputs_of("csr_scatter_", pattern, 0, device=kernel.device)
+    version = inputs["w"]._version
+    assert check(kernel, pattern, inputs) is inputs["w"]
+    assert inputs["w"]._version > version
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith("stride-")])
+def test_a_target_that_overlaps_itself_is_refused(pattern: CsrPattern, name: str) -> None:
+    inputs = inputs_of("csr_scatter_", pattern, 0)
+    w = LAYOUTS[name](inputs["w"])
+    before = w.clone()
+    with pytest.raises(
+        RuntimeError, match=r"csr_scatter_: expected a target whose elements do not"
+    ):
+        rk.csr_scatter_(w, pattern, inputs["values"])
+    assert torch.equal(w, before)
+
+
+def test_what_requires_grad_is_refused(pattern: CsrPattern) -> None:
+    inputs = inputs_of("csr_scatter_", pattern, 0)
+    values = inputs["values"].clone().requires_grad_()
+    with pytest.raises(
+        RuntimeError, match=r"csr_scatter_: .* in grad mode, got values that do; pass"
+    ):
+        rk.csr_scatter_(inputs["w"], pattern, values)
+    with torch.no_grad():
+        rk.csr_scatter_(inputs["w"], pattern, values)
+    inputs["w"].requires_grad_()
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with (
+            mode,
+            pytest.raises(RuntimeError, match="a target that does not require grad, got one"),
+        ):
+            rk.csr_scatter_(inputs["w"], pattern, inputs["values"])
+
+
+def test_a_lazily_negated_target_is_refused(pattern: CsrPattern) -> None:
+    x = inputs_of("csr_scatter_", pattern, 0)["w"]
+    w = torch.complex(x, -x).conj().imag
+    with pytest.raises(RuntimeError, match=r"csr_scatter_: .* got a lazily negated view"):
+        rk.csr_scatter_(w, pattern, torch.zeros(pattern.nnz))
+
+
+def test_under_compile(pattern: CsrPattern) -> None:
+    """The caller's tensor changes."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(w: Tensor, values: Tensor) -> Tensor:
+        rk.csr_scatter_(w, pattern, values)
+        return w.sum()
+
+    inputs = inputs_of("csr_scatter_", pattern, 0)
+    expected = rk.csr_scatter_(inputs["w"].clone(), pattern, inputs["values"])
+    total = call(inputs["w"], inputs["values"])
+    assert torch.equal(inputs["w"], expected)
+    assert torch.equal(total, expected.sum())

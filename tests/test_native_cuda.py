@@ -1,0 +1,324 @@
+"""The adapter of the CUDA kernels, with a module that records in place of the native one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import inputs_of
+
+import rosa_kernels as rk
+from rosa_kernels import CsrPattern, registry
+from rosa_kernels.backends import native, native_cuda
+from rosa_kernels.registry import Call
+from rosa_kernels.testing import uniform_pattern
+from rosa_kernels.tile_plan import HEADER
+
+pytestmark = pytest.mark.usefixtures("sandbox")
+BYTES = 1000
+
+
+class Recorder:
+    """The cuda_* functions of the native module: each call is kept, nothing is computed."""
+
+    def __init__(self, **answers: object) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.answers = {
+            "cuda_unavailable": "",
+            "cuda_unsupported": "",
+            "cuda_has_wgmma": True,
+            "cuda_properties": (132, 9, 0, 50 << 20, 227 << 10),
+            "cuda_sddmm_workspace_bytes": BYTES,
+            "cuda_spmm_workspace_bytes": BYTES,
+            **answers,
+        }
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        if not name.startswith("cuda_"):
+            raise AttributeError(name)
+
+        def record(*arguments: object) -> object:
+            self.calls.append((name, arguments))
+            answer = self.answers.get(name)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return record
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+def registered(**answers: object) -> Recorder:
+    module = Recorder(**answers)
+    native_cuda.register_cuda_kernels(module, "fake", "cpu", on_request=True)
+    return module
+
+
+def test_what_the_native_module_is_handed(pattern: CsrPattern) -> None:
+    module = registered()
+    inputs = inputs_of("sddmm", pattern, dtype=torch.bfloat16)
+    out = rk.sddmm(pattern, **inputs, out_dtype=torch.float32, backend="fake/tile")
+    assert (out.shape, out.dtype) == ((pattern.nnz,), torch.float32)
+    (asked,) = module.named("cuda_sddmm_workspace_bytes")
+    (call,) = module.named("cuda_sddmm")
+    variant, csr, plan, a, b, to, work, device, stream = call
+    index = pattern.crow_indices.data_ptr(), pattern.col_indices.data_ptr()
+    assert csr == (*index, 37, 53, pattern.nnz)
+    header, blob = pattern.tile_plan.tensors
+    assert plan == (header.data_ptr(), HEADER, blob.data_ptr(), blob.numel())
+    assert a == (inputs["a"].data_ptr(), 1, 37, 33, 1, 37)
+    assert b == (inputs["b"].data_ptr(), 1, 53, 33, 1, 53)
+    assert to == (out.data_ptr(), 0, pattern.nnz, 1)
+    assert (variant, device, stream) == (1, 0, 0)
+    assert work != 0
+    assert asked == (variant, csr, plan, a, b, device)
+
+    inputs = inputs_of("spmm", pattern, dtype=torch.bfloat16)
+    c = rk.spmm(pattern, **inputs, backend="fake/gather")
+    (call,) = module.named("cuda_spmm")
+    assert call[:3] == (0, csr, plan)
+    assert call[3] == (inputs["values"].data_ptr(), 1, pattern.nnz, 1)
+    assert call[5] == (c.data_ptr(), 1, 37, 33, 1, 37)
+
+
+def test_copies_allocate_no_scratch(pattern: CsrPattern) -> None:
+    module = registered()
+    w, values = torch.zeros(pattern.shape), torch.ones(pattern.nnz)
+    rk.csr_add_(w, pattern, values, 0.5, backend="fake")
+    rk.csr_gather(w, pattern, backend="fake")
+    rk.csr_scatter_(w, pattern, values, backend="fake")
+    called = [name for name, _ in module.calls if name != "cuda_unsupported"]
+    assert called == ["cuda_csr_add_", "cuda_csr_gather", "cuda_csr_scatter_"]
+    assert module.named("cuda_csr_add_")[0][3:] == (0.5, 0, 0)
+
+
+def test_auto_never_takes_what_is_registered_on_request(pattern: CsrPattern) -> None:
+    module = registered()
+    rk.sddmm(pattern, **inputs_of("sddmm", pattern))
+    assert not module.calls
+    assert not pattern.has_tile_plan
+
+
+def test_the_backend_takes_its_best_variant(pattern: CsrPattern) -> None:
+    """wgmma wants 256 columns a tile, float32 has no tensor cores, SpMM's tiles leak Inf."""
+    module = registered()
+    narrow = inputs_of("sddmm", pattern, dtype=torch.float16)
+    rk.sddmm(pattern, **narrow, backend="fake")
+    pattern.build_tile_plan(128, 256)
+    rk.sddmm(pattern, **narrow, backend="fake")
+    rk.sddmm(pattern, **inputs_of("sddmm", pattern), backend="fake")
+    assert [call[0] for call in module.named("cuda_sddmm")] == [1, 2, 0]
+    rk.spmm(pattern, **inputs_of("spmm", pattern, dtype=torch.float16), backend="fake")
+    assert [call[0] for call in module.named("cuda_spmm")] == [0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "changes", "reason"),
+    [
+        ({}, {}, None),
+        ({"cuda_unsupported": "has no code for 7.0: built for 80"}, {}, "has no code for 7.0"),
+        (
+            {"cuda_properties": (108, 8, 0, 1, 1)},
+            {},
+            "runs on compute capability 9.0 alone, got 8.0",
+        ),
+        ({"cuda_has_wgmma": False}, {}, "was not built for compute capability 9.0"),
+        (
+            {},
+            {"plan": None},
+            "needs the pattern's tile plan, which torch.compile and graph capture",
+        ),
+        ({}, {"plan": (128, 128)}, "needs a plan of 128 x 256 tiles, got 128 x 128"),
+        ({}, {"dtype": torch.float32}, "takes dtypes bfloat16, float16, got float32"),
+        ({}, {"dtype": torch.float64}, "takes dtypes bfloat16, float16, got float64"),
+        ({}, {"place": "A100"}, "runs on compute capability 9.0 alone, got 8.0"),
+        ({"cuda_unsupported": "no code"}, {"place": "H200"}, None),
+    ],
+)
+def test_what_a_call_is_rejected_for(
+    answers: dict[str, object], changes: dict[str, Any], reason: str | None
+) -> None:
+    registered(**answers)
+    (kernel,) = [k for k in rk.kernels("sddmm") if k.name == "fake/wgmma"]
+    tile = changes.pop("plan", (128, 256))
+    plan = tile and uniform_pattern(9, 9, 0.5).make_tile_plan(*tile, 0.01).sizes
+    call = Call("cpu", torch.bfloat16, (9, 9, 9), place=0, nnz=40, plan=plan)
+    got = kernel.reason(call._replace(**changes), "fake/wgmma")
+    assert (got is None) if reason is None else got.startswith(reason)
+
+
+def test_a_device_is_asked_about_once(pattern: CsrPattern) -> None:
+    """Finding out takes a driver call; a hundred calls of an op need one."""
+    module = registered()
+    for k in range(1, 50):
+        rk.sddmm(pattern, **inputs_of("sddmm", pattern, k), backend="fake/gather")
+    assert len(module.named("cuda_unsupported")) == 1
+
+
+def test_an_unsupported_device_says_what_there_is(pattern: CsrPattern) -> None:
+    registered(cuda_unsupported="has no code for compute capability 7.0 in this build, which was")
+    with pytest.raises(RuntimeError, match=r"fake/gather has no code for compute capability 7\.0"):
+        rk.sddmm(pattern, **inputs_of("sddmm", pattern), backend="fake/gather")
+
+
+@pytest.mark.parametrize("op", ["sddmm", "spmm"])
+def test_out_of_memory_in_the_workspace(op: str, pattern: CsrPattern) -> None:
+    """torch's own error, before any launch; the next call works."""
+    module = registered(**{f"cuda_{op}_workspace_bytes": 2**62})
+    inputs = inputs_of(op, pattern)
+    with pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"alloc|memory"):
+        getattr(rk, op)(pattern=pattern, **inputs, backend="fake/gather")
+    assert not module.named(f"cuda_{op}")
+    module.answers[f"cuda_{op}_workspace_bytes"] = BYTES
+    getattr(rk, op)(pattern=pattern, **inputs, backend="fake/gather")
+    assert len(module.named(f"cuda_{op}")) == 1
+
+
+def test_what_a_device_refuses_is_a_runtime_error(pattern: CsrPattern) -> None:
+    registered(cuda_sddmm=RuntimeError("sddmm_gather_kernel: too many resources requested"))
+    with pytest.raises(RuntimeError, match="too many resources"):
+        rk.sddmm(pattern, **inputs_of("sddmm", pattern), backend="fake/gather")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda header, blob: [header.int(), blob],
+            "header of a tile plan as 47 contiguous int64 on the CPU",
+        ),
+        (
+            lambda header, blob: [header[:-1], blob],
+            "header of a tile plan as 47 contiguous int64 on the CPU",
+        ),
+        (
+            lambda header, blob: [header.to("meta"), blob],
+            "header of a tile plan as 47 contiguous int64 on the CPU",
+        ),
+        (lambda header, blob: [header, blob.long()], "blob of a tile plan as contiguous int32"),
+        (lambda header, blob: [header, blob[::2]], "blob of a tile plan as contiguous int32"),
+        (lambda header, blob: [header, blob[None]], "blob of a tile plan as contiguous int32"),
+    ],
+)
+def test_plans_are_checked(
+    change: Callable[..., list[torch.Tensor]], message: str, pattern: CsrPattern
+) -> None:
+    """The flat ops are callable past the pattern that owns the plan."""
+    module = registered()
+    (kernel,) = [k for k in rk.kernels("sddmm") if k.name == "fake/tile"]
+    inputs = inputs_of("sddmm", pattern, dtype=torch.bfloat16)
+    index = pattern.crow_indices, pattern.col_indices
+    plan = change(*pattern.tile_plan.tensors)
+    with pytest.raises(ValueError, match=message):
+        kernel.run(*index, *inputs.values(), torch.bfloat16, plan)
+    assert not module.calls
+
+
+def test_workspace_query(pattern: CsrPattern) -> None:
+    module = registered()
+    index = pattern.crow_indices, pattern.col_indices
+    inputs = inputs_of("spmm", pattern)
+    plan = pattern.tile_plan.tensors
+    got = native_cuda.cuda_workspace_bytes("spmm", "tile", *index, [inputs["b"]], plan, module)
+    assert got == BYTES
+    (asked,) = module.named("cuda_spmm_workspace_bytes")
+    assert asked[-2] == (0, 0, 37, 33, 1, 37)  # c: no memory, in the order of b
+    inputs = inputs_of("sddmm", pattern)
+    operands = list(inputs.values())
+    assert (
+        native_cuda.cuda_workspace_bytes("sddmm", "gather", *index, operands, (), module) == BYTES
+    )
+    assert module.named("cuda_sddmm_workspace_bytes")[0][2] == ()
+
+
+# -- the real backend "cuda" -----------------------------------------------------------------------
+
+
+def test_it_is_listed_wherever_it_runs() -> None:
+    """With the reason, where it cannot."""
+    for op, variants in (
+        ("sddmm", {"cuda/gather", "cuda/tile", "cuda/wgmma"}),
+        ("spmm", {"cuda/gather", "cuda/tile"}),
+        ("csr_add_", {"cuda"}),
+        ("csr_gather", {"cuda"}),
+        ("csr_scatter_", {"cuda"}),
+    ):
+        kernels = [k for k in rk.kernels(op) if k.backend == "cuda"]
+        assert {k.name for k in kernels} == variants
+        for kernel in kernels:
+            assert kernel.devices == {"cuda"}
+            assert kernel.unavailable is None or f"unavailable={kernel.unavailable!r}" in repr(
+                kernel
+            )
+
+
+@pytest.mark.parametrize(
+    ("missing", "module", "cuda", "reason"),
+    [
+        ("is not built (no _C)", None, "13.0", "is not built (no _C)"),
+        (
+            None,
+            object(),
+            "13.0",
+            "is not built: CMake found no CUDA compiler (nvcc) for this build",
+        ),
+        (None, Recorder(), None, "needs a torch with CUDA, got"),
+        (None, Recorder(cuda_unavailable="needs a driver"), "13.0", "needs a driver"),
+        (None, Recorder(), "13.0", None),
+    ],
+)
+def test_why_it_is_unavailable(
+    missing: str | None,
+    module: object,
+    cuda: str | None,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native_cuda, "MISSING", missing)
+    monkeypatch.setattr(native_cuda, "MODULE", module)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    got = native_cuda._unavailable()
+    assert (got is None) if reason is None else got.startswith(reason)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cpu_tensors_go_on_without_it(pattern: CsrPattern) -> None:
+    inputs = inputs_of("sddmm", pattern)
+    assert rk.sddmm(pattern, **inputs).shape == (pattern.nnz,)
+    with pytest.raises(RuntimeError, match="cuda/gather runs on cuda tensors, got cpu"):
+        rk.sddmm(pattern, **inputs, backend="cuda")
+
+
+def test_the_stub_knows_every_entry() -> None:
+    """Nothing is called that the native module would not have."""
+    if native.MISSING is not None:
+        pytest.skip(native.MISSING)
+    module = registered()
+    pattern = uniform_pattern(9, 9, 0.5)
+    inputs = inputs_of("sddmm", pattern)
+    rk.sddmm(pattern, **inputs, backend="fake")
+    stub = (native_cuda.__file__).replace("backends/native_cuda.py", "_C.pyi")
+    with open(stub) as file:
+        text = file.read()
+    assert all(f"def {name}(" in text for name, _ in module.calls)
+    entries = {name for name in dir(native.MODULE) if not name.startswith("_")}
+    assert all(f"def {name}(" in text or f"class {name}:" in text for name in entries)
+
+
+def test_gradients_run_where_the_forward_did(pattern: CsrPattern) -> None:
+    """But not on tiles, whose zeros would spread an Inf of a gradient."""
+    module = registered()
+    pattern.build_tile_plan(128, 256)
+    pattern.T.build_tile_plan(128, 256)
+    inputs = inputs_of("sddmm", pattern, dtype=torch.bfloat16)
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    rk.sddmm(pattern, **inputs, backend="fake/wgmma").sum().backward()
+    assert [call[0] for call in module.named("cuda_sddmm")] == [2]
+    assert [call[0] for call in module.named("cuda_spmm")] == [0, 0]
+    assert registry.related("sddmm", "fake/wgmma") == "fake/wgmma"
+    assert registry.related("spmm", "fake/tile") == "fake"
+    assert registry.related("spmm", "cpu/portable") == "cpu/portable"
