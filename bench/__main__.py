@@ -1,4 +1,4 @@
-"""Command line: python -m bench run | list | plot | report | ratios | compare | env."""
+"""Command line: python -m bench run | list | plot | report | ratios | calibrate | compare | env."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import compare, console, environment, ratios, report, results
+from bench import calibrate, compare, console, environment, ratios, report, results
 from bench.cases import SUITES, case_id, contenders, suite
 from bench.contender import Problem
 from bench.ours import ops
@@ -78,6 +78,14 @@ def _ratios(args: argparse.Namespace) -> int:
         raise UsageError(f"{names}: expected timed rows to compare, got none")
     for table in found:
         console.show(table)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    path, measured = calibrate.calibrate(_select_run(args.results, args.run_id), args.out)
+    for rate, value in measured.items():
+        print(f"{rate:8} {value:.4g}")
+    print(f"Wrote {path}")
     return 0
 
 
@@ -173,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
 
     for name, command, text in (
+        ("calibrate", _calibrate, "give the cost model the rates that a run on CUDA measured"),
         ("plot", _plot, "draw the plots of a run again"),
         ("report", _report, "every case of a run, and its summary"),
     ):
@@ -181,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--run-id", help="default: the last run in the file")
         if command is _plot:
             sub.add_argument("--out", type=Path, metavar="DIR", help="default: beside the results")
+        if command is _calibrate:
+            sub.add_argument("--out", type=Path, metavar="FILE", help="default: the user's cache")
 
     sub = add("ratios", _ratios, "ratios to every peer by kind of case, and the targets")
     sub.add_argument("results", type=Path, nargs="+", help="results.jsonl files, taken together")

@@ -133,6 +133,7 @@ def explain(
         plan=_plan_sizes(kernels_of, pattern, kind, machine, backend),
         other=values_dtype or dtype,
         in_place=(in_place,) * {"sddmm": 2, "spmm": 1}.get(op, 0),
+        exact=registry.gemm_is_exact(kind, dtype),
     )
     found = registry.candidates(kernels_of, call, backend)
     best = registry.best_of(found)

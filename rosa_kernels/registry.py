@@ -288,6 +288,17 @@ def requested(backend: str | None) -> str:
     return _ambient() if backend is None else check_backend(backend)
 
 
+def gemm_is_exact(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch.mm keeps float32 arithmetic for such operands, or for float32 on a CPU."""
+    if device == "cuda":
+        matmul = torch.backends.cuda.matmul
+        if dtype == torch.float16:
+            return not matmul.allow_fp16_accumulation
+        return dtype != torch.float32 or matmul.fp32_precision != "tf32"
+    mkldnn: Any = torch.backends.mkldnn  # whose stub has no matmul
+    return mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+
 def related(op: str, backend: str) -> str:
     """Where `op` runs as part of the gradient of an op that was asked of `backend`.
 

@@ -23,8 +23,6 @@ class PlanSizes(NamedTuple):
         row_sectors, col_sectors: groups of 16 neighbours with an active member.
         tiles: heavy ones.
         heavy_nnz: nonzeros inside them.
-        segments, split_rows, partials: pieces of rows of at most 512 nonzeros; rows that were cut;
-            pieces of those.
     """
 
     rows: int
@@ -38,9 +36,6 @@ class PlanSizes(NamedTuple):
     col_sectors: int
     tiles: int
     heavy_nnz: int
-    segments: int
-    split_rows: int
-    partials: int
 
     @property
     def light_nnz(self) -> int:
@@ -74,7 +69,7 @@ def default_tile(device: torch.device) -> tuple[int, int]:
 
 
 class TilePlan:
-    """A pattern's rows and columns sorted by nnz, its heavy tiles, and equal pieces of its rows.
+    """A pattern's rows and columns sorted by nnz, its heavy tiles, and the nonzeros outside them.
 
     Real masks put 99 % of their nonzeros into 5-16 % of the tiles once rows and columns are sorted.
     Built by :attr:`CsrPattern.tile_plan`; kernels read its two tensors.
@@ -114,8 +109,7 @@ class TilePlan:
             tile_rows, tile_cols; tiles, the number of heavy ones; heavy_nnz and area, the shares of
             the nonzeros inside them and of the matrix that they cover (tiles overhang a small
             matrix: more than 1 is possible); light_nnz, the number of the other nonzeros;
-            active_rows and active_cols; segments and split_rows; bytes, of both tensors; seconds,
-            that building took.
+            active_rows and active_cols; bytes, of both tensors; seconds, that building took.
         """
         s = self.sizes
         return {
@@ -127,8 +121,6 @@ class TilePlan:
             "light_nnz": s.light_nnz,
             "active_rows": s.active_rows,
             "active_cols": s.active_cols,
-            "segments": s.segments,
-            "split_rows": s.split_rows,
             "bytes": self.header.nbytes + self.blob.nbytes,
             "seconds": self.seconds,
         }
@@ -143,8 +135,7 @@ class TilePlan:
                 f"  heavy: {of.tiles} tiles of {of.tile_rows} x {of.tile_cols} with "
                 f"{s['heavy_nnz']:.1%} of nnz in {s['area']:.1%} of the area; light: "
                 f"{of.light_nnz} nonzeros",
-                f"  rows: {of.segments} segments, {of.split_rows} rows cut; {s['bytes'] / 1e6:.2f} "
-                f"MB, built in {s['seconds'] * 1e3:.1f} ms",
+                f"  {s['bytes'] / 1e6:.2f} MB, built in {s['seconds'] * 1e3:.1f} ms",
             )
         )
 

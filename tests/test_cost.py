@@ -23,7 +23,7 @@ NAMES += ["spmm_gather", "spmm_tile", "dense_spmm"]
 def sizes(m: int = 4096, n: int = 4096, nnz: int = 100_000, **changes: int) -> PlanSizes:
     """A plan of which 95 % of the nonzeros lie in 40 tiles."""
     base = PlanSizes(
-        m, n, nnz, 128, 256, m * 9 // 10, n // 2, m // 16, n // 20, 40, nnz * 95 // 100, m, 0, 0
+        m, n, nnz, 128, 256, m * 9 // 10, n // 2, m // 16, n // 20, 40, nnz * 95 // 100
     )
     return base._replace(**changes)
 

@@ -213,3 +213,17 @@ def test_the_memory_of_choices_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     for n in range(100):
         registry.select("csr_gather", Call("cpu", torch.float32, (3, n)))
     assert len(registry._selected) <= 10
+
+
+def test_it_knows_torchs_settings(pattern: CsrPattern) -> None:
+    """As the call would: dense multiplies float32 in full precision or not at all."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        found = rk.explain("sddmm", pattern, k=8, backend="dense")
+        assert found.chosen is None
+        assert "full precision only" in str(found)
+    finally:
+        matmul.fp32_precision = before
+    assert rk.explain("sddmm", pattern, k=8, backend="dense").chosen.name == "dense"

@@ -189,15 +189,15 @@ def test_what_a_device_refuses_is_a_runtime_error(pattern: CsrPattern) -> None:
     [
         (
             lambda header, blob: [header.int(), blob],
-            "header of a tile plan as 47 contiguous int64 on the CPU",
+            "header of a tile plan as 44 contiguous int64 on the CPU",
         ),
         (
             lambda header, blob: [header[:-1], blob],
-            "header of a tile plan as 47 contiguous int64 on the CPU",
+            "header of a tile plan as 44 contiguous int64 on the CPU",
         ),
         (
             lambda header, blob: [header.to("meta"), blob],
-            "header of a tile plan as 47 contiguous int64 on the CPU",
+            "header of a tile plan as 44 contiguous int64 on the CPU",
         ),
         (lambda header, blob: [header, blob.long()], "blob of a tile plan as contiguous int32"),
         (lambda header, blob: [header, blob[::2]], "blob of a tile plan as contiguous int32"),

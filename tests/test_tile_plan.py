@@ -90,14 +90,11 @@ def test_stats_agree_with_brute_force() -> None:
         "light_nnz": int(count[~heavy].sum()),
         "active_rows": int((rows > 0).sum()),
         "active_cols": int((pattern.col_nnz > 0).sum()),
-        "segments": int(torch.clamp((rows + 511) // 512, min=1).sum()),
-        "split_rows": int((rows > 512).sum()),
         "bytes": 8 * HEADER + 4 * plan.blob.numel(),
         "seconds": plan.seconds,
     }
     assert 0 < plan.stats()["tiles"] < 48
     assert plan.stats()["light_nnz"] > 0
-    assert plan.stats()["split_rows"] > 0
     assert plan.seconds > 0
 
 
@@ -108,14 +105,6 @@ def test_it_prints() -> None:
     assert lines[0] == "TilePlan of 40 x 30, nnz 600, on cpu"
     assert "1 tiles of 128 x 128 with 100.0% of nnz in 1365.3% of the area" in lines[2]
     assert repr(plan) == "TilePlan(40 x 30, 1 heavy tiles of 128 x 128, device='cpu')"
-
-
-@needs_native
-def test_building_takes_milliseconds() -> None:
-    """50 ms at most for 4096 x 11008 at 2 %: once per mask, but for 200 masks of a model."""
-    generator = torch.Generator().manual_seed(0)
-    pattern = CsrPattern.from_mask(torch.rand(4096, 11008, generator=generator) < 0.02)
-    assert min(pattern.build_tile_plan().seconds for _ in range(5)) < 0.05
 
 
 # -- when, and what is kept ------------------------------------------------------------------------

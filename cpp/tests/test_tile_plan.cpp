@@ -102,42 +102,6 @@ void check_tiles(const PlanView& plan, const std::vector<Entry>& entries, double
   ROSA_CHECK(copy_of(plan.light_col, plan.light_nnz()) == light_col, context);
 }
 
-// Properties, not a copy of the builder's way to cut: every entry once, whole rows in order, pieces
-// short, long ones first, and a partial for each piece of a row that is cut.
-void check_segments(const PlanView& plan, const Pattern& pattern, const std::string& context) {
-  struct Piece {
-    int32_t begin, end, partial;
-  };
-  std::map<int32_t, std::vector<Piece>> of_row;
-  int32_t longest = kSegmentNnz;
-  for (int32_t s = 0; s < plan.segments; ++s) {
-    const int32_t* at = plan.segment + 4 * s;
-    ROSA_CHECK(at[2] - at[1] <= longest && at[2] >= at[1], context);
-    longest = at[2] - at[1];
-    of_row[at[0]].push_back({at[1], at[2], at[3]});
-  }
-  ROSA_CHECK(static_cast<int64_t>(of_row.size()) == pattern.rows, context);
-  Ints split_row;
-  int32_t partials = 0;
-  for (auto& [row, pieces] : of_row) {
-    std::sort(pieces.begin(), pieces.end(),
-              [](const Piece& x, const Piece& y) { return x.begin < y.begin; });
-    const bool cut = pattern.crow[row + 1] - pattern.crow[row] > kSegmentNnz;
-    ROSA_CHECK((pieces.size() > 1) == cut, context);
-    if (cut) split_row.insert(split_row.end(), {row, partials});
-    int32_t next = pattern.crow[row];
-    for (const Piece& piece : pieces) {
-      ROSA_CHECK(piece.begin == next, context);
-      ROSA_CHECK(piece.partial == (cut ? partials++ : -1), context);
-      next = piece.end;
-    }
-    ROSA_CHECK(next == pattern.crow[row + 1], context);
-    if (cut) split_row.push_back(partials);
-  }
-  ROSA_CHECK(plan.partials == partials, context);
-  ROSA_CHECK(copy_of(plan.split_row, int64_t{3} * plan.split_rows) == split_row, context);
-}
-
 PlanView view_of(const TilePlan& plan) {
   return plan_view(plan.header.data(), static_cast<int64_t>(plan.header.size()), plan.blob.data(),
                    static_cast<int64_t>(plan.blob.size()));
@@ -167,13 +131,11 @@ void test_case(const Pattern& pattern, int tile_rows, int tile_cols, double heav
                        rows.position[i], cols.position[j]});
   });
   check_tiles(view, entries, heavy_fill, context);
-  check_segments(view, pattern, context);
   for (int s = 0; s <= kSlabs; ++s)
     ROSA_CHECK(plan.header[kPlanFields + s] == pattern.crow[pattern.rows * s / kSlabs], context);
   // The arrays lie one after the other and end with the blob.
   ROSA_CHECK(view.rows.position == plan.blob.data(), context);
-  ROSA_CHECK(view.split_row + int64_t{3} * view.split_rows == plan.blob.data() + plan.blob.size(),
-             context);
+  ROSA_CHECK(view.light_col + view.light_nnz() == plan.blob.data() + plan.blob.size(), context);
 }
 
 // Rows around the length at which they are cut, next to empty ones.
@@ -254,8 +216,8 @@ void test_refusals() {
   view(plan.header, 0);
   view(std::vector<int64_t>(kPlanHeader, 0), size);
   view(std::vector<int64_t>(plan.header.begin(), plan.header.end() - 1), size);
-  for (PlanField field : {kPlanRows, kPlanCols, kPlanNnz, kPlanActiveRows, kPlanTiles,
-                          kPlanHeavyNnz, kPlanSegments, kPlanSplitRows}) {
+  for (PlanField field :
+       {kPlanRows, kPlanCols, kPlanNnz, kPlanActiveRows, kPlanTiles, kPlanHeavyNnz}) {
     std::vector<int64_t> header = plan.header;
     header[field] += 1000;
     view(header, size);

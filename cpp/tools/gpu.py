@@ -34,6 +34,14 @@ SUITES = ("rosa", "density", "tokens", "llm")
 NATIVE_SHARE, TEST_SHARE, SANITIZER_SHARE = 0.1, 0.25, 0.08
 SHORTEST_TEST_S = 90.0  # a shorter limit would tell a slow machine from a fast one, no more
 FINISH_SHARE = 0.04  # for the figures and the table
+EXPERIMENT_SHARE = 0.025  # for each of the experiments
+# Beside the defaults: panels of the size of L2, and kernels of a call that overlap.
+EXPERIMENTS = {
+    "panels-128": {},
+    "panels-128-early": {"ROSA_EARLY_LAUNCH": "1"},
+    "panels-32": {"ROSA_PANEL_MIB": "32"},
+    "panels-32-early": {"ROSA_PANEL_MIB": "32", "ROSA_EARLY_LAUNCH": "1"},
+}
 SANITIZERS = {
     # Room after every allocation makes small overruns visible; torch must not pool them.
     "memcheck": ("--padding", "1024"),
@@ -236,6 +244,42 @@ def test(session: Session, device: str) -> None:
         )
 
 
+def calibrate(session: Session, out: Path) -> dict[str, str]:
+    """Measure the roofs alone and let `auto` decide by them; the environment that tells it."""
+    rows, machine = out / "roofs" / "results.jsonl", out / "machine.json"
+    bench = (sys.executable, "-m", "bench")
+    session.run(
+        "roofs",
+        # A budget that is spent before the first case.
+        *(*bench, "run", "--suite", "rosa", "--device", "cuda", "--time-budget", "0.001"),
+        *("--no-plots", "--out", rows.parent),
+        limit_s=session.share(EXPERIMENT_SHARE),
+    )
+    if not rows.is_file():
+        return {}
+    session.run("calibrate", *bench, "calibrate", rows, "--out", machine)
+    return {"ROSA_MACHINE": str(machine)} if machine.is_file() else {}
+
+
+def experiments(session: Session, out: Path) -> None:
+    """What docs/cuda-kernels.md wants known first: panels within L2, launches that overlap."""
+    bench = (sys.executable, "-m", "bench")
+    for name, variables in EXPERIMENTS.items():
+        seconds = session.share(EXPERIMENT_SHARE, at_least_s=0)
+        session.run(
+            f"experiment {name}",
+            *(*bench, "run", "--suite", "rosa", "--device", "cuda", "--ops", "sddmm"),
+            *("--kernels", "cuda/tile", "cuda/wgmma", "dense", "--no-plots"),
+            *("--time-budget", f"{seconds:.0f}", "--out", out / name),
+            limit_s=seconds + SHORTEST_TEST_S,
+            extra=variables,
+        )
+    base, *others = (out / name / "results.jsonl" for name in EXPERIMENTS)
+    for other in others:
+        if base.is_file() and other.is_file():
+            session.run(f"compare {other.parent.name}", *bench, "compare", base, other, "--all")
+
+
 def measure(
     session: Session, device: str, out: Path, suites: list[str], bench_args: list[str]
 ) -> None:
@@ -243,6 +287,10 @@ def measure(
     if not has("numpy"):
         session.skip("suites", "numpy, which reads the masks, is not installed")
         return
+    calibration: dict[str, str] = {}
+    if device == "cuda":
+        calibration = calibrate(session, out)
+        experiments(session, out)
     reserve = session.share(FINISH_SHARE, at_least_s=20)
     for i, suite in enumerate(suites):
         seconds = (session.left() - reserve) / (len(suites) - i)
@@ -256,6 +304,7 @@ def measure(
             *bench_args,
             # The budget is looked at between cases; one that hangs must not take the others' time.
             limit_s=seconds + SHORTEST_TEST_S,
+            extra=calibration,
         )
     rows = [path for suite in suites if (path := out / suite / "results.jsonl").is_file()]
     if not rows:

@@ -28,6 +28,13 @@ _PANEL_BYTES = 128 << 20
 # How much longer than predicted a kernel may take: the GEMM's rate is the best known of all; ours
 # are trusted more once this kind of device was calibrated.
 _DENSE_UNCERTAINTY, _CALIBRATED_UNCERTAINTY, _UNCERTAINTY = 0.03, 0.10, 0.25
+# What one block may have of shared memory, by compute capability, and what of it spmm's staging
+# keeps for itself.
+_SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10}
+_LEAST_SHARED_BYTES, _STAGING_BYTES = 99 << 10, 19 << 10
+# Products a second and multiprocessor of 16-bit tokens staged there: 24 a clock of 1.7 GHz, bank
+# conflicts at random included. And the chain of loads before the first of them.
+_STAGED_PRODUCTS, _STAGED_LATENCY = 24 * 1.7e9, 1.5e-6
 # Taking a 128 x 128 tile's nonzeros out of its sums, by one multiprocessor.
 _SAMPLE_SECONDS = 1e-6
 
@@ -206,22 +213,44 @@ def _spmm_operands(machine: Machine, call: Call) -> tuple[float, float]:
     return pack, least
 
 
+def _staged_slot(machine: Machine, n: int, k: int, size: int) -> int | None:
+    """Bytes of a column's slot in shared memory, or None: choose_slots of cpp/src/cuda/spmm.cu."""
+    shared = _SHARED_BYTES.get(machine.capability, _LEAST_SHARED_BYTES) - _STAGING_BYTES
+    for slot, most_tokens in ((16, math.inf), (8, 512), (4, 64)):
+        if n * slot <= shared and (k <= most_tokens or k <= slot // size):
+            return slot
+    return None
+
+
 def spmm_gather(call: Call) -> Estimate | None:
-    """A row of b for every nonzero."""
+    """A few tokens of all of b in shared memory where they fit, else a line of b per nonzero."""
     machine = _machine(call)
     if machine is None:
         return None
-    k = call.shape[2]
+    _, n, k = call.shape
+    size, nnz = call.dtype.itemsize, call.nnz or 0
+    slot = _staged_slot(machine, n, k, size)
     pack, least = _spmm_operands(machine, call)
-    row = max(k * call.dtype.itemsize, _SECTOR)
-    partials = call.plan.partials if call.plan else 0
+    if slot is None:
+        row = max(k * size, _SECTOR)
+        stages = {
+            "pack": pack,
+            "gather": max(nnz * row / machine.l2, least),
+            "launch": machine.launch * (1 + (pack > 0)),
+        }
+        return _estimate(machine, stages)
+    groups = math.ceil(k * size / slot)
+    # Parts of the rows, each with a copy of b: as launch_staged balances them.
+    parts = max(min(math.sqrt(67 * nnz / max(n, 1) / max(groups, 1)), machine.multiprocessors), 1)
+    parts = max(min(parts, machine.multiprocessors / max(groups, 1)), 1)
+    products = nnz * k * size / 2 / (_STAGED_PRODUCTS * machine.multiprocessors)
+    indices = groups * nnz * (4 + (call.other or call.dtype).itemsize) / machine.l2
     return _estimate(
         machine,
         {
-            "pack": pack,
-            "gather": max((call.nnz or 0) * row / machine.l2, least),
-            "partials": partials * k * 8 / machine.l2,
-            "launch": machine.launch * (1 + (pack > 0) + (partials > 0)),
+            "stage": parts * n * k * size / machine.l2 + _STAGED_LATENCY,
+            "gather": max(products, indices, least),
+            "launch": machine.launch,
         },
     )
 
@@ -231,20 +260,24 @@ def spmm_tile(call: Call) -> Estimate | None:
     machine, plan = _machine(call), call.plan
     if machine is None or plan is None:
         return None
-    k, size = call.shape[2], call.dtype.itemsize
+    m, _, k = call.shape
+    size = call.dtype.itemsize
     pack, least = _spmm_operands(machine, call)
-    area, tokens = plan.tile_rows * plan.tile_cols, math.ceil(k / 64) * 64
+    area, tokens = plan.tile_rows * plan.tile_cols, math.ceil(k / 128) * 128
     tiles = max(
         2 * area * tokens * plan.tiles / machine.tile16,
         (area + plan.tile_cols * tokens) * size * plan.tiles / machine.l2,
     )
     row = max(k * size, _SECTOR)
+    # Token-major results pass through a panel of lines.
+    back = 0.0 if call.in_place[0] else 2 * m * k * size / machine.hbm
     return _estimate(
         machine,
         {
             "pack": pack,
             "tiles": tiles,
             "gather": max(plan.light_nnz * row / machine.l2, least),
-            "launch": machine.launch * (2 + (pack > 0) + (plan.light_nnz > 0)),
+            "unpermute": back,
+            "launch": machine.launch * (1 + (pack > 0) + (back > 0)),
         },
     )

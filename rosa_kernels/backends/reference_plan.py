@@ -13,7 +13,6 @@ from torch import Tensor
 from rosa_kernels.registry import register
 from rosa_kernels.tile_plan import SLABS, PlanSizes
 
-_SEGMENT = 512  # entries of a row that SpMM keeps together
 _SECTOR = 16
 
 
@@ -24,26 +23,6 @@ def _axis(count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     position = torch.full_like(count, -1)
     position[order] = torch.arange(active)
     return position, order, torch.unique(order // _SECTOR)
-
-
-def _segments(crow: Tensor) -> tuple[Tensor, Tensor]:
-    """Pieces of rows (row, begin, end, partial), longest first; rows cut, with their partials."""
-    length = crow.diff()
-    pieces = torch.clamp((length + _SEGMENT - 1) // _SEGMENT, min=1)
-    first = pieces.cumsum(0) - pieces
-    row = torch.repeat_interleave(torch.arange(len(length)), pieces)
-    piece = torch.arange(len(row)) - first[row]
-    begin = crow[row] + length[row] * piece // pieces[row]
-    end = crow[row] + length[row] * (piece + 1) // pieces[row]
-    cut = pieces > 1
-    partials = torch.where(cut, pieces, 0)
-    first_partial = partials.cumsum(0) - partials
-    partial = torch.where(cut[row], first_partial[row] + piece, -1)
-    segment = torch.stack((row, begin, end, partial), 1)
-    longest_first = torch.argsort(end - begin, descending=True, stable=True)
-    rows = cut.nonzero().flatten()
-    split = torch.stack((rows, first_partial[rows], first_partial[rows] + partials[rows]), 1)
-    return segment[longest_first], split
 
 
 @register("tile_plan", "reference", devices={"cpu"}, dtypes={torch.int32}, priority=0)
@@ -77,7 +56,6 @@ def tile_plan(
     light = light[torch.argsort(p[light] * max(len(col_order), 1) + q[light])]
     boundaries = torch.arange(strips + 1)
     across = max(across, 1)
-    segment, split = _segments(crow)
 
     arrays = [
         *(row_position, row_order, row_sectors),
@@ -89,7 +67,6 @@ def tile_plan(
         p[heavy] % tile_rows * tile_cols + q[heavy] % tile_cols,
         torch.cat((heavy, light)),
         *(p[light], q[light]),
-        *(segment, split),
     ]
     sizes = PlanSizes(
         m,
@@ -97,7 +74,7 @@ def tile_plan(
         nnz,
         *edges,
         *(len(row_order), len(col_order), len(row_sectors), len(col_sectors)),
-        *(len(heavy_tile), len(heavy), len(segment), len(split), int((segment[:, 3] >= 0).sum())),
+        *(len(heavy_tile), len(heavy)),
     )
     slabs = crow[torch.arange(SLABS + 1) * m // SLABS]
     header = torch.cat((torch.tensor(sizes), slabs))

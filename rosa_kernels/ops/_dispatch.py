@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -44,20 +42,9 @@ def kernel_of_product(
         plan=sizes_of(plan[0]) if plan else None,
         other=other,
         in_place=tuple(map(readable_in_place, dense)),
-        exact=gemm_is_exact(b.device.type, b.dtype),
+        exact=registry.gemm_is_exact(b.device.type, b.dtype),
     )
     return registry.select(op, call, backend)
-
-
-def gemm_is_exact(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch.mm keeps float32 arithmetic for such operands, or for float32 on a CPU."""
-    if device == "cuda":
-        matmul = torch.backends.cuda.matmul
-        if dtype == torch.float16:
-            return not matmul.allow_fp16_accumulation
-        return dtype != torch.float32 or matmul.fp32_precision != "tf32"
-    mkldnn: Any = torch.backends.mkldnn  # whose stub has no matmul
-    return mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 def plan_tensors(op: str, pattern: CsrPattern, backend: str) -> list[Tensor]:

@@ -2,7 +2,7 @@
 //
 // Real masks put 99 % of their nonzeros into 5-16 % of the tiles once rows and columns are sorted
 // by their number of nonzeros. The plan holds that order, the tiles worth a dense product (heavy),
-// the nonzeros outside them (light), and a division of the rows into equal pieces of work.
+// and the nonzeros outside them (light).
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,6 @@ namespace rosa {
 // A tile is heavy from this fill on. Between 0.8 and 1.5 % the modelled time of real masks changes
 // by less than 3 %.
 constexpr double kHeavyFill = 0.011;
-// SpMM cuts longer rows, so that the longest piece does not outlast all others together.
-constexpr int kSegmentNnz = 512;
 // Original columns that a pack reads together: 32 bytes of a 16-bit type, what DRAM delivers.
 constexpr int kSector = 16;
 // Row boundaries at which the header knows the CSR offset, for kernels that work in slabs of rows.
@@ -36,9 +34,6 @@ enum PlanField : int {
   kPlanColSectors,
   kPlanTiles,
   kPlanHeavyNnz,
-  kPlanSegments,
-  kPlanSplitRows,
-  kPlanPartials,
   kPlanFields,
 };
 constexpr int kPlanHeader = kPlanFields + kSlabs + 1;
@@ -60,7 +55,6 @@ struct PlanView {
   int64_t nnz = 0, heavy_nnz = 0;
   int32_t tile_rows = 0, tile_cols = 0;
   int32_t tiles = 0, strips = 0;  // a strip is a row of tiles: padded rows / tile_rows
-  int32_t segments = 0, split_rows = 0, partials = 0;
   PlanAxis rows = {}, cols = {};
   // Heavy tiles, by (tile row, tile column).
   const int32_t* tile = nullptr;         // (tiles, 2) tile row, tile column
@@ -73,9 +67,6 @@ struct PlanView {
   const int32_t* entry = nullptr;      // (nnz) plan order -> CSR entry
   const int32_t* light_row = nullptr;  // (nnz - heavy_nnz) row position
   const int32_t* light_col = nullptr;  // (nnz - heavy_nnz) column position
-  // SpMM: every row, empty ones included, in pieces of at most kSegmentNnz entries, longest first.
-  const int32_t* segment = nullptr;    // (segments, 4) row, first entry, end, partial or -1
-  const int32_t* split_row = nullptr;  // (split_rows, 3) row, first partial, end
 
   bool empty() const { return tile_rows == 0; }
   int64_t light_nnz() const { return nnz - heavy_nnz; }

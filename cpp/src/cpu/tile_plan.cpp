@@ -25,9 +25,6 @@ PlanView lay_out(const int64_t* header, const Take& take) {
   plan.tile_rows = field(kPlanTileRows);
   plan.tile_cols = field(kPlanTileCols);
   plan.tiles = field(kPlanTiles);
-  plan.segments = field(kPlanSegments);
-  plan.split_rows = field(kPlanSplitRows);
-  plan.partials = field(kPlanPartials);
   plan.strips = tiles_along(header[kPlanActiveRows], plan.tile_rows);
   const auto axis = [&](PlanField size, PlanField active, PlanField sectors, int32_t edge) {
     PlanAxis a;
@@ -50,8 +47,6 @@ PlanView lay_out(const int64_t* header, const Take& take) {
   plan.entry = take(plan.nnz);
   plan.light_row = take(plan.light_nnz());
   plan.light_col = take(plan.light_nnz());
-  plan.segment = take(int64_t{4} * plan.segments);
-  plan.split_row = take(int64_t{3} * plan.split_rows);
   return plan;
 }
 
@@ -86,37 +81,6 @@ struct Axis {
     }
   }
   int32_t active() const { return static_cast<int32_t>(order.size()); }
-};
-
-// Rows in pieces of at most kSegmentNnz entries, longest first; pieces of a row that is cut write
-// to partials, one each, that are numbered along the row.
-struct Segments {
-  std::vector<int32_t> segment, split_row;
-  int32_t partials = 0;
-
-  explicit Segments(const CsrView& pattern) {
-    const int32_t* crow = pattern.crow_indices;
-    std::vector<int32_t> unsorted, first(kSegmentNnz + 2, 0);
-    for (int32_t i = 0; i < pattern.rows; ++i) {
-      const int32_t length = crow[i + 1] - crow[i];
-      const int32_t pieces = std::max((length + kSegmentNnz - 1) / kSegmentNnz, 1);
-      if (pieces > 1) split_row.insert(split_row.end(), {i, partials, partials + pieces});
-      for (int32_t piece = 0; piece < pieces; ++piece) {
-        const int32_t begin = crow[i] + static_cast<int32_t>(int64_t{length} * piece / pieces);
-        const int32_t end = crow[i] + static_cast<int32_t>(int64_t{length} * (piece + 1) / pieces);
-        unsorted.insert(unsorted.end(), {i, begin, end, pieces > 1 ? partials++ : -1});
-        ++first[static_cast<size_t>(kSegmentNnz - (end - begin)) + 1];
-      }
-    }
-    std::partial_sum(first.begin(), first.end(), first.begin());
-    segment.resize(unsorted.size());
-    for (size_t s = 0; s < unsorted.size(); s += 4) {
-      const int32_t length = unsorted[s + 2] - unsorted[s + 1];
-      const int32_t at = first[static_cast<size_t>(kSegmentNnz - length)]++;
-      std::copy_n(unsorted.begin() + static_cast<int64_t>(s), 4, segment.begin() + int64_t{4} * at);
-    }
-  }
-  int32_t count() const { return static_cast<int32_t>(segment.size() / 4); }
 };
 
 // Everything that sorts entries into tiles. Strip by strip, so that what is counted at a time is
@@ -234,7 +198,6 @@ TilePlan make_tile_plan(const CsrView& pattern, int tile_rows, int tile_cols, do
   for (int64_t i = 0; i < pattern.rows; ++i) row_count[i] = crow[i + 1] - crow[i];
   for (int64_t t = 0; t < pattern.nnz; ++t) ++col_count[pattern.col_indices[t]];
   const Axis rows(row_count), cols(col_count);
-  const Segments segments(pattern);
 
   // A fill above 1 makes no tile heavy, one of 0 every tile that has a nonzero.
   const double area = static_cast<double>(tile_rows) * tile_cols;
@@ -255,9 +218,6 @@ TilePlan make_tile_plan(const CsrView& pattern, int tile_rows, int tile_cols, do
   plan.header[kPlanColSectors] = static_cast<int64_t>(cols.sector.size());
   plan.header[kPlanTiles] = tiler.count();
   plan.header[kPlanHeavyNnz] = tiler.tile_begin.back();
-  plan.header[kPlanSegments] = segments.count();
-  plan.header[kPlanSplitRows] = static_cast<int64_t>(segments.split_row.size() / 3);
-  plan.header[kPlanPartials] = segments.partials;
   for (int64_t s = 0; s <= kSlabs; ++s)
     plan.header[kPlanFields + s] = crow[pattern.rows * s / kSlabs];
 
@@ -279,8 +239,6 @@ TilePlan make_tile_plan(const CsrView& pattern, int tile_rows, int tile_cols, do
   fill(view.tile, tiler.tile);
   fill(view.tile_begin, tiler.tile_begin);
   fill(view.strip_tile, tiler.strip_tile);
-  fill(view.segment, segments.segment);
-  fill(view.split_row, segments.split_row);
   tiler.list_entries(writable(view.code), writable(view.entry), writable(view.light_row),
                      writable(view.light_col), writable(view.strip_light));
   return plan;

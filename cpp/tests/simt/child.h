@@ -49,8 +49,8 @@ template <int kCount>
 void expect_caught(const Misdeed (&misdeeds)[kCount], const std::string& executable) {
   for (const Misdeed& misdeed : misdeeds) {
     if (misdeed.catcher != kSanitizer) continue;
-    const std::string command = "TSAN_OPTIONS=halt_on_error=1 '" + executable + "' '" +
-                                misdeed.name + "' > /dev/null 2>&1";
+    const std::string command =
+        "TSAN_OPTIONS=halt_on_error=1 '" + executable + "' '" + misdeed.name + "' > /dev/null 2>&1";
     const int status = std::system(command.c_str());
     ROSA_CHECK(status != 0 && status != kUncaught << 8, misdeed.name);
   }

@@ -51,7 +51,7 @@ void arrive(void* fake_stack) {
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if ROSA_SIMT_OWN_SWITCH
 
 // Saves what a called function must preserve, changes stacks, restores. A fiber's first switch
 // returns into its entry.
@@ -87,7 +87,7 @@ void switch_context(Context& from, Context& to) {
   if (__sanitizer_start_switch_fiber != nullptr) {
     __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
   }
-#if defined(__x86_64__)
+#if ROSA_SIMT_OWN_SWITCH
   rosa_simt_switch(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.state, &to.state);
@@ -104,7 +104,7 @@ Fiber::Fiber(Main main, int number) : identity(tsan::create()), main_(main) {
   char* low = static_cast<char*>(memory_) + page;
   bottom = low;
   size = kStackBytes - static_cast<size_t>(number) * 320 % 4096 / 64 * 64;
-#if defined(__x86_64__)
+#if ROSA_SIMT_OWN_SWITCH
   void** top = reinterpret_cast<void**>(low + size);
   *--top = nullptr;  // where enter() would return to: ends backtraces, and aligns its frame
   *--top = reinterpret_cast<void*>(&Fiber::enter);

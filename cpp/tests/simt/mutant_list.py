@@ -45,6 +45,7 @@ TILE, WGMMA, PACK = "cuda/sddmm_tile.cuh", "cuda/sddmm_wgmma.cuh", "cuda/pack.cu
 GATHER, FINALIZE = "cuda/sddmm_gather.cuh", "cuda/sddmm_finalize.cuh"
 SPMM_GATHER, SPMM_STAGED = "cuda/spmm_gather.cuh", "cuda/spmm_staged.cuh"
 SPMM_TILE, ENTRIES = "cuda/spmm_tile.cuh", "cuda/csr_entries.cuh"
+SPUTNIK_SDDMM = "cuda/baselines/sputnik_style_sddmm.cuh"
 SPUTNIK_SPMM = "cuda/baselines/sputnik_style_spmm.cuh"
 SDDMM_TEST, WGMMA_TEST = "test_cuda_sddmm", "test_cuda_sddmm_wgmma"
 SPMM_TEST, BASELINES_TEST = "test_cuda_spmm", "test_cuda_baselines"
@@ -213,6 +214,14 @@ SDDMM_MUTANTS = [
         "a quarter is overwritten while it is read",
     ),
     Mutant(
+        "wgmma: missing barrier after mbarrier_init",
+        WGMMA,
+        "  __syncthreads();\n  let_next",
+        "  let_next",
+        WGMMA_TEST,
+        "barriers are met before they are initialised",
+    ),
+    Mutant(
         "pack: missing barrier",
         PACK,
         "  __syncthreads();\n  transpose_to_lines(",
@@ -303,6 +312,14 @@ SDDMM_MUTANTS = [
         "if (e > heavy.count + light.count) return;",
         SDDMM_TEST,
         "reads and writes past the ends",
+    ),
+    Mutant(
+        "finalize: does not wait for the kernel ahead",
+        FINALIZE,
+        "  wait_for_kernel_ahead();\n",
+        "",
+        SDDMM_TEST,
+        "sums are read before the kernel ahead has written them",
     ),
     Mutant(
         "finalize: forgets a slice",
@@ -421,6 +438,70 @@ SPMM_MUTANTS = [
         SPMM_TEST,
         "the last row is not stored",
     ),
+    Mutant(
+        "spmm gather: missing barrier before the listing",
+        SPMM_GATHER,
+        "  __syncthreads();\n  list_rows(",
+        "  list_rows(",
+        SPMM_TEST,
+        "tasks are counted before the counters are zero",
+    ),
+    Mutant(
+        "spmm gather: missing barrier after joining",
+        SPMM_GATHER,
+        "    join_pieces(tasks, cuts, partial, out);\n    __syncthreads();\n",
+        "    join_pieces(tasks, cuts, partial, out);\n",
+        SPMM_TEST,
+        "joined rows leave before they are there",
+    ),
+    Mutant(
+        "spmm staged: missing barrier before the tasks",
+        SPMM_STAGED,
+        "    __syncthreads();\n\n    const auto& counters",
+        "    const auto& counters",
+        SPMM_TEST,
+        "tasks are taken before they are all listed",
+    ),
+    Mutant(
+        "spmm staged: missing barrier before the results leave",
+        SPMM_STAGED,
+        "    __syncthreads();\n\n    if (cuts > 0) {",
+        "    if (cuts > 0) {",
+        SPMM_TEST,
+        "results of other warps are read before they are there",
+    ),
+    Mutant(
+        "spmm staged: missing barrier after joining",
+        SPMM_STAGED,
+        "shared.partial, shared.out);\n      __syncthreads();\n",
+        "shared.partial, shared.out);\n",
+        SPMM_TEST,
+        "joined rows leave before they are there",
+    ),
+    Mutant(
+        "spmm tile: missing barrier before the light entries",
+        SPMM_TILE,
+        "= 0;\n  __syncthreads();\n  const int32_t begin = args.strip_light",
+        "= 0;\n  const int32_t begin = args.strip_light",
+        SPMM_TEST,
+        "where a row's light entries begin is cleared after it was found",
+    ),
+    Mutant(
+        "spmm tile: missing barrier before the rows",
+        SPMM_TILE,
+        "  __syncthreads();\n  finish_rows<T>",
+        "  finish_rows<T>",
+        SPMM_TEST,
+        "sums and light entries of other warps are read before they are there",
+    ),
+    Mutant(
+        "spmm unpermute: missing barrier",
+        SPMM_TILE,
+        "  __syncthreads();\n  Word* c =",
+        "  Word* c =",
+        SPMM_TEST,
+        "the tile is transposed before it is there",
+    ),
 ]
 
 ENTRY_MUTANTS = [
@@ -455,6 +536,38 @@ ENTRY_MUTANTS = [
         "    offsets[item] = args.col[t + item] * args.k;\n  }\n",
         BASELINES_TEST,
         "what other lanes bring is used before it is there",
+    ),
+    Mutant(
+        "sputnik-style sddmm: missing __syncwarp",
+        SPUTNIK_SDDMM,
+        "  __syncwarp(mask);\n",
+        "",
+        BASELINES_TEST,
+        "what other lanes bring is used before it is there",
+    ),
+    Mutant(
+        "sputnik-style spmm: missing __syncwarp after a tile",
+        SPUTNIK_SPMM,
+        "    __syncwarp(mask);  // the last tile has been used\n",
+        "",
+        BASELINES_TEST,
+        "a tile is overwritten while other lanes use it",
+    ),
+    Mutant(
+        "sputnik-style spmm: missing __syncwarp before a tile",
+        SPUTNIK_SPMM,
+        "    }\n    __syncwarp(mask);\n  };",
+        "    }\n  };",
+        BASELINES_TEST,
+        "a tile is used before other lanes have brought it",
+    ),
+    Mutant(
+        "sputnik-style spmm: missing __syncwarp before the residue",
+        SPUTNIK_SPMM,
+        "end - t);\n  __syncwarp(mask);\n",
+        "end - t);\n",
+        BASELINES_TEST,
+        "the last tile is overwritten while other lanes use it",
     ),
 ]
 

@@ -1,5 +1,4 @@
 // Which thread runs next, and what it means to wait and to exit.
-#include <algorithm>
 #include <utility>
 
 #include "simt/state.h"
@@ -10,7 +9,7 @@ namespace {
 // Thrown through threads of a block that has failed, so that their stacks unwind.
 struct Unwind {};
 
-// The n-th bit of `bits` that is set, counted from a random one.
+// A set bit: the first one from a random place on.
 int random_bit(uint32_t bits, Random& random) {
   const uint32_t start = random.below(32);
   const uint32_t turned = start == 0 ? bits : bits >> start | bits << (32 - start);
@@ -323,8 +322,7 @@ Thread* Block::pick() {
 Thread* Block::pick_runnable() {
   if (!in_order && picks_left_-- == 0) redraw_policy();
   int warp = current->warp, lane = current->lane;
-  if (in_order || policy_ == Policy::kRoundRobin) {
-    // Within a warp first: one switch of stacks and no other state.
+  if (in_order || policy_ == Policy::kStay) {
     if (warps[static_cast<size_t>(warp)].runnable == 0) warp = next_bit(runnable_warps_, warp);
   } else if (policy_ == Policy::kUniform) {
     warp = random_bit(runnable_warps_, random);

@@ -59,7 +59,6 @@ struct Thread : ThreadIndex {
   Where where{};
   const char* operation = "";
   uint32_t mask = 0;
-  Complete complete = nullptr;
   void* exchange = nullptr;
   int named_barrier = 0;
   const uint64_t* mbarrier = nullptr;
@@ -141,7 +140,6 @@ class SharedMemory {
   void release();
 
   unsigned char* dynamic() const { return dynamic_.data; }
-  int64_t dynamic_bytes() const { return dynamic_.bytes; }
   // Null when the declaration does not fit.
   void* declared(const void* declaration, int64_t bytes);
   // Whether [pointer, pointer + bytes) is shared memory, and where in its window.
@@ -249,7 +247,8 @@ class Block : public BlockIndex {
   int wgmmas = 0;                     // issued by any warp, not executed
 
  private:
-  enum class Policy { kRoundRobin, kUniform, kPriority };
+  // kStay: a warp goes on for as long as it can, as it does in order.
+  enum class Policy { kStay, kUniform, kPriority };
 
   static void run_threads(Fiber& fiber);
   void set_up();
@@ -274,7 +273,7 @@ class Block : public BlockIndex {
   FiberPool fibers_;
   std::exception_ptr error_;  // set: every thread unwinds
 
-  Policy policy_ = Policy::kRoundRobin;
+  Policy policy_ = Policy::kStay;
   uint32_t picks_left_ = 0;  // under this policy
   uint8_t priority_[32] = {};
   uint32_t asynchronous_odds_ = 8;  // one of so many picks advances a copy or wgmma

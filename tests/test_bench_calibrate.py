@@ -1,0 +1,47 @@
+"""bench calibrate: the roofs of a run become the rates of the cost model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from bench_rows import a_row, gpu_rows
+
+from bench import results
+from bench.__main__ import main
+from bench.calibrate import calibrate
+from rosa_kernels.backends.machine import RATES
+
+
+def test_rates_are_those_of_the_roofs(tmp_path: Path) -> None:
+    path, measured = calibrate(gpu_rows([]), tmp_path / "machine.json")
+    assert measured == {"hbm": 4e12, "l2": 5e12, "launch": pytest.approx(2e-6)}
+    assert set(measured) <= set(RATES)
+    content = json.loads(path.read_text())
+    assert content["device"] == "Synthetic GPU"
+    assert content["measured"] == measured
+
+
+def test_float32_with_tf32_is_no_float32_rate(tmp_path: Path) -> None:
+    gemm = gpu_rows([])[0] | {"case": "roof/float32", "flops": 10**12, "median_s": 0.02}
+    _, measured = calibrate([gemm | {"allow_tf32": False}], tmp_path / "machine.json")
+    assert measured == {"gemm32": pytest.approx(5e13)}
+    with pytest.raises(results.ResultsError, match="measured on CUDA"):
+        calibrate([gemm | {"allow_tf32": True}], tmp_path / "machine.json")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, out = tmp_path / "results.jsonl", tmp_path / "machine.json"
+    results.append(rows, gpu_rows([]))
+    assert main(["calibrate", str(rows), "--out", str(out)]) == 0
+    assert "hbm      4e+12" in capsys.readouterr().out
+    assert out.is_file()
+
+
+def test_a_cpu_run_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "results.jsonl"
+    results.append(rows, [a_row()])
+    with pytest.raises(SystemExit):
+        main(["calibrate", str(rows)])
+    assert "expected roofs that were measured on CUDA, got none" in capsys.readouterr().err
