@@ -1,4 +1,4 @@
-// From a run-time dtype to a type, and the checks that every entry makes.
+// What every entry needs: from a run-time dtype to a type, checks, the arithmetic of grids.
 #pragma once
 
 #include "cuda/numeric.h"
@@ -7,6 +7,8 @@
 #include "rosa/views.h"
 
 namespace rosa::cuda {
+
+inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // body(T{}) for the storage type T of `dtype`.
 template <class Body>

@@ -20,8 +20,6 @@ constexpr int64_t kWarpsPerSm = 16;
 using Tile128 = TileShape<128, 128, 3>;
 using Tile256 = TileShape<128, 256, 3>;
 
-int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 // How a call is divided, and where its scratch lies.
 struct Schedule {
   bool packed_a, packed_b;

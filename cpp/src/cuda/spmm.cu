@@ -12,7 +12,6 @@
 namespace rosa::cuda {
 namespace {
 
-int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 
