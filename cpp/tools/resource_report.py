@@ -70,6 +70,11 @@ EXPECTED = (
 )
 
 
+# (kernel, architecture) that may spill so many bytes: a baseline on a device nobody measures peers
+# on. nvcc saves two registers once; every launch bound that spares them halves its blocks.
+TOLERATED_STACK = {("baselines::sputnik_style_spmm_kernel<float, 4, 8, 2>", "sm_86"): 8}
+
+
 @dataclass
 class Kernel:
     """One kernel's code for one architecture."""
@@ -83,10 +88,11 @@ class Kernel:
 
     def violations(self) -> Iterator[str]:
         """What is wrong with it, if anything."""
-        if self.stack:
+        tolerated = TOLERATED_STACK.get((self.name, self.architecture), 0)
+        if self.stack > tolerated:
             yield f"{self.stack} bytes of stack"
         for instruction, harm in FORBIDDEN.items():
-            if self.counts[instruction]:
+            if self.counts[instruction] and not (instruction == "local" and tolerated):
                 yield f"{self.counts[instruction]} {instruction} instructions: it {harm}"
         for expected in EXPECTED:
             if re.match(expected.kernel, self.name):
