@@ -29,8 +29,7 @@ BENCH_ARGS ?= run --suite quick --device auto --out build/bench
 BUDGET ?= 25
 GPU_ARGS ?=
 
-HAS_GPU := $(shell nvidia-smi -L 2>/dev/null)
-EXTRAS := bench dev $(if $(HAS_GPU),gpu)
+EXTRAS := bench dev
 READY := .venv/ready
 BUILD := build/$(PRESET)
 CTEST_FLAGS := --output-on-failure --no-tests=error --parallel 4
