@@ -5,13 +5,16 @@
 import torch  # noqa: F401  isort: skip
 
 from rosa_kernels import backends as _backends  # registers the kernels  # noqa: F401
+from rosa_kernels import nn
 from rosa_kernels.explain import Explanation, explain
+from rosa_kernels.nn import RosaLinear
 from rosa_kernels.ops import (
     csr_add,
     csr_add_,
     csr_gather,
     csr_scatter_,
     csr_transpose,
+    rosa_linear,
     sddmm,
     spmm,
 )
@@ -25,6 +28,7 @@ __all__ = [
     "CsrPattern",
     "Explanation",
     "Kernel",
+    "RosaLinear",
     "TilePlan",
     "csr_add",
     "csr_add_",
@@ -33,7 +37,9 @@ __all__ = [
     "csr_transpose",
     "explain",
     "kernels",
+    "nn",
     "register",
+    "rosa_linear",
     "sddmm",
     "spmm",
     "use_backend",

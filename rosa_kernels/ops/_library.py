@@ -48,11 +48,11 @@ def define(
     return op
 
 
-def any_requires_grad(*tensors: Tensor) -> bool:
-    """Whether autograd has to record a call on `tensors`."""
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record a call on `tensors`; absent ones are None."""
     if torch.is_grad_enabled():
         for x in tensors:  # a generator inside any() would double the cost
-            if x.requires_grad:
+            if x is not None and x.requires_grad:
                 return True
     return False
 

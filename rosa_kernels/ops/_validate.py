@@ -19,7 +19,7 @@ def check_pattern(op: str, pattern: CsrPattern) -> None:
 
 
 def check_matrix(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
-    _check_tensor(op, name, x, pattern)
+    _check_on_pattern(op, name, x, pattern)
     if x.dim() != 2:
         raise ValueError(f"{op}: expected {name} to be 2-D, got shape {tuple(x.shape)}")
     if x.shape[0] > INT32_MAX or x.shape[1] > INT32_MAX:
@@ -32,7 +32,7 @@ def check_values(
     op: str, values: Tensor, pattern: CsrPattern, dtype: torch.dtype | None = None
 ) -> None:
     """`values` (nnz,), of the dense operands' `dtype` or float32 where there are such operands."""
-    _check_tensor(op, "values", values, pattern)
+    _check_on_pattern(op, "values", values, pattern)
     if values.dim() != 1 or values.shape[0] != pattern.nnz:
         raise ValueError(
             f"{op}: expected values of shape (nnz,) = ({pattern.nnz},), got {tuple(values.shape)}"
@@ -93,7 +93,8 @@ def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)
 
 
-def _check_tensor(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
+def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
+    """`x` is a dense floating-point tensor, on `device` where one is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
@@ -102,6 +103,12 @@ def _check_tensor(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
         raise TypeError(
             f"{op}: expected {name} of dtype float32, bfloat16, float16 or float64, got {x.dtype}"
         )
+    if device is not None and x.device != device:
+        raise RuntimeError(f"{op}: expected {name} on {device}, got {x.device}")
+
+
+def _check_on_pattern(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
+    check_tensor(op, name, x)
     if x.device != pattern.col_indices.device:
         raise RuntimeError(
             f"{op}: expected {name} on the pattern's device {pattern.device}, got {x.device}"

@@ -1,0 +1,229 @@
+"""RosaAdapter: what one adapter trains in one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_kernels.pattern import CsrPattern
+
+
+class RosaAdapter(nn.Module):
+    """A low-rank branch, a sparse branch, or both, for a weight of shape (m, n).
+
+    Formula: dW = S + (alpha / rank) B A.
+
+    Its parameters are master weights: float32 (float64 for a float64 layer) whatever the layer's
+    dtype, and ``.to(torch.bfloat16)`` moves them without rounding them. The pattern's indices are
+    in the state_dict but are no buffers: DistributedDataParallel would send every buffer to every
+    rank in every forward, and write it in place.
+
+    Attributes:
+        lora_a: (r, n) parameter, Kaiming-uniform; or (r,) int64 buffer, a selector of input
+            columns; or None.
+        lora_b: (m, r) parameter, zero; or None.
+        values: (nnz,) parameter, zero; or None.
+        pattern: (m, n) CsrPattern of values; or None.
+        rank, alpha, scaling, dropout: numbers; scaling = alpha / rank.
+
+    Raises:
+        ValueError, TypeError: a rank, alpha, dropout, selector or pattern that does not fit (m, n).
+    """
+
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    values: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        rank: int = 0,
+        pattern: CsrPattern | None = None,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        train_a: bool = True,
+        selector: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        m, n = shape
+        if not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"RosaAdapter: expected rank to be an integer >= 0, got {rank!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"RosaAdapter: expected dropout in [0, 1), got {dropout}")
+        if not math.isfinite(alpha):
+            raise ValueError(f"RosaAdapter: expected a finite alpha, got {alpha}")
+        self.shape = (m, n)
+        self.rank = rank
+        self.alpha = float(alpha)
+        self.dropout = float(dropout)
+        self.dtype = dtype
+        self.pattern: CsrPattern | None = None
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
+        self.register_parameter("values", None)
+        if rank:
+            self.lora_b = nn.Parameter(torch.zeros(m, rank, dtype=dtype, device=device))
+            if selector is not None:
+                del self.lora_a
+                self.register_buffer("lora_a", _check_selector(selector, rank, n).to(device))
+            else:
+                self.lora_a = nn.Parameter(
+                    torch.empty(rank, n, dtype=dtype, device=device), requires_grad=train_a
+                )
+                nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        elif selector is not None:
+            raise ValueError("RosaAdapter: expected a rank with a selector, got rank 0")
+        if pattern is not None:
+            self.set_pattern(pattern)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or 0 where there is no low-rank branch."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has neither branch (yet)."""
+        return self.lora_b is None and self.values is None
+
+    def set_pattern(self, pattern: CsrPattern, values: Tensor | None = None) -> None:
+        """Give the adapter a sparse branch, in place of one it may have.
+
+        `values`, if given, are copied into a new parameter, which else is zero.
+
+        Raises:
+            ValueError: a pattern of another shape, values of another length.
+        """
+        if not isinstance(pattern, CsrPattern):
+            raise TypeError(f"RosaAdapter: expected a CsrPattern, got {type(pattern).__name__}")
+        if pattern.shape != self.shape:
+            raise ValueError(
+                f"RosaAdapter: expected a pattern of the weight's shape {self.shape}, "
+                f"got {pattern.shape}"
+            )
+        if values is None:
+            values = torch.zeros(pattern.nnz, dtype=self.dtype, device=pattern.device)
+        elif values.shape != (pattern.nnz,):
+            raise ValueError(
+                f"RosaAdapter: expected values of shape ({pattern.nnz},), got {tuple(values.shape)}"
+            )
+        self.pattern = pattern
+        self.values = nn.Parameter(values.detach().to(pattern.device, self.dtype, copy=True))
+
+    def delta_weight(self) -> Tensor:
+        """(m, n) dense S + scaling * B A, in the parameters' dtype: for merging and export."""
+        reference = self.values if self.lora_b is None else self.lora_b
+        if reference is None:
+            raise ValueError("RosaAdapter: expected a branch, got an adapter that has none yet")
+        with torch.no_grad():
+            delta = reference.new_zeros(self.shape)
+            if self.lora_a is not None and self.lora_b is not None:
+                if self.lora_a.dim() == 1:
+                    delta.index_add_(1, self.lora_a, self.lora_b, alpha=self.scaling)
+                else:
+                    torch.addmm(
+                        delta, self.lora_b, self.lora_a, beta=0, alpha=self.scaling, out=delta
+                    )
+            if self.pattern is not None and self.values is not None:
+                rows, cols = self.pattern.row_indices.long(), self.pattern.col_indices.long()
+                delta.index_put_((rows, cols), self.values, accumulate=True)
+        return delta
+
+    def dropout_mask(self, x: Tensor) -> Tensor | None:
+        """Which elements of the low-rank branch's input are kept in this forward; None for all."""
+        if not (self.training and self.dropout and self.lora_a is not None):
+            return None
+        shape = (*x.shape[:-1], self.rank) if self.lora_a.dim() == 1 else x.shape
+        return torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.dropout)
+
+    def extra_repr(self) -> str:
+        parts = [f"rank={self.rank}", f"alpha={self.alpha:g}"] if self.rank else []
+        if self.dropout:
+            parts.append(f"dropout={self.dropout:g}")
+        if self.pattern is not None:
+            parts.append(f"nnz={self.pattern.nnz}, density={self.pattern.density:.3%}")
+        return ", ".join(parts)
+
+    # -- movement and storage --------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RosaAdapter:
+        def without_rounding(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if tensor.is_floating_point() and applied.itemsize < tensor.itemsize:
+                return tensor.to(applied.device)
+            return applied
+
+        super()._apply(without_rounding, recurse)  # type: ignore[no-untyped-call]
+        for parameter in self.parameters(recurse=False):
+            self.dtype = parameter.dtype
+        if self.pattern is not None:
+            self.pattern = self.pattern.to(fn(self.pattern.col_indices).device)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.pattern is not None:
+            destination[prefix + "crow_indices"] = self.pattern.crow_indices
+            destination[prefix + "col_indices"] = self.pattern.col_indices
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + "crow_indices", prefix + "col_indices"]
+        given = [name for name in names if name in state_dict]
+        if self.pattern is not None:
+            missing_keys += [name for name in names if name not in given] if strict else []
+            if len(given) == 2:
+                # Validated before anything is written: values of other places are of no use.
+                device = self.pattern.device
+                crow, col = (state_dict[name].detach().to(device, copy=True) for name in names)
+                try:
+                    pattern = CsrPattern(crow, col, self.shape)
+                    if pattern.nnz != self.pattern.nnz:
+                        raise ValueError(
+                            f"expected {self.pattern.nnz} nonzeros as in this adapter, "
+                            f"got {pattern.nnz}; set_pattern first"
+                        )
+                except (ValueError, TypeError, RuntimeError) as error:
+                    error_msgs.append(f"{prefix}pattern: {error}")
+                    return
+                self.pattern = pattern
+        known: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, known, error_msgs
+        )
+        expected = given if self.pattern is not None else []
+        unexpected_keys += [name for name in known if name not in expected]
+
+
+def _check_selector(selector: Tensor, rank: int, n: int) -> Tensor:
+    if not isinstance(selector, Tensor) or selector.dtype not in (torch.int32, torch.int64):
+        got = selector.dtype if isinstance(selector, Tensor) else type(selector).__name__
+        raise TypeError(f"RosaAdapter: expected an int64 selector of columns, got {got}")
+    if selector.shape != (rank,):
+        raise ValueError(
+            f"RosaAdapter: expected a selector of rank={rank} columns, "
+            f"got shape {tuple(selector.shape)}"
+        )
+    if rank and (int(selector.min()) < 0 or int(selector.max()) >= n):
+        raise ValueError(
+            f"RosaAdapter: expected columns in [0, {n}), "
+            f"got {int(selector.min())} to {int(selector.max())}"
+        )
+    return selector.long()

@@ -1,0 +1,425 @@
+"""RosaLinear: a linear layer with RoSA adapters, in place of nn.Linear and of GPT-2's Conv1D."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rosa_kernels.nn.adapter import RosaAdapter
+from rosa_kernels.ops import csr_gather, csr_scatter_, rosa_linear
+from rosa_kernels.ops._validate import FLOATS
+from rosa_kernels.pattern import CsrPattern
+from rosa_kernels.strides import overlaps_itself
+
+RESIDENT, SCATTER, SEPARATE = "resident", "scatter", "separate"
+
+
+class RosaLinear(nn.Module):
+    """A frozen linear layer with any number of named adapters, one of which may be active.
+
+    Formula: y = x (W + S)^T + (alpha / rank) drop(x) A^T B^T + bias.
+
+    It keeps the parameters of the layer it stands for, under their names: a model's state_dict
+    gains the adapters' keys, loses none, and always holds W, whatever has been merged into it.
+
+    Where S is while it trains (:meth:`path`): "resident", inside the weight, if
+    :func:`make_resident` has put it there, else "scatter", written into the weight for the length
+    of each product; "separate", a product of its own, where the weight cannot be written to.
+
+    Shapes: x (..., n) -> (..., m).
+    Source: Nikdan et al., RoSA, arXiv 2401.04679.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        weight = getattr(linear, "weight", None)
+        # Told by name, as transformers need not be installed.
+        self.fan_in_fan_out = type(linear).__name__ == "Conv1D"
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            got = type(linear).__name__
+            raise TypeError(f"RosaLinear: expected a linear layer with a 2-D weight, got {got}")
+        if not (self.fan_in_fan_out or isinstance(linear, nn.Linear)):
+            raise TypeError(
+                f"RosaLinear: expected nn.Linear or Conv1D, got {type(linear).__name__}"
+            )
+        if weight.dtype not in FLOATS:
+            raise TypeError(
+                "RosaLinear: expected a weight of dtype float32, bfloat16, float16 or float64, "
+                f"got {weight.dtype}"
+            )
+        self.weight = linear.weight  # type: ignore[assignment]
+        self.register_parameter("bias", getattr(linear, "bias", None))
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        m, n = weight.t().shape if self.fan_in_fan_out else weight.shape
+        self.out_features, self.in_features = m, n
+        self.adapters = nn.ModuleDict()
+        self.active_adapter: str | None = None
+        self._template = (linear,)  # in a tuple, which hides it from nn.Module
+        # While S sits in the weight, which make_resident must have allowed: where, and what was
+        # there before.
+        self._may_reside = False
+        self._resident: tuple[CsrPattern, Tensor] | None = None
+        # While an adapter is merged: its name, and the weight as it was, on the host.
+        self._merged: str | None = None
+        self._kept: Tensor | None = None
+        self.train(linear.training)
+        self.register_load_state_dict_post_hook(_settle_after_load)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int = 16,
+        pattern: CsrPattern | None = None,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        *,
+        adapter_name: str = "default",
+        train_a: bool = True,
+        selector: Tensor | None = None,
+    ) -> RosaLinear:
+        """A RosaLinear that shares `linear`'s parameters, now frozen, with one active adapter.
+
+        Args:
+            linear: nn.Linear, or Conv1D of transformers.
+            rank: of the low-rank branch; 0 for none.
+            pattern: of the sparse branch; None for none.
+            alpha: the low-rank branch is scaled by alpha / rank.
+            dropout: probability that an element of the low-rank branch's input is dropped.
+            adapter_name: its key in `adapters`.
+            train_a: False freezes A.
+            selector: (rank,) input columns in place of A.
+
+        Raises:
+            TypeError: another kind of layer. ValueError: numbers or a pattern that do not fit, or
+            rank 0 with no pattern.
+        """
+        if not rank and pattern is None:
+            raise ValueError("RosaLinear: expected a rank or a pattern, got rank 0 and no pattern")
+        layer = cls(linear)
+        layer.add_adapter(
+            adapter_name,
+            rank=rank,
+            pattern=pattern,
+            alpha=alpha,
+            dropout=dropout,
+            train_a=train_a,
+            selector=selector,
+        )
+        layer.set_adapter(adapter_name)
+        return layer
+
+    # -- adapters ----------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        *,
+        rank: int = 0,
+        pattern: CsrPattern | None = None,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        train_a: bool = True,
+        selector: Tensor | None = None,
+    ) -> RosaAdapter:
+        """Add an adapter without activating it; its sparse branch may come later.
+
+        Raises:
+            ValueError: a name that is taken or not a string without dots; what does not fit.
+        """
+        if not isinstance(name, str) or not name or "." in name or hasattr(self.adapters, name):
+            raise ValueError(
+                f"RosaLinear: expected a new adapter name without dots, got {name!r}; there are "
+                f"{sorted(self.adapters)}"
+            )
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        adapter = RosaAdapter(
+            (self.out_features, self.in_features),
+            rank=rank,
+            pattern=None if pattern is None else pattern.to(self.weight.device),
+            alpha=alpha,
+            dropout=dropout,
+            train_a=train_a,
+            selector=selector,
+            dtype=dtype,
+            device=self.weight.device,
+        )
+        adapter.train(self.training)
+        self.adapters[name] = adapter
+        return adapter
+
+    def adapter(self, name: str | None = None) -> RosaAdapter:
+        """The adapter of that name, or the active one. Raises ValueError if there is none."""
+        name = self.active_adapter if name is None else name
+        if name is None or name not in self.adapters:
+            raise ValueError(
+                f"RosaLinear: expected one of the adapters {sorted(self.adapters)}, got {name!r}"
+            )
+        return self.adapters[name]  # type: ignore[return-value]
+
+    def set_adapter(self, name: str | None) -> None:
+        """Make an adapter the active one; None disables them all, and leaves y = x W^T + bias."""
+        if name is not None:
+            self.adapter(name)
+        self._refuse_while_merged("set_adapter")
+        self._park()
+        self.active_adapter = name
+        self._settle()
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter; if it was the active one, none is."""
+        self.adapter(name)
+        self._refuse_while_merged("delete_adapter")
+        if self.active_adapter == name:
+            self.set_adapter(None)
+        del self.adapters[name]
+
+    def set_pattern(
+        self, pattern: CsrPattern, values: Tensor | None = None, adapter_name: str | None = None
+    ) -> None:
+        """:meth:`RosaAdapter.set_pattern`: a new `values` parameter, unknown to any optimizer."""
+        self._refuse_while_merged("set_pattern")
+        adapter = self.adapter(adapter_name)
+        self._park()
+        try:
+            adapter.set_pattern(pattern.to(self.weight.device), values)
+        finally:
+            self._settle()
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._matrix()
+        if self.active_adapter is None or self._merged is not None:
+            return nn.functional.linear(x, weight, self.bias)
+        adapter: RosaAdapter = self.adapters[self.active_adapter]  # type: ignore[assignment]
+        if adapter.is_empty:
+            return nn.functional.linear(x, weight, self.bias)
+        sparse = adapter.values is not None
+        mask = adapter.dropout_mask(x)
+        return rosa_linear(
+            x,
+            weight,
+            adapter.pattern,
+            adapter.values,
+            adapter.lora_a,
+            adapter.lora_b,
+            adapter.scaling,
+            self.bias,
+            merged=self._resident is not None,
+            scatter=sparse and self._resident is None and self.path()[0] == SCATTER,
+            dropout=0.0 if mask is None else adapter.dropout,
+            dropout_mask=mask,
+        )
+
+    def path(self) -> tuple[str, str]:
+        """Where S is in forward and backward: "resident", "scatter" or "separate"; and why."""
+        if self._resident is not None:
+            return RESIDENT, ""
+        reason = self._cannot_be_written()
+        if reason:
+            return SEPARATE, reason
+        return SCATTER, "no make_resident"
+
+    def _cannot_be_written(self) -> str:
+        weight = self.weight
+        if type(weight) is not nn.Parameter:
+            return f"the weight is a {type(weight).__name__}"
+        if getattr(self, "_is_fsdp_managed_module", False):
+            return "the weight is sharded by FSDP"
+        if weight.is_inference():
+            return "the weight was made in inference mode"
+        if weight.device.type == "cpu" and weight.is_shared():
+            return "other processes share the weight's memory"
+        if overlaps_itself(weight):
+            return "elements of the weight share memory"
+        return ""
+
+    def _matrix(self) -> Tensor:
+        """The weight as the (m, n) matrix it stands for, whatever way it is stored."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    # -- S inside the weight -----------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Put the active adapter's S into the weight if it may be there and is not."""
+        if not self._may_reside or self._resident is not None or self._merged is not None:
+            return
+        pattern = self.adapter().pattern if self.active_adapter else None
+        if pattern is not None:
+            self._resident = pattern, csr_gather(self._matrix().detach(), pattern)
+            self.sync()
+
+    def _park(self) -> None:
+        """Take S out of the weight: the bits that were there before come back."""
+        if self._resident is not None:
+            csr_scatter_(self._matrix().detach(), *self._resident)
+            self._resident = None
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Write round(W + S) anew where S is resident: for after `values` have changed."""
+        if self._resident is not None:
+            pattern, originals = self._resident
+            values = self.adapter().values
+            assert values is not None
+            csr_scatter_(self._matrix().detach(), pattern, originals.to(values.dtype) + values)
+
+    @torch.no_grad()
+    def base_weight(self) -> Tensor:
+        """W as it is stored, without what is merged into it; a copy where anything is.
+
+        Raises:
+            RuntimeError: an adapter was merged without keeping the weight.
+        """
+        if self._merged is not None:
+            if self._kept is None:
+                raise RuntimeError(_NOT_KEPT.format(self._merged))
+            return self._kept.to(self.weight.device, copy=True)
+        if self._resident is None:
+            return self.weight.detach()
+        weight = self.weight.detach().clone()
+        csr_scatter_(weight.t() if self.fan_in_fan_out else weight, *self._resident)
+        return weight
+
+    # -- an adapter merged for good ----------------------------------------------------------------
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is merged into the weight, low-rank branch and all."""
+        return self._merged
+
+    def delta_weight(self, adapter_name: str | None = None) -> Tensor:
+        """(m, n) dense S + scaling * B A of an adapter."""
+        return self.adapter(adapter_name).delta_weight()
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_name: str | None = None) -> Tensor:
+        """A new round(W + S + scaling * B A), stored as W is, rounded once from float32."""
+        weight = self.base_weight()
+        delta = self.delta_weight(adapter_name)
+        return (
+            delta.t().add_(weight).to(weight.dtype)
+            if self.fan_in_fan_out
+            else (delta.add_(weight).to(weight.dtype))
+        )
+
+    @torch.no_grad()
+    def merge(
+        self, adapter_name: str | None = None, *, safe: bool = False, keep_base: bool = True
+    ) -> None:
+        """Merge an adapter, low-rank branch and all, into the weight: forward is one product.
+
+        Args:
+            adapter_name: which; by default the active one.
+            safe: refuse, before anything changes, a merged weight that is not finite.
+            keep_base: keep W on the host, from which :meth:`unmerge` restores it bit by bit.
+
+        Raises:
+            RuntimeError: an adapter is merged already, or the weight cannot be written to.
+            ValueError: no such adapter, or with `safe` a merged weight with NaN or Inf.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._refuse_while_merged("merge")
+        self.adapter(name)
+        reason = self._cannot_be_written()
+        if reason:
+            raise RuntimeError(f"RosaLinear.merge: expected a weight it may change, but {reason}")
+        merged = self.merged_weight(name)
+        if safe and not bool(merged.isfinite().all()):
+            raise ValueError(
+                f"RosaLinear.merge: expected finite weights, got NaN or Inf from adapter {name!r}"
+            )
+        self._park()
+        self._kept = self.weight.detach().to("cpu", copy=True) if keep_base else None
+        self.weight.detach().copy_(merged)
+        self._merged = name
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore W bit by bit from the copy that :meth:`merge` kept.
+
+        Raises:
+            RuntimeError: nothing is merged, or no copy was kept: subtracting what was added would
+            not give back the same bits.
+        """
+        if self._merged is None:
+            raise RuntimeError("RosaLinear.unmerge: expected a merged adapter, got none")
+        self.weight.detach().copy_(self.base_weight())
+        self._merged = self._kept = None
+        self._settle()
+
+    def to_linear(self, adapter_name: str | None = None) -> nn.Module:
+        """The plain layer this one stands for, with W itself or an adapter's merged weight."""
+        if adapter_name is None:
+            self._refuse_while_merged("to_linear")
+            self._park()
+            weight = self.weight
+        else:
+            weight = nn.Parameter(self.merged_weight(adapter_name), requires_grad=False)
+        plain = copy.copy(self._template[0])
+        plain._parameters = {**plain._parameters, "weight": weight, "bias": self.bias}
+        return plain.train(self.training)
+
+    def _refuse_while_merged(self, what: str) -> None:
+        if self._merged is not None:
+            raise RuntimeError(
+                f"RosaLinear.{what}: expected no merged adapter, got {self._merged!r}; "
+                "unmerge first"
+            )
+
+    # -- movement and storage ----------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RosaLinear:
+        self._park()  # rounding W + S to another dtype is not what S and a rounded W would give
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._settle()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RosaLinear:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.leave_residency()  # no optimizer's hook knows the copy
+        return new
+
+    def leave_residency(self) -> None:
+        """Take S out of the weight for good: what :func:`make_resident` did is undone here."""
+        self._park()
+        self._may_reside = False
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._resident is not None or self._merged is not None:
+            destination[prefix + "weight"] = self.base_weight()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._refuse_while_merged("load_state_dict")
+        self._park()
+        super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, active_adapter={self.active_adapter!r}"
+        )
+
+
+_NOT_KEPT = (
+    "RosaLinear: expected a kept copy of the weight, got none: adapter {!r} was merged with "
+    "keep_base=False, and subtracting it would not give back the same bits"
+)
+
+
+def _settle_after_load(layer: RosaLinear, _: Any) -> None:
+    layer._settle()

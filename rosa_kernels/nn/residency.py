@@ -1,0 +1,113 @@
+"""S inside the weight while it trains: free in forward and in backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from rosa_kernels.nn.linear import RESIDENT, SCATTER, SEPARATE, RosaLinear
+
+
+class Residency:
+    """What :func:`make_resident` returns.
+
+    Attributes:
+        paths: layer name -> "resident", or "scatter: reason", or "separate: reason".
+    """
+
+    def __init__(self, layers: dict[str, RosaLinear], paths: dict[str, str], hook: Any) -> None:
+        self.paths = paths
+        self._layers = layers
+        self._hook = hook
+
+    def remove(self) -> None:
+        """Put W back into every weight, bit by bit, and stop following the optimizer."""
+        self._hook.remove()
+        for layer in self._layers.values():
+            layer.leave_residency()
+
+
+def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residency:
+    """Write the active adapters' S into their weights, and again after each step of `optimizer`.
+
+    Formula: weight[idx] = round(W[idx] + values). `values` stay the only truth, in float32: the
+    weight is derived from them and never read back (steps of 2e-5 inside a bfloat16 weight lose
+    69 % of the movement). The originals are kept, nnz elements in the weight's dtype.
+
+    Adapters and patterns that come later follow by themselves. After `values` change otherwise than
+    by the optimizer or load_state_dict, call :func:`sync`.
+
+    Weights that other modules share or that cannot be written to are left alone: see `paths`.
+
+    Raises:
+        RuntimeError: weights sharded by FSDP, which no layer owns whole.
+        ValueError: trainable values that `optimizer` does not hold; nobody would write them anew.
+    """
+    layers = _layers(model)
+    # accelerate wraps optimizers; hooks of the inner one run whoever steps it.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    sharded = [n for n, layer in layers.items() if getattr(layer, "_is_fsdp_managed_module", False)]
+    if sharded:
+        raise RuntimeError(
+            f"make_resident: expected weights that are whole, got {len(sharded)} sharded by FSDP "
+            f"({sharded[0]} ...); without make_resident they take the separate path"
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, layer in layers.items():
+        values = layer.adapter().values if layer.active_adapter else None
+        if values is not None and values.requires_grad and id(values) not in held:
+            raise ValueError(
+                f"make_resident: expected an optimizer that holds the values of {name}, got one "
+                "that does not"
+            )
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    paths = {}
+    for name, layer in layers.items():
+        path, reason = layer.path()
+        if path != SEPARATE and users[id(layer.weight)] > 1:
+            path, reason = SCATTER, "another module shares the weight"
+        elif path != SEPARATE:
+            layer._may_reside = True
+            layer._settle()
+            path, reason = RESIDENT, ""
+        paths[name] = f"{path}: {reason}" if reason else path
+
+    def after_step(*_: Any) -> None:
+        for layer in layers.values():
+            layer.sync()
+
+    return Residency(layers, paths, optimizer.register_step_post_hook(after_step))
+
+
+def sync(model: nn.Module) -> None:
+    """Derive resident weights anew, after `values` were changed by anything but the optimizer."""
+    for layer in _layers(model).values():
+        layer.sync()
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[None]:
+    """Within it, every weight holds W, without a copy: for saving a model as it was.
+
+    Raises:
+        RuntimeError: an adapter is merged; unmerge first.
+    """
+    layers = _layers(model).values()
+    for layer in layers:
+        layer._refuse_while_merged("base_weights")
+    for layer in layers:
+        layer._park()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._settle()
+
+
+def _layers(model: nn.Module) -> dict[str, RosaLinear]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, RosaLinear)}

@@ -1,0 +1,474 @@
+"""rosa_linear: a frozen linear map with a sparse and a low-rank branch, one op each way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosa_kernels import registry
+from rosa_kernels.ops import _dispatch, _library, _validate
+from rosa_kernels.ops.sddmm import sddmm_op
+from rosa_kernels.ops.spmm import spmm_op
+from rosa_kernels.pattern import CsrPattern
+
+# Where S is while the products run: nowhere, in the weight already, written into it for the length
+# of a product, or beside it as a product of its own.
+_NO_SPARSE, _MERGED, _SCATTER, _SEPARATE = "none", "merged", "scatter", "separate"
+
+
+def rosa_linear(
+    x: Tensor,
+    weight: Tensor,
+    pattern: CsrPattern | None = None,
+    values: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    *,
+    merged: bool = False,
+    scatter: bool = False,
+    dropout: float = 0.0,
+    dropout_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A frozen linear map plus a sparse and a low-rank one, either of which may be absent.
+
+    Formula: y = x (W + S)^T + scaling * drop(x) A^T B^T + bias.
+
+    S costs a product of its own unless one of these holds: `merged` promises that `weight` holds
+    W + S already; `scatter` writes S into `weight` for the length of the product and puts back the
+    very bits that were there, forward and backward, so that nobody else may read `weight`
+    meanwhile. Both compute with round(W + S). No path copies the weight or forms its gradient.
+
+    Shapes: x (..., n); weight (m, n), any strides: GPT-2's Conv1D passes its weight's transpose;
+    pattern (m, n); values (nnz,); lora_a (r, n), or (r,) int64 columns of x, which stands for the
+    rows of an identity and costs a gather; lora_b (m, r); bias (m,); dropout_mask like x, or
+    (..., r) where lora_a names columns: True where an element is kept. -> (..., m).
+    Dtypes: x, and weight outside autocast, of one dtype; values of it or float32; lora_a, lora_b
+    and bias may be float32 too, and are rounded for the products. Autocast casts x, and the weight
+    for the length of a product.
+    Backward: grad_values = sddmm(pattern, dy^T, x^T), of values' dtype; grad_lora_b = scaling
+    dy^T h with h = drop(x) A^T; grad_lora_a = scaling (dy B)^T drop(x); grad_x = dy (W + S) +
+    scaling drop((dy B) A). Saves x once, if values or lora_a train, and h, if lora_b does. Not
+    twice differentiable.
+    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got;
+    RuntimeError if weight requires grad.
+    Source: Nikdan et al., RoSA, arXiv 2401.04679; Hu et al., LoRA, arXiv 2106.09685.
+    """
+    _check(x, weight, pattern, values, lora_a, lora_b, bias, merged, scatter)
+    x = _cast(x, weight)
+    _check_dtypes(x, values, lora_a, lora_b, bias)
+    _check_dropout(x, lora_a, dropout, dropout_mask)
+    backend = registry.requested(backend)
+    differentiate = _library.any_requires_grad(x, values, lora_a, lora_b, bias)
+
+    path, indices, transpose, plan = _NO_SPARSE, [], [], []
+    if pattern is not None and values is not None:
+        path = _MERGED if merged else _SCATTER if scatter else _SEPARATE
+        indices = [pattern.crow_indices, pattern.col_indices]
+        if differentiate or path == _SEPARATE:
+            plan = _dispatch.plan_tensors("sddmm", pattern, registry.related("sddmm", backend))
+        if path == _SEPARATE and differentiate and x.requires_grad:
+            transpose = _dispatch.backward_tensors(pattern, backend)
+    y, _ = _library.call(
+        rosa_linear_op,
+        differentiate,
+        x,
+        weight,
+        bias,
+        values,
+        lora_a,
+        lora_b,
+        dropout_mask,
+        indices,
+        transpose,
+        plan,
+        float(scaling),
+        float(dropout),
+        path,
+        backend,
+    )
+    return y
+
+
+# -- forward ---------------------------------------------------------------------------------------
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    dropout_mask: Tensor | None,
+    indices: list[Tensor],
+    transpose: list[Tensor],
+    plan: list[Tensor],
+    scaling: float,
+    dropout: float,
+    path: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    flat = x.reshape(-1, x.shape[-1])
+    dtype = x.dtype
+    with _weight_for_product(weight, indices, values, path, backend, dtype) as w:
+        y = torch.nn.functional.linear(flat, w, None if bias is None else bias.to(dtype))
+    if path == _SEPARATE:
+        crow, col = indices
+        spmm_backend = registry.related("spmm", backend)
+        y += spmm_op(crow, col, transpose, plan, values, flat.t(), spmm_backend).t()
+    if lora_a is None or lora_b is None:
+        h = x.new_empty(0)
+    else:
+        h = _project(flat, lora_a, dropout_mask, dropout)
+        # Into y, which spares two temporaries of its size.
+        y.addmm_(h, lora_b.to(dtype).t(), alpha=scaling)
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    lora_b = args[3]
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty(0) if lora_b is None else x.new_empty((tokens, lora_b.shape[1]))
+
+
+def _project(flat: Tensor, lora_a: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """h (T, r) = drop(x) A^T."""
+    if lora_a.dim() == 1:
+        return _drop(flat.index_select(1, lora_a), mask, dropout)
+    return _drop(flat, mask, dropout) @ lora_a.to(flat.dtype).t()
+
+
+def _drop(x: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """`x` (T, ...) without the elements that the mask does not keep, the others scaled up."""
+    if mask is None:
+        return x
+    return (x * mask.reshape(x.shape)).mul_(1 / (1 - dropout))
+
+
+@contextmanager
+def _weight_for_product(
+    weight: Tensor,
+    indices: list[Tensor],
+    values: Tensor | None,
+    path: str,
+    backend: str,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """The weight as a product wants it: in its dtype, and holding S where the path says so."""
+    if path != _SCATTER:
+        yield weight.to(dtype)
+        return
+
+    def kernel(op: str) -> Any:
+        return _dispatch.kernel_of_copies(op, weight, registry.related(op, backend)).run
+
+    # The kernels, not the ops: the weight is as it was once this returns, and a higher version
+    # would invalidate what autograd saved of it.
+    crow, col = indices
+    originals = kernel("csr_gather")(weight, crow, col)
+    try:
+        kernel("csr_add_")(weight, crow, col, values, 1.0)
+        yield weight.to(dtype)
+    finally:
+        kernel("csr_scatter_")(weight, crow, col, originals)
+
+
+# -- backward --------------------------------------------------------------------------------------
+
+
+class _RosaLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        dropout_mask: Tensor | None,
+        indices: list[Tensor],
+        transpose: list[Tensor],
+        plan: list[Tensor],
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        args = (x, weight, bias, values, lora_a, lora_b, dropout_mask, indices, transpose, plan)
+        y, h = _library.below_autograd(rosa_linear_op, *args, *settings)
+        *_, path, _ = settings
+        for_x, _, for_bias, for_values, for_a, for_b, *_ = ctx.needs_input_grad
+        # Whatever a gradient that is wanted reads, and nothing else.
+        ctx.save_for_backward(
+            x if for_values or for_a else None,
+            weight if for_x else None,
+            bias if for_bias else None,
+            values if for_values or (for_x and path in (_SCATTER, _SEPARATE)) else None,
+            lora_a if for_x or for_a else None,
+            lora_b if for_x or for_a or for_b else None,
+            dropout_mask if for_x or for_a else None,
+            h if for_b else None,
+            *indices,
+            *transpose,
+            *plan,
+        )
+        ctx.sizes = len(indices), len(transpose)
+        ctx.settings = settings
+        ctx.wanted = [for_x, for_bias, for_values, for_a, for_b]
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "rosa_linear: expected to be differentiated once, got create_graph=True; the ops "
+                "it is made of (spmm, csr_add) are twice differentiable"
+            )
+        if grad is None:
+            return (None,) * 14
+        *tensors, h = ctx.saved_tensors[:8]
+        rest = ctx.saved_tensors[8:]
+        first, second = ctx.sizes[0], sum(ctx.sizes)
+        indices, transpose, plan = rest[:first], rest[first:second], rest[second:]
+        gradients = rosa_linear_backward_op(
+            grad, *tensors, h, indices, transpose, plan, *ctx.settings, ctx.wanted, ctx.shape
+        )
+        x, bias, values, a, b = (
+            gradient if wanted else None
+            for gradient, wanted in zip(gradients, ctx.wanted, strict=True)
+        )
+        return x, None, bias, values, a, b, *(None,) * 8
+
+
+def _run_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    dropout_mask: Tensor | None,
+    h: Tensor | None,
+    indices: list[Tensor],
+    transpose: list[Tensor],
+    plan: list[Tensor],
+    scaling: float,
+    dropout: float,
+    path: str,
+    backend: str,
+    wanted: list[bool],
+    shape: list[int],
+) -> tuple[Tensor, ...]:
+    for_x, for_bias, for_values, for_a, for_b = wanted
+    nothing = grad.new_empty(0)
+    grad_x = grad_bias = grad_values = grad_a = grad_b = nothing
+    dy = grad.reshape(-1, grad.shape[-1])
+    flat = None if x is None else x.reshape(-1, x.shape[-1])
+    dtype = dy.dtype
+
+    # Skinny products as BLAS likes them, their long side as columns: at r = 8 and 512 tokens of
+    # 2048 features, dy^T h as it stands takes 1.5 ms of MKL, and (h^T dy)^T 0.25.
+    g = None  # the gradient of h, (T, r)
+    if lora_b is not None and (for_x or for_a):
+        g = dy @ lora_b.to(dtype).t().contiguous().t()
+        g.mul_(scaling)
+    if for_x:
+        assert weight is not None
+        with _weight_for_product(weight, indices, values, path, backend, dtype) as w:
+            dx = dy @ w
+        if path == _SEPARATE:
+            assert values is not None
+            crow_t, col_t, permutation, *plan_t = transpose
+            values_t = values.index_select(0, permutation)
+            spmm_backend = registry.related("spmm", backend)
+            dx += spmm_op(crow_t, col_t, [], plan_t, values_t, dy.t(), spmm_backend).t()
+        if g is not None and lora_a is not None:
+            if lora_a.dim() == 1:
+                dx.index_add_(1, lora_a, _drop(g, dropout_mask, dropout))
+            elif dropout_mask is None:
+                dx.addmm_(g, lora_a.to(dtype))
+            else:
+                dx += _drop(g @ lora_a.to(dtype), dropout_mask, dropout)
+        grad_x = dx.view(shape)
+    if for_a:
+        assert g is not None
+        assert flat is not None
+        assert lora_a is not None
+        grad_a = (g.t() @ _drop(flat, dropout_mask, dropout)).to(lora_a.dtype)
+    if for_b:
+        assert h is not None
+        assert lora_b is not None
+        grad_b = (h.t() @ dy).to(lora_b.dtype).mul_(scaling).t().contiguous()
+    if for_values:
+        assert flat is not None
+        assert values is not None
+        crow, col = indices
+        sddmm_backend = registry.related("sddmm", backend)
+        grad_values = sddmm_op(crow, col, [], plan, dy.t(), flat.t(), values.dtype, sddmm_backend)
+    if for_bias:
+        assert bias is not None
+        grad_bias = dy.sum(0, dtype=bias.dtype)
+    return grad_x, grad_bias, grad_values, grad_a, grad_b
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    wanted, shape = args[-2:]
+    alike = (None, bias, values, lora_a, lora_b)
+    gradients = [
+        like.new_empty(like.shape) if want and like is not None else grad.new_empty(0)
+        for want, like in zip(wanted, alike, strict=True)
+    ]
+    return grad.new_empty(shape) if wanted[0] else grad.new_empty(0), *gradients[1:]
+
+
+_TENSORS = "Tensor? bias, Tensor? values, Tensor? lora_a, Tensor? lora_b, Tensor? dropout_mask"
+_SETTINGS = (
+    "Tensor[] indices, Tensor[] transpose, Tensor[] plan, float scaling, float dropout, str path, "
+    "str backend"
+)
+rosa_linear_op = _library.define(
+    f"rosa_linear(Tensor x, Tensor weight, {_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+    _RosaLinear,
+    differentiable=(0, 2, 3, 4, 5),
+)
+rosa_linear_backward_op = _library.define(
+    f"rosa_linear_backward(Tensor grad, Tensor? x, Tensor? weight, {_TENSORS}, Tensor? h, "
+    f"{_SETTINGS}, bool[] wanted, SymInt[] shape) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+
+
+# -- what bad input gets ---------------------------------------------------------------------------
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    pattern: CsrPattern | None,
+    values: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    merged: bool,
+    scatter: bool,
+) -> None:
+    op = "rosa_linear"
+    _validate.check_tensor(op, "x", x)
+    _validate.check_tensor(op, "weight", weight, x.device)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: expected weight to be 2-D, got shape {tuple(weight.shape)}")
+    if weight.requires_grad:
+        raise RuntimeError(
+            f"{op}: expected a frozen weight, got one that requires grad, which this op would not "
+            "compute; weight.requires_grad_(False), or use torch.nn.functional.linear"
+        )
+    m, n = weight.shape
+    if x.dim() == 0 or x.shape[-1] != n:
+        raise ValueError(
+            f"{op}: expected x of shape (..., {n}) for a weight of shape {(m, n)}, "
+            f"got {tuple(x.shape)}"
+        )
+    if (pattern is None) != (values is None):
+        missing, given = ("values", "pattern") if values is None else ("pattern", "values")
+        raise ValueError(
+            f"{op}: expected pattern and values together, got {given} but no {missing}"
+        )
+    if (lora_a is None) != (lora_b is None):
+        missing, given = ("lora_b", "lora_a") if lora_b is None else ("lora_a", "lora_b")
+        raise ValueError(f"{op}: expected lora_a and lora_b together, got {given} but no {missing}")
+    if merged and scatter:
+        raise ValueError(f"{op}: expected merged or scatter, got both")
+    if pattern is None and (merged or scatter):
+        name = "merged" if merged else "scatter"
+        raise ValueError(f"{op}: expected a pattern and values with {name}=True, got none")
+    if pattern is not None and values is not None:
+        _validate.check_pattern(op, pattern)
+        if pattern.shape != (m, n):
+            raise ValueError(
+                f"{op}: expected a pattern of the weight's shape {(m, n)}, got {pattern.shape}"
+            )
+        _validate.check_values(op, values, pattern)
+        _validate.check_tensor(op, "weight", weight, pattern.device)
+        if scatter:
+            _validate.check_target(op, weight, values.detach(), "use scatter=False")
+    if lora_a is not None and lora_b is not None:
+        _check_low_rank(lora_a, lora_b, weight)
+    if bias is not None:
+        _validate.check_tensor(op, "bias", bias, x.device)
+        if bias.shape != (m,):
+            raise ValueError(f"{op}: expected bias of shape ({m},), got {tuple(bias.shape)}")
+
+
+def _check_low_rank(lora_a: Tensor, lora_b: Tensor, weight: Tensor) -> None:
+    op = "rosa_linear"
+    m, n = weight.shape
+    _validate.check_tensor(op, "lora_b", lora_b, weight.device)
+    if lora_b.dim() != 2 or lora_b.shape[0] != m:
+        raise ValueError(f"{op}: expected lora_b of shape ({m}, r), got {tuple(lora_b.shape)}")
+    rank = lora_b.shape[1]
+    if isinstance(lora_a, Tensor) and lora_a.dtype == torch.int64 and lora_a.dim() == 1:
+        if lora_a.shape[0] != rank:
+            raise ValueError(
+                f"{op}: expected lora_a to name r={rank} columns like lora_b, got {lora_a.shape[0]}"
+            )
+        return
+    _validate.check_tensor(op, "lora_a", lora_a, weight.device)
+    if lora_a.shape != (rank, n):
+        raise ValueError(f"{op}: expected lora_a of shape {(rank, n)}, got {tuple(lora_a.shape)}")
+
+
+def _cast(x: Tensor, weight: Tensor) -> Tensor:
+    (x,) = _validate.autocast(x)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"rosa_linear: expected x of the weight's dtype {weight.dtype}, got {x.dtype}"
+        )
+    return x
+
+
+def _check_dtypes(x: Tensor, values: Tensor | None, *others: Tensor | None) -> None:
+    if values is not None:
+        _validate.check_values_dtype("rosa_linear", "values", values.dtype, x.dtype)
+    for name, tensor in zip(("lora_a", "lora_b", "bias"), others, strict=True):
+        if tensor is not None and tensor.is_floating_point():
+            _validate.check_values_dtype("rosa_linear", name, tensor.dtype, x.dtype)
+
+
+def _check_dropout(x: Tensor, lora_a: Tensor | None, dropout: float, mask: Tensor | None) -> None:
+    op = "rosa_linear"
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout}")
+    if mask is None:
+        if dropout:
+            raise ValueError(f"{op}: expected a dropout_mask with dropout={dropout}, got none")
+        return
+    if lora_a is None:
+        raise ValueError(f"{op}: expected lora_a and lora_b with a dropout_mask, got none")
+    shape = (*x.shape[:-1], lora_a.shape[0]) if lora_a.dim() == 1 else tuple(x.shape)
+    if mask.dtype != torch.bool or mask.shape != shape or mask.device != x.device:
+        raise ValueError(
+            f"{op}: expected dropout_mask of dtype torch.bool and shape {shape} on {x.device}, "
+            f"got {mask.dtype} and {tuple(mask.shape)} on {mask.device}"
+        )
