@@ -62,7 +62,10 @@ class RosaLinear(nn.Module):
         self.out_features, self.in_features = m, n
         self.adapters = nn.ModuleDict()
         self.active_adapter: str | None = None
-        self._template = (linear,)  # in a tuple, which hides it from nn.Module
+        # In tuples, which hides them from nn.Module.
+        self._template = (linear,)
+        self._looked_at: tuple[Tensor, str] = (self.weight, "")
+        self._look_at_weight()
         # While S sits in the weight, which make_resident must have allowed: where, and what was
         # there before.
         self._may_reside = False
@@ -230,18 +233,25 @@ class RosaLinear(nn.Module):
         return SCATTER, "no make_resident"
 
     def _cannot_be_written(self) -> str:
-        weight = self.weight
-        if type(weight) is not nn.Parameter:
-            return f"the weight is a {type(weight).__name__}"
+        """Why S cannot be written into the weight, if it cannot."""
         if getattr(self, "_is_fsdp_managed_module", False):
             return "the weight is sharded by FSDP"
-        if weight.is_inference():
-            return "the weight was made in inference mode"
-        if weight.device.type == "cpu" and weight.is_shared():
-            return "other processes share the weight's memory"
-        if overlaps_itself(weight):
-            return "elements of the weight share memory"
-        return ""
+        if self._looked_at[0] is not self.weight:
+            self._look_at_weight()
+        return self._looked_at[1]
+
+    def _look_at_weight(self) -> None:
+        """Remembered for the weight: it would cost every forward 3 us, and does not compile."""
+        weight, reason = self.weight, ""
+        if type(weight) is not nn.Parameter:
+            reason = f"the weight is a {type(weight).__name__}"
+        elif weight.is_inference():
+            reason = "the weight was made in inference mode"
+        elif weight.device.type == "cpu" and weight.is_shared():
+            reason = "other processes share the weight's memory"
+        elif overlaps_itself(weight):
+            reason = "elements of the weight share memory"
+        self._looked_at = weight, reason
 
     def _matrix(self) -> Tensor:
         """The weight as the (m, n) matrix it stands for, whatever way it is stored."""
@@ -381,6 +391,7 @@ class RosaLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> RosaLinear:
         self._park()  # rounding W + S to another dtype is not what S and a rounded W would give
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._look_at_weight()
         self._settle()
         return self
 

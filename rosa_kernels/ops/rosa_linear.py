@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -115,7 +116,7 @@ def _run(
     path: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _tokens_by_features(x)
     dtype = x.dtype
     with _weight_for_product(weight, indices, values, path, backend, dtype) as w:
         y = torch.nn.functional.linear(flat, w, None if bias is None else bias.to(dtype))
@@ -134,9 +135,14 @@ def _run(
 
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     lora_b = args[3]
-    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    tokens = math.prod(x.shape[:-1])
     return y, x.new_empty(0) if lora_b is None else x.new_empty((tokens, lora_b.shape[1]))
+
+
+def _tokens_by_features(x: Tensor) -> Tensor:
+    """`x` (..., n) as the matrix (T, n); -1 would not do where n or T is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _project(flat: Tensor, lora_a: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -235,8 +241,9 @@ class _RosaLinear(torch.autograd.Function):
             )
         if grad is None:
             return (None,) * 14
-        *tensors, h = ctx.saved_tensors[:8]
-        rest = ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors  # once: under checkpointing they can be unpacked once only
+        *tensors, h = saved[:8]
+        rest = saved[8:]
         first, second = ctx.sizes[0], sum(ctx.sizes)
         indices, transpose, plan = rest[:first], rest[first:second], rest[second:]
         gradients = rosa_linear_backward_op(
@@ -270,10 +277,10 @@ def _run_backward(
     shape: list[int],
 ) -> tuple[Tensor, ...]:
     for_x, for_bias, for_values, for_a, for_b = wanted
-    nothing = grad.new_empty(0)
-    grad_x = grad_bias = grad_values = grad_a = grad_b = nothing
-    dy = grad.reshape(-1, grad.shape[-1])
-    flat = None if x is None else x.reshape(-1, x.shape[-1])
+    # What is not wanted comes back empty; each its own, as outputs of an op may not share memory.
+    grad_x, grad_bias, grad_values, grad_a, grad_b = (grad.new_empty(0) for _ in wanted)
+    dy = _tokens_by_features(grad)
+    flat = None if x is None else _tokens_by_features(x)
     dtype = dy.dtype
 
     # Skinny products as BLAS likes them, their long side as columns: at r = 8 and 512 tokens of

@@ -1,0 +1,681 @@
+"""RosaLinear: adapters, residency, merging, movement and storage; W comes back to the bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import rosa_kernels as rk
+from rosa_kernels import CsrPattern, RosaLinear
+from rosa_kernels.nn import base_weights, make_resident, sync
+from rosa_kernels.testing import uniform_pattern
+
+M, N = 37, 53
+
+
+class Conv1D(nn.Module):
+    """As in transformers' pytorch_utils: the weight is stored (n, m)."""
+
+    def __init__(self, m: int, n: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n, m) / n**0.5)
+        self.bias = nn.Parameter(torch.randn(m))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+
+
+KINDS = {
+    "Linear": lambda: nn.Linear(N, M),
+    "Linear-no-bias": lambda: nn.Linear(N, M, bias=False),
+    "Linear-bfloat16": lambda: nn.Linear(N, M, dtype=torch.bfloat16),
+    "Conv1D": lambda: Conv1D(M, N),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=KINDS)
+def linear(request: pytest.FixtureRequest) -> nn.Module:
+    return KINDS[request.param]()
+
+
+@pytest.fixture
+def mask() -> CsrPattern:
+    return uniform_pattern(M, N, 0.1, seed=1)
+
+
+def randomized(layer: RosaLinear) -> RosaLinear:
+    """`layer` with adapters as after training: B and values are not zero any more."""
+    with torch.no_grad():
+        for adapter in layer.adapters.values():
+            for parameter in adapter.parameters():
+                parameter.normal_()
+    sync(layer)
+    return layer
+
+
+def rosa(linear: nn.Module, mask: CsrPattern | None, **options: Any) -> RosaLinear:
+    return randomized(RosaLinear.from_linear(linear, rank=4, pattern=mask, alpha=8, **options))
+
+
+def inputs(layer: RosaLinear) -> Tensor:
+    x = torch.randn(3, 5, N, generator=torch.Generator().manual_seed(2))
+    return x.to(layer.weight.dtype)
+
+
+def matrix(layer: RosaLinear, weight: Tensor) -> Tensor:
+    return weight.t() if layer.fan_in_fan_out else weight
+
+
+def expected(layer: RosaLinear, w0: Tensor, name: str, x: Tensor) -> Tensor:
+    """In float64, on the weight rounded as merging S rounds it."""
+    adapter = layer.adapter(name)
+    weight = matrix(layer, w0)
+    if adapter.pattern is not None:
+        weight = rk.csr_add(weight, adapter.pattern, adapter.values.detach())
+    y = x.double() @ weight.double().t()
+    if adapter.lora_b is not None:
+        low_rank = adapter.lora_b.detach().double() @ adapter.lora_a.detach().double()
+        y = y + adapter.scaling * x.double() @ low_rank.t()
+    return y if layer.bias is None else y + layer.bias.detach().double()
+
+
+def assert_near(got: Tensor, ref: Tensor) -> None:
+    """Within a few roundings of the largest element: the policy proper is test_rosa_linear's."""
+    eps = 16 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), ref, rtol=eps, atol=eps * float(ref.abs().max()))
+
+
+def adam(layer: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=lr)
+
+
+def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> list[float]:
+    losses = []
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(steps):
+        x = torch.randn(6, N, generator=generator).to(next(layer.parameters()).dtype)
+        loss = layer(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+# -- construction ----------------------------------------------------------------------------------
+
+
+def test_starts_as_the_layer_it_stands_for(linear: nn.Module, mask: CsrPattern) -> None:
+    x = torch.randn(3, 5, N).to(linear.weight.dtype)
+    before = linear(x)
+    names = dict(linear.state_dict())
+    layer = RosaLinear.from_linear(linear, rank=4, pattern=mask)
+    torch.testing.assert_close(layer(x), before)
+    assert layer.weight is linear.weight
+    assert set(names) <= set(layer.state_dict())
+    trainable = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trainable == {f"adapters.default.{p}" for p in ("lora_a", "lora_b", "values")}
+    assert (layer.out_features, layer.in_features) == (M, N)
+    assert all(p.dtype == torch.float32 for p in layer.adapters.parameters())
+
+
+def test_forward_is_the_formula(linear: nn.Module, mask: CsrPattern) -> None:
+    layer = rosa(linear, mask)
+    w0, x = layer.weight.detach().clone(), inputs(layer)
+    assert_near(layer(x), expected(layer, w0, "default", x))
+    assert torch.equal(layer.weight, w0)
+    assert layer.path() == ("scatter", "no make_resident")
+
+
+def test_kinds_of_low_rank_branch(mask: CsrPattern) -> None:
+    frozen_a = RosaLinear.from_linear(nn.Linear(N, M), rank=4, train_a=False)
+    assert [n for n, p in frozen_a.named_parameters() if p.requires_grad] == [
+        "adapters.default.lora_b"
+    ]
+    columns = torch.tensor([5, 1, 52, 7])
+    layer = randomized(RosaLinear.from_linear(nn.Linear(N, M), rank=4, selector=columns))
+    x = inputs(layer)
+    b = layer.adapter().lora_b
+    torch.testing.assert_close(
+        layer(x), F.linear(x, layer.weight, layer.bias) + 4 * x[..., columns] @ b.t()
+    )
+    torch.testing.assert_close(layer.delta_weight()[:, columns], 4 * b.detach())
+    assert "adapters.default.lora_a" in layer.state_dict()
+
+
+def test_dropout_is_of_training_alone_and_costs_nothing_at_0(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask, dropout=0.5)
+    x = inputs(layer)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    state = torch.get_rng_state()
+    plain = rosa(nn.Linear(N, M), mask).train()
+    torch.set_rng_state(state)
+    plain(x)
+    assert torch.equal(torch.get_rng_state(), state)  # no random number was drawn
+    assert plain.adapter().dropout_mask(x) is None
+
+
+def test_dropout_keeps_the_expectation() -> None:
+    layer = rosa(nn.Linear(N, M, bias=False), None, dropout=0.25)
+    x = torch.randn(1, N)
+    with torch.no_grad():
+        mean = torch.stack([layer(x) for _ in range(4000)]).mean(0)
+        layer.eval()
+        spread = float(layer.delta_weight().norm() * x.norm() / M**0.5)
+        assert float((mean - layer(x)).abs().max()) < 0.15 * spread
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "a rank or a pattern, got rank 0 and no pattern"),
+        ({"rank": -1}, ValueError, "integer >= 0, got -1"),
+        ({"rank": 2.0}, ValueError, "integer >= 0, got 2.0"),
+        ({"dropout": 1.0}, ValueError, r"dropout in \[0, 1\), got 1.0"),
+        ({"alpha": float("nan")}, ValueError, "finite alpha"),
+        ({"pattern": "mask"}, AttributeError, "to"),
+        ({"adapter_name": "a.b"}, ValueError, "without dots, got 'a.b'"),
+        ({"adapter_name": ""}, ValueError, "got ''"),
+        ({"adapter_name": "keys"}, ValueError, "got 'keys'"),
+        ({"selector": torch.arange(3), "rank": 4}, ValueError, r"rank=4 columns, got shape \(3,\)"),
+        ({"selector": torch.tensor([0, N]), "rank": 2}, ValueError, "got 0 to 53"),
+        ({"selector": torch.tensor([0, -1]), "rank": 2}, ValueError, "got -1 to 0"),
+        ({"selector": torch.randn(2), "rank": 2}, TypeError, "int64 selector .* torch.float32"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RosaLinear.from_linear(nn.Linear(N, M), **arguments)
+
+
+def test_patterns_and_values_that_do_not_fit(mask: CsrPattern) -> None:
+    layer = RosaLinear.from_linear(nn.Linear(N, M), rank=2)
+    with pytest.raises(ValueError, match=r"weight's shape \(37, 53\), got \(53, 37\)"):
+        layer.set_pattern(mask.T)
+    with pytest.raises(ValueError, match="values of shape"):
+        layer.set_pattern(mask, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"one of the adapters \['default'\], got 'other'"):
+        layer.set_pattern(mask, adapter_name="other")
+    assert layer.adapter().pattern is None
+
+
+def test_layers_it_cannot_stand_for() -> None:
+    with pytest.raises(TypeError, match=r"nn\.Linear or Conv1D, got Embedding"):
+        RosaLinear.from_linear(nn.Embedding(4, 4), rank=2)
+    with pytest.raises(TypeError, match="2-D weight, got LayerNorm"):
+        RosaLinear.from_linear(nn.LayerNorm(4), rank=2)
+    quantised = nn.Linear(4, 4)
+    quantised.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"got torch\.int8"):
+        RosaLinear.from_linear(quantised, rank=2)
+
+
+# -- named adapters --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_switching_adapters(linear: nn.Module, mask: CsrPattern, resident: bool) -> None:
+    layer = rosa(linear, mask)
+    w0, x = layer.weight.detach().clone(), inputs(layer)
+    layer.add_adapter("sparse", pattern=uniform_pattern(M, N, 0.2, seed=4))
+    layer.add_adapter("low_rank", rank=2)
+    layer.add_adapter("empty")
+    randomized(layer)
+    if resident:
+        make_resident(layer, adam(layer))
+    for name in ("default", "sparse", "low_rank", "sparse", "default"):
+        layer.set_adapter(name)
+        assert_near(layer(x), expected(layer, w0, name, x))
+    for name in (None, "empty"):
+        layer.set_adapter(name)
+        assert torch.equal(layer.weight, w0)
+        assert torch.equal(layer(x), F.linear(x, matrix(layer, w0), layer.bias))
+    layer.set_adapter("sparse")
+    layer.delete_adapter("sparse")
+    assert layer.active_adapter is None
+    assert torch.equal(layer.weight, w0)
+    assert sorted(layer.adapters) == ["default", "empty", "low_rank"]
+    with pytest.raises(ValueError, match="got 'sparse'"):
+        layer.set_adapter("sparse")
+    with pytest.raises(ValueError, match="a new adapter name without dots, got 'empty'"):
+        layer.add_adapter("empty", rank=1)
+
+
+# -- S inside the weight ---------------------------------------------------------------------------
+
+
+def test_resident_training_is_scatter_training_to_the_bit(
+    linear: nn.Module, mask: CsrPattern
+) -> None:
+    other = copy.deepcopy(linear)
+    torch.manual_seed(1)
+    scatter = RosaLinear.from_linear(linear, rank=4, pattern=mask)
+    torch.manual_seed(1)
+    resident = RosaLinear.from_linear(other, rank=4, pattern=mask)
+    w0 = resident.weight.detach().clone()
+    optimizer = adam(resident)
+    handle = make_resident(resident, optimizer)
+    assert handle.paths == {"": "resident"}
+    assert train(resident, optimizer) == train(scatter, adam(scatter))
+    merged = rk.csr_add(matrix(resident, w0), mask, resident.adapter().values.detach())
+    assert torch.equal(matrix(resident, resident.weight), merged)
+    assert not torch.equal(resident.weight, w0)
+    for a, b in zip(resident.adapters.parameters(), scatter.adapters.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert bool(a.detach().any())
+    handle.remove()
+    assert torch.equal(resident.weight, w0)
+    assert resident.path()[0] == "scatter"
+
+
+def test_small_steps_are_not_lost_in_a_narrow_weight(mask: CsrPattern) -> None:
+    """100 steps of 2e-5 beside bfloat16 weights of about 1, whose spacing is 2**-8."""
+    layer = RosaLinear.from_linear(nn.Linear(N, M, dtype=torch.bfloat16), rank=0, pattern=mask)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    values = layer.adapter().values
+    optimizer = torch.optim.SGD([values], lr=2e-5)
+    make_resident(layer, optimizer)
+    for _ in range(100):
+        values.grad = torch.full_like(values, -1.0)
+        optimizer.step()
+    torch.testing.assert_close(values.detach(), torch.full_like(values, 2e-3), rtol=1e-4, atol=0)
+
+
+def test_a_mask_that_comes_later_becomes_resident_by_itself(mask: CsrPattern) -> None:
+    """As after RoSA's warm-up: low-rank alone, then a pattern, and a new parameter group."""
+    layer = RosaLinear.from_linear(nn.Linear(N, M), rank=4)
+    w0 = layer.weight.detach().clone()
+    optimizer = adam(layer)
+    make_resident(layer, optimizer)
+    train(layer, optimizer, 1)
+    assert torch.equal(layer.weight, w0)
+    layer.set_pattern(mask)
+    optimizer.add_param_group({"params": [layer.adapter().values]})
+    train(layer, optimizer, 2)
+    values = layer.adapter().values.detach()
+    assert bool(values.any())
+    assert torch.equal(layer.weight, rk.csr_add(w0, mask, values))
+
+
+def test_a_skipped_step_of_a_loss_scaler_leaves_w_in_step_with_values(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    optimizer = adam(layer)
+    make_resident(layer, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    for scale in (1.0, float("inf")):
+        scaler.scale(layer(torch.randn(4, N)).square().mean() * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        merged = rk.csr_add(w0, mask, layer.adapter().values.detach())
+        assert torch.equal(layer.weight, merged)
+
+
+def test_the_weight_may_not_change_between_forward_and_backward(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    optimizer = adam(layer)
+    make_resident(layer, optimizer)
+    x = torch.randn(2, N, requires_grad=True)
+    y = layer(x)
+    layer.adapter().values.grad = torch.ones(mask.nnz)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_which_weights_may_be_resident(mask: CsrPattern) -> None:
+    model = nn.ModuleDict(
+        {"own": nn.Linear(N, M), "tied": nn.Linear(N, M), "head": nn.Linear(N, M)}
+    )
+    model["head"].weight = model["tied"].weight
+    for name in ("own", "tied"):
+        model[name] = rosa(model[name], mask)
+    overlapping = nn.Linear(N, M)
+    overlapping.weight = nn.Parameter(torch.randn(1, N).expand(M, N))
+    model["overlapping"] = rosa(overlapping, mask)
+    before = {name: layer.weight.detach().clone() for name, layer in model.items()}
+    handle = make_resident(model, adam(model))
+    assert handle.paths == {
+        "own": "resident",
+        "tied": "scatter: another module shares the weight",
+        "overlapping": "separate: elements of the weight share memory",
+    }
+    assert torch.equal(model["head"].weight, before["head"])
+    x = torch.randn(4, N)
+    for name in handle.paths:
+        assert_near(model[name](x), expected(model[name], before[name], "default", x))
+
+
+def test_weights_that_nobody_may_write(mask: CsrPattern) -> None:
+    with torch.inference_mode():
+        weight = torch.randn(M, N)
+    linear = nn.Linear(N, M)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    layer = rosa(linear, mask)
+    assert layer.path() == ("separate", "the weight was made in inference mode")
+    with pytest.raises(RuntimeError, match="may change, but the weight was made in inference"):
+        layer.merge()
+    shared = rosa(nn.Linear(N, M).share_memory(), mask)
+    assert shared.path() == ("separate", "other processes share the weight's memory")
+    x = torch.randn(4, N)
+    assert_near(shared(x), expected(shared, shared.weight.detach(), "default", x))
+
+
+def test_sharded_weights_are_refused(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    layer._is_fsdp_managed_module = True  # what both FSDPs set on the modules they manage
+    assert layer.path() == ("separate", "the weight is sharded by FSDP")
+    with pytest.raises(RuntimeError, match=r"whole, got 1 sharded by FSDP .* separate path"):
+        make_resident(nn.Sequential(layer), adam(layer))
+
+
+def test_an_optimizer_without_the_values_is_refused(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="holds the values of 0, got one that does not"):
+        make_resident(nn.Sequential(layer), torch.optim.SGD([layer.adapter().lora_b]))
+    assert torch.equal(layer.weight, before)
+
+
+def test_wrapped_optimizers(mask: CsrPattern) -> None:
+    """accelerate's, whose inner one steps."""
+
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    optimizer = adam(layer)
+    make_resident(layer, Wrapper(optimizer))  # type: ignore[arg-type]
+    train(layer, optimizer)
+    assert torch.equal(layer.weight, rk.csr_add(w0, mask, layer.adapter().values.detach()))
+
+
+# -- merging ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_merge_and_unmerge(linear: nn.Module, mask: CsrPattern, resident: bool) -> None:
+    layer = rosa(linear, mask).eval()
+    w0, x = layer.weight.detach().clone(), inputs(layer)
+    y = layer(x)
+    if resident:
+        make_resident(layer, adam(layer))
+    layer.merge(safe=True)
+    assert layer.merged == "default"
+    delta = matrix(layer, layer.delta_weight()) if layer.fan_in_fan_out else layer.delta_weight()
+    assert torch.equal(layer.weight, (w0.float() + delta).to(w0.dtype))
+    bias = None if layer.bias is None else layer.bias.double()
+    assert_near(layer(x), F.linear(x.double(), matrix(layer, layer.weight).double(), bias))
+    for forbidden in (
+        lambda: layer.merge(),
+        lambda: layer.set_adapter(None),
+        lambda: layer.delete_adapter("default"),
+        lambda: layer.set_pattern(mask),
+        lambda: layer.to_linear(),
+        lambda: layer.load_state_dict(layer.state_dict()),
+    ):
+        with pytest.raises(RuntimeError, match="no merged adapter, got 'default'; unmerge first"):
+            forbidden()
+    assert torch.equal(layer.state_dict()["weight"], w0)
+    layer.unmerge()
+    assert layer.merged is None
+    assert torch.equal(layer.base_weight(), w0)
+    assert (layer.path()[0] == "resident") == resident
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_unmerge_without_a_copy_is_refused_with_the_reason(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    with pytest.raises(RuntimeError, match="a merged adapter, got none"):
+        layer.unmerge()
+    layer.merge(keep_base=False)
+    for call in (layer.unmerge, layer.base_weight, layer.state_dict):
+        with pytest.raises(RuntimeError, match="keep_base=False, and subtracting it would not"):
+            call()
+
+
+def test_safe_merge_changes_nothing_when_it_refuses(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.adapter().values[3] = float("inf")
+    with pytest.raises(ValueError, match="finite weights, got NaN or Inf from adapter 'default'"):
+        layer.merge(safe=True)
+    assert torch.equal(layer.weight, w0)
+    assert layer.merged is None
+    layer.merge()
+    assert not bool(layer.weight.isfinite().all())
+
+
+def test_to_linear(linear: nn.Module, mask: CsrPattern) -> None:
+    original = linear.weight
+    w0 = original.detach().clone()
+    layer = rosa(linear, mask).eval()
+    make_resident(layer, adam(layer))
+    x = inputs(layer)
+    merged = layer.to_linear("default")
+    assert type(merged) is type(linear)
+    assert_near(merged(x), layer(x).detach().double())
+    assert not merged.weight.requires_grad
+    plain = layer.to_linear()
+    assert plain.weight is original
+    assert torch.equal(plain.weight, w0)
+    assert torch.equal(plain(x), linear(x))
+
+
+# -- movement and storage --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["apart", "resident", "merged"])
+def test_state_dict_holds_w(linear: nn.Module, mask: CsrPattern, state: str) -> None:
+    layer = rosa(linear, mask)
+    w0 = layer.weight.detach().clone()
+    if state == "resident":
+        make_resident(layer, adam(layer))
+    elif state == "merged":
+        layer.merge()
+    saved = layer.state_dict()
+    assert torch.equal(saved["weight"], w0)
+    assert torch.equal(layer.weight, w0) == (state == "apart")
+    assert saved["adapters.default.col_indices"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_load_state_dict(linear: nn.Module, mask: CsrPattern, resident: bool) -> None:
+    """Weight, values and mask of another layer; what is resident follows by itself."""
+    mine = rosa(copy.deepcopy(linear), mask)
+    with torch.no_grad():
+        linear.weight.add_(1)
+    theirs = rosa(linear, CsrPattern.from_coo(mask.row_indices, N - 1 - mask.col_indices, (M, N)))
+    if resident:
+        make_resident(mine, adam(mine))
+    saved = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    assert not mine.load_state_dict(saved).missing_keys
+    x = inputs(mine)
+    assert torch.equal(mine(x), theirs(x))
+    assert torch.equal(mine.base_weight(), theirs.weight)
+    assert torch.equal(mine.adapter().pattern.col_indices, theirs.adapter().pattern.col_indices)
+    assert (mine.path()[0] == "resident") == resident
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("out of range", r"expected .* in \[0, 53\)"),
+        ("unsorted", "sorted, unique col_indices"),
+        ("another count", "as in this adapter, got"),
+    ],
+)
+def test_load_state_dict_validates_indices(mask: CsrPattern, damage: str, message: str) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    before = {name: tensor.clone() for name, tensor in layer.adapter().state_dict().items()}
+    saved = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in layer.state_dict().items()
+    }
+    col = saved["adapters.default.col_indices"]
+    if damage == "out of range":
+        col[-1] = N
+    elif damage == "unsorted":
+        row = int((mask.row_nnz >= 2).nonzero()[0])
+        start = int(mask.crow_indices[row])
+        col[start : start + 2] = col[start : start + 2].flip(0)
+    else:
+        col = col[:-1]
+        crow = saved["adapters.default.crow_indices"]
+        crow[crow == mask.nnz] -= 1
+        saved["adapters.default.crow_indices"] = crow
+    saved["adapters.default.col_indices"] = col
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(saved)
+    for name, tensor in layer.adapter().state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    layer(inputs(layer))  # and it still works
+
+
+def test_load_state_dict_counts_keys(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    saved = layer.state_dict()
+    del saved["adapters.default.col_indices"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*adapters.default.col_indices"):
+        layer.load_state_dict(saved)
+    plain = rosa(nn.Linear(N, M), None)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*adapters.default.c"):
+        plain.load_state_dict({**plain.state_dict(), "adapters.default.col_indices": torch.ones(1)})
+
+
+def test_casting_rounds_the_layer_and_not_the_masters(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    make_resident(layer, adam(layer))
+    masters = [p.detach().clone() for p in layer.adapters.parameters()]
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    for now, before in zip(layer.adapters.parameters(), masters, strict=True):
+        assert torch.equal(now, before)
+    assert torch.equal(layer.base_weight(), w0.bfloat16())
+    values = layer.adapter().values.detach()
+    assert torch.equal(layer.weight, rk.csr_add(w0.bfloat16(), mask, values))
+    layer.double()
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    assert layer(inputs(layer)).dtype == torch.float64
+
+
+def test_deep_copies_are_independent_and_hold_w(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    make_resident(layer, adam(layer))
+    other = copy.deepcopy(layer)
+    assert other.path()[0] == "scatter"  # no optimizer's hook knows it
+    assert torch.equal(other.weight, w0)
+    assert not torch.equal(layer.weight, w0)
+    x = inputs(layer)
+    assert torch.equal(other(x), layer(x))
+    assert other.adapter().values is not layer.adapter().values
+
+
+def test_pickles(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    x = inputs(layer)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+def test_base_weights(mask: CsrPattern) -> None:
+    model = nn.Sequential(rosa(nn.Linear(N, M), mask), nn.Tanh())
+    w0 = model[0].weight.detach().clone()
+    make_resident(model, adam(model))
+    with base_weights(model):
+        assert torch.equal(model[0].weight, w0)
+        assert model.state_dict()["0.weight"].data_ptr() == model[0].weight.data_ptr()
+    assert model[0].path()[0] == "resident"
+    assert not torch.equal(model[0].weight, w0)
+    model[0].merge()
+    with pytest.raises(RuntimeError, match="unmerge first"), base_weights(model):
+        pass
+
+
+def test_repr_says_what_it_holds(mask: CsrPattern) -> None:
+    text = repr(rosa(nn.Linear(N, M), mask, dropout=0.5))
+    for part in ("in_features=53", "rank=4", "alpha=8", "dropout=0.5", f"nnz={mask.nnz}"):
+        assert part in text
+
+
+# -- through all that torch wraps a module in ------------------------------------------------------
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_compiles_whole(mask: CsrPattern, resident: bool) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    other = copy.deepcopy(layer)
+    if resident:
+        make_resident(layer, adam(layer))
+    x = inputs(layer)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    other(x).square().sum().backward()
+    for a, b in zip(layer.adapters.parameters(), other.adapters.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_checkpointing_with_dropout(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask, dropout=0.5)
+    x = inputs(layer).requires_grad_()
+    gradients = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(4)
+        y = call(x)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *layer.adapters.parameters()]))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    x = inputs(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        layer.set_adapter(None)
+        base = layer(x)
+    assert y.dtype == base.dtype == torch.bfloat16
+    layer.set_adapter("default")
+    assert_near(y.detach(), layer(x).detach().double())
+
+
+def test_under_distributed_data_parallel(mask: CsrPattern, tmp_path: Any) -> None:
+    """It broadcasts buffers in every forward, in place: indices must not be among them."""
+    import torch.distributed as dist
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        layer = rosa(nn.Linear(N, M), mask)
+        alone = copy.deepcopy(layer)
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        optimizer = adam(parallel)
+        make_resident(parallel, optimizer)
+        train(parallel, optimizer)
+        train(alone, adam(alone))
+        for a, b in zip(layer.adapters.parameters(), alone.adapters.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+    finally:
+        dist.destroy_process_group()
