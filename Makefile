@@ -29,7 +29,7 @@ BENCH_ARGS ?= run --suite quick --device auto --out build/bench
 BUDGET ?= 25
 GPU_ARGS ?=
 
-EXTRAS := bench dev
+EXTRAS := bench dev train
 READY := .venv/ready
 BUILD := build/$(PRESET)
 CTEST_FLAGS := --output-on-failure --no-tests=error --parallel 4

@@ -82,7 +82,7 @@ def test_wheel_holds_the_package_and_runs_on_its_own(tmp_path: Path) -> None:
     assert len([n for n in names if re.fullmatch(r"rosa_kernels/_C\..*\.so", n)]) == 1
     assert {"rosa_kernels/_C.pyi", "rosa_kernels/py.typed"} <= set(names)
     assert any(n.endswith("/LICENSE") for n in names)
-    assert {n.split("/")[0].split("-")[0] for n in names} == {"rosa_kernels"}
+    assert {n.split("/")[0].split("-")[0] for n in names} == {"rosa_kernels", "rosa_train"}
 
     target = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)

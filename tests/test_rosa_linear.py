@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYOUTS
+from conftest import LAYOUTS, Served
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -167,7 +167,7 @@ class Oracle:
         assert got.dtype == dtype, name
         # 2 ** -24 is the smallest subnormal of float16, half of which any rounding may cost.
         floor = 2.0**-25 if dtype == torch.float16 else 0.0
-        excess = (got.detach().double() - ref).abs() - bound - floor
+        excess = (got.detach().cpu().double() - ref).abs() - bound - floor
         assert bool((excess <= 0).all()), f"{name}: off by {float(excess.max()):.3g} too much"
 
 
@@ -186,7 +186,7 @@ def check(
         generator = torch.Generator().manual_seed(5)
         dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
     y.backward(dy)
-    oracle = Oracle(path, args, dy, adversarial)
+    oracle = Oracle(path, {k: to_device(v, "cpu") for k, v in args.items()}, dy.cpu(), adversarial)
     oracle.check("y", y, args["x"].dtype)
     for name, tensor in args.items():
         if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -292,12 +292,35 @@ def test_a_selector_is_a_row_selecting_a() -> None:
     torch.testing.assert_close(run("scatter", args), run("scatter", explicit))
 
 
+@pytest.mark.ops("sddmm")
 @pytest.mark.parametrize("path", PATHS)
-def test_every_backend_that_is_named(path: str) -> None:
-    for backend in ("reference", "cpu"):
-        check(path, problem(), backend=backend)
+def test_every_backend_by_name(kernel: Served, path: str) -> None:
+    """Those of sddmm, from which the other ops of the layer find theirs; the emulator's, too."""
+    args = problem("rosa", kernel.dtype, lead=(3, 8))
+    if kernel.backend == "simt/wgmma":
+        args["pattern"].build_tile_plan(128, 256)
+    args = {k: to_device(v, kernel.device) for k, v in args.items()}
+    check(path, args, backend=kernel.backend)
+
+
+def to_device(argument: Any, device: str) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.detach().to(device).requires_grad_(argument.requires_grad)
+    return argument.to(device) if isinstance(argument, CsrPattern) else argument
+
+
+def test_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match="nowhere"):
-        run(path, problem(), backend="nowhere")
+        run("separate", problem(), backend="nowhere")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("branches", ["rosa", "selector+sparse"])
+@pytest.mark.parametrize("path", PATHS)
+def test_on_cuda(path: str, branches: str, dtype: torch.dtype) -> None:
+    args = problem(branches, dtype, uniform_pattern(256, 384, 0.02), lead=(2, 64))
+    check(path, {name: to_device(value, "cuda") for name, value in args.items()})
 
 
 # -- what it saves ---------------------------------------------------------------------------------

@@ -174,7 +174,11 @@ def _weight_for_product(
         return
 
     def kernel(op: str) -> Any:
-        return _dispatch.kernel_of_copies(op, weight, registry.related(op, backend)).run
+        # A backend is asked for by those who care about products; "dense" has no others.
+        named = registry.related(op, backend)
+        if not any(kernel.named_by(named) for kernel in registry.kernels(op)):
+            named = registry.AUTO
+        return _dispatch.kernel_of_copies(op, weight, named).run
 
     # The kernels, not the ops: the weight is as it was once this returns, and a higher version
     # would invalidate what autograd saved of it.
