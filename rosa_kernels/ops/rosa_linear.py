@@ -77,9 +77,7 @@ def rosa_linear(
             plan = _dispatch.plan_tensors("sddmm", pattern, registry.related("sddmm", backend))
         if path == _SEPARATE and differentiate and x.requires_grad:
             transpose = _dispatch.backward_tensors(pattern, backend)
-    y, _ = _library.call(
-        rosa_linear_op,
-        differentiate,
+    args = (
         x,
         weight,
         bias,
@@ -95,6 +93,12 @@ def rosa_linear(
         path,
         backend,
     )
+    if not _library.unobserved():
+        y, _ = rosa_linear_op(*args)
+    elif differentiate:
+        y, _ = _RosaLinear.apply(*args)  # type: ignore[no-untyped-call]
+    else:
+        y, _ = _library.below_autograd(_run, *args)
     return y
 
 
@@ -212,7 +216,8 @@ class _RosaLinear(torch.autograd.Function):
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
         args = (x, weight, bias, values, lora_a, lora_b, dropout_mask, indices, transpose, plan)
-        y, h = _library.below_autograd(rosa_linear_op, *args, *settings)
+        forward = _run if _library.unobserved() else rosa_linear_op
+        y, h = _library.below_autograd(forward, *args, *settings)
         *_, path, _ = settings
         for_x, _, for_bias, for_values, for_a, for_b, *_ = ctx.needs_input_grad
         # Whatever a gradient that is wanted reads, and nothing else.
@@ -251,8 +256,18 @@ class _RosaLinear(torch.autograd.Function):
         rest = saved[8:]
         first, second = ctx.sizes[0], sum(ctx.sizes)
         indices, transpose, plan = rest[:first], rest[first:second], rest[second:]
-        gradients = rosa_linear_backward_op(
-            grad, *tensors, h, indices, transpose, plan, *ctx.settings, ctx.wanted, ctx.shape
+        backward = _run_backward if _library.unobserved() else rosa_linear_backward_op
+        gradients = _library.below_autograd(
+            backward,
+            grad,
+            *tensors,
+            h,
+            indices,
+            transpose,
+            plan,
+            *ctx.settings,
+            ctx.wanted,
+            ctx.shape,
         )
         x, bias, values, a, b = (
             gradient if wanted else None
@@ -282,8 +297,7 @@ def _run_backward(
     shape: list[int],
 ) -> tuple[Tensor, ...]:
     for_x, for_bias, for_values, for_a, for_b = wanted
-    # What is not wanted comes back empty; each its own, as outputs of an op may not share memory.
-    grad_x, grad_bias, grad_values, grad_a, grad_b = (grad.new_empty(0) for _ in wanted)
+    grad_x = grad_bias = grad_values = grad_a = grad_b = None
     dy = _tokens_by_features(grad)
     flat = None if x is None else _tokens_by_features(x)
     dtype = dy.dtype
@@ -294,24 +308,6 @@ def _run_backward(
     if lora_b is not None and (for_x or for_a):
         g = dy @ lora_b.to(dtype).t().contiguous().t()
         g.mul_(scaling / (1 - dropout))
-    if for_x:
-        assert weight is not None
-        with _weight_for_product(weight, indices, values, path, backend, dtype) as w:
-            dx = dy @ w
-        if path == _SEPARATE:
-            assert values is not None
-            crow_t, col_t, permutation, *plan_t = transpose
-            values_t = values.index_select(0, permutation)
-            spmm_backend = registry.related("spmm", backend)
-            dx += spmm_op(crow_t, col_t, [], plan_t, values_t, dy.t(), spmm_backend).t()
-        if g is not None and lora_a is not None:
-            if lora_a.dim() == 1:
-                dx.index_add_(1, lora_a, _kept(g, dropout_mask))
-            elif dropout_mask is None:
-                dx.addmm_(g, lora_a.to(dtype))
-            else:
-                dx += _kept(g @ lora_a.to(dtype), dropout_mask)
-        grad_x = dx.view(shape)
     if for_a:
         assert g is not None
         assert flat is not None
@@ -330,7 +326,28 @@ def _run_backward(
     if for_bias:
         assert bias is not None
         grad_bias = dy.sum(0, dtype=bias.dtype)
-    return grad_x, grad_bias, grad_values, grad_a, grad_b
+    # Last, as it is the largest by far: before the others, it would lie beside their temporaries.
+    if for_x:
+        assert weight is not None
+        with _weight_for_product(weight, indices, values, path, backend, dtype) as w:
+            dx = dy @ w
+        if path == _SEPARATE:
+            assert values is not None
+            crow_t, col_t, permutation, *plan_t = transpose
+            values_t = values.index_select(0, permutation)
+            spmm_backend = registry.related("spmm", backend)
+            dx += spmm_op(crow_t, col_t, [], plan_t, values_t, dy.t(), spmm_backend).t()
+        if g is not None and lora_a is not None:
+            if lora_a.dim() == 1:
+                dx.index_add_(1, lora_a, _kept(g, dropout_mask))
+            elif dropout_mask is None:
+                dx.addmm_(g, lora_a.to(dtype))
+            else:
+                dx += _kept(g @ lora_a.to(dtype), dropout_mask)
+        grad_x = dx.view(shape)
+    gradients = (grad_x, grad_bias, grad_values, grad_a, grad_b)
+    # What is not wanted comes back empty; each its own, as outputs of an op may not share memory.
+    return tuple(grad.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _fake_backward(
