@@ -172,6 +172,29 @@ def test_dropout_is_of_training_alone_and_costs_nothing_at_0(mask: CsrPattern) -
     assert plain.adapter().dropout_mask(x) is None
 
 
+@pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("selector", [None, torch.arange(4)], ids=["A", "selector"])
+def test_dropout_masks(dropout: float, selector: Tensor | None) -> None:
+    """The share that is kept, in every one of four neighbours, which share a random word."""
+    layer = RosaLinear.from_linear(nn.Linear(N, M), rank=4, dropout=dropout, selector=selector)
+    x = torch.empty(3, 20_001, N)
+    mask = layer.adapter().dropout_mask(x)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (x.shape if selector is None else (3, 20_001, 4))
+    flat = mask.flatten().double()
+    for lane in range(4):
+        kept = flat[lane::4]
+        deviation = (dropout * (1 - dropout) / len(kept)) ** 0.5
+        assert abs(float(kept.mean()) - (1 - dropout)) < 5 * deviation
+    pairs = flat[: len(flat) // 2 * 2].view(-1, 2)
+    assert abs(float(pairs.T.corrcoef()[0, 1])) < 5 / len(pairs) ** 0.5
+    assert not torch.equal(mask, layer.adapter().dropout_mask(x))
+    torch.manual_seed(3)
+    first = layer.adapter().dropout_mask(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, layer.adapter().dropout_mask(x))
+
+
 def test_dropout_keeps_the_expectation() -> None:
     layer = rosa(nn.Linear(N, M, bias=False), None, dropout=0.25)
     x = torch.randn(1, N)
