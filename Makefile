@@ -4,6 +4,7 @@
 #   make            build into the checkout
 #   make test       native tests (CUDA kernels in an emulator, too), then pytest
 #   make bench      the quick benchmark suite, on the GPU as well where there is one
+#   make demo       RoSA on SmolLM2-135M and generated data: minutes on a CPU, into build/demo
 #   make lint       ruff, mypy, clang-format (`make format` mends what they can mend)
 #   make sanitize   native tests under ASan + UBSan, then under TSan
 #   make mutants    faults planted into the CUDA kernels, each of which the emulator must find
@@ -25,6 +26,7 @@ CMAKE_ARGS ?=
 CTEST_ARGS ?=
 MUTANTS_ARGS ?=
 PYTEST_ARGS ?= -q -m "not slow"
+DEMO_ARGS ?=
 BENCH_ARGS ?= run --suite quick --device auto --out build/bench
 BUDGET ?= 25
 GPU_ARGS ?=
@@ -39,7 +41,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: test build bench lint format sanitize asan tsan mutants cuda-all gpu clean
+.PHONY: test build bench demo lint format sanitize asan tsan mutants cuda-all gpu clean
 .DELETE_ON_ERROR:
 
 test: build
@@ -54,6 +56,9 @@ build: $(BUILD)/build.ninja
 
 bench: build
 	python -m bench $(BENCH_ARGS)
+
+demo: build
+	python -m rosa_train demo $(DEMO_ARGS)
 
 lint: $(READY)
 	ruff check .

@@ -12,12 +12,15 @@ import torch
 from bench import calibrate, compare, console, environment, ratios, report, results
 from bench.cases import SUITES, case_id, contenders, suite
 from bench.contender import Problem
+from bench.layer import tables as layer_tables
+from bench.layer.case import OPS as LAYER_OPS
 from bench.ours import ops
 from bench.report import Table
 from bench.run import UsageError, draw, run, summarise
 from rosa_kernels.testing import Case
 
 _OPS = ops()
+_CHOICES = (*_OPS, *LAYER_OPS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +75,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _ratios(args: argparse.Namespace) -> int:
     rows = [row for path in args.results for row in _select_run(path, args.run_id)]
-    found = ratios.tables(rows)
+    found = [*ratios.tables(rows), *layer_tables.tables(rows)]
     if not found:
         names = ", ".join(map(str, args.results))
         raise UsageError(f"{names}: expected timed rows to compare, got none")
@@ -160,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: CUDA too, where there is a device",
     )
     sub.add_argument("--threads", type=_positive(int), metavar="N", help="default: torch's")
-    sub.add_argument("--ops", nargs="+", choices=_OPS, metavar="OP", help=", ".join(_OPS))
+    sub.add_argument("--ops", nargs="+", choices=_CHOICES, metavar="OP", help=", ".join(_CHOICES))
     sub.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, see `list`")
     sub.add_argument("--without", nargs="+", metavar="NAME", help="all but these")
     sub.add_argument("--seed", type=int, default=0, metavar="N")

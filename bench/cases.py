@@ -8,6 +8,9 @@ import torch
 
 from bench import baselines, ours
 from bench.contender import Contender
+from bench.layer.case import LayerCase
+from bench.layer.contenders import LayerContender
+from bench.layer.contenders import contenders as layer_contenders
 from bench.overhead import is_overhead, overhead_contenders
 from bench.suites import SUITES
 from rosa_kernels.testing import Case
@@ -20,14 +23,18 @@ def suite(name: str, seed: int = 0, device: str = "cpu") -> list[Case]:
     return SUITES[name].cases(device, seed)
 
 
-def contenders(case: Case, device: str = "cpu") -> list[Contender]:
+def contenders(case: Case, device: str = "cpu") -> list[Contender] | list[LayerContender]:
     """All that compete in a case: "auto", every registered kernel, and the peers."""
+    if isinstance(case, LayerCase):
+        return layer_contenders(case, device)
     if is_overhead(case):
         return overhead_contenders(case)
     return [*ours.contenders(case, device), *baselines.contenders(case, device)]
 
 
-def pairs(name: str, seed: int = 0, device: str = "cpu") -> Iterator[tuple[Case, Contender]]:
+def pairs(
+    name: str, seed: int = 0, device: str = "cpu"
+) -> Iterator[tuple[Case, Contender | LayerContender]]:
     """Every (case, contender) of a suite; the command line and pytest-benchmark iterate these."""
     for case in suite(name, seed, device):
         for contender in contenders(case, device):
@@ -36,10 +43,13 @@ def pairs(name: str, seed: int = 0, device: str = "cpu") -> Iterator[tuple[Case,
 
 def case_id(case: Case) -> str:
     """The name of a case in results: everything that defines it."""
-    return (
+    name = (
         f"{case.op}/{case.mask}/{case.m}x{case.n}/k{case.k}/"
         f"{case.density:g}/{dtype_name(case.dtype)}/{case.seed}"
     )
+    if isinstance(case, LayerCase):
+        name += f"/r{case.rank}" + (f"/dropout{case.dropout:g}" if case.dropout else "")
+    return name
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -24,6 +24,10 @@ CASE_COLUMNS = ("case", "op", "m", "n", "k", "density", "nnz", "dtype", "mask", 
 KERNEL_COLUMNS = ("kernel", "backend", "mode", "charge", "status", "reason")
 TIME_COLUMNS = ("samples_s", "median_s", "p20_s", "p80_s", "calls_per_sample")
 SIZE_COLUMNS = ("flops", "bytes", "output_bytes", "peak_bytes", "workspace_bytes", "max_err")
+# Of rows about a whole layer; null in others, and read as null from files that lack them.
+# `held_bytes` stays from one step to the next, weights and inputs included; `live_bytes` is the
+# most of tensors alive beyond that; `saved_bytes` waits for backward.
+LAYER_COLUMNS = ("rank", "dropout", "trainable", "held_bytes", "live_bytes", "saved_bytes")
 COLUMNS = (
     *RUN_COLUMNS,
     *DEVICE_COLUMNS,
@@ -31,6 +35,7 @@ COLUMNS = (
     *KERNEL_COLUMNS,
     *TIME_COLUMNS,
     *SIZE_COLUMNS,
+    *LAYER_COLUMNS,
 )
 
 
@@ -77,6 +82,7 @@ def _parse(path: Path, text: str) -> Iterator[Row]:
                 raise ValueError(
                     f"expected schema_version {SCHEMA_VERSION}, got {row.get('schema_version')!r}"
                 )
+            row = dict.fromkeys(LAYER_COLUMNS) | row
             _check(row)
         except ValueError as error:  # json's own error is one
             raise ResultsError(f"{path}:{number}: {error}") from error

@@ -13,11 +13,17 @@ import torch
 from bench import console, environment, measure, ratios, report, results, runner
 from bench.cases import case_id, contenders, suite
 from bench.contender import Contender
+from bench.layer import tables as layer_tables
+from bench.layer.contenders import LayerContender
 from rosa_kernels.testing import Case
 
 # quick has to stay under four minutes with its plots on two slow cores: three samples tell a factor
 # of two, and what its budget does not reach is recorded as not run.
-_RULES = {"quick": measure.Rule(cap_s=0.25, noise=0.03, min_samples=3, max_samples=100)}
+# layer: targets of a few percent are set on ratios of calls of 50 ms.
+_RULES = {
+    "quick": measure.Rule(cap_s=0.25, noise=0.03, min_samples=3, max_samples=100),
+    "layer": measure.Rule(cap_s=1.5, noise=0.005, min_samples=7, max_samples=60),
+}
 _BUDGETS = {"quick": 200.0}
 
 
@@ -31,7 +37,7 @@ class _Part:
 
     device: str
     suite: str
-    plan: list[tuple[Case, list[Contender]]]
+    plan: list[tuple[Case, list[Contender | LayerContender]]]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -187,7 +193,8 @@ def _line(case: Case, rows: list[results.Row]) -> str:
 def summarise(rows: list[results.Row], limit: int | None = None) -> None:
     """Print what a run says; of a GPU also what `ratios` says, which is set targets on."""
     gpu = [row for row in rows if row["device"] != "cpu"]
-    for table in (*report.summary(rows, limit), *ratios.tables(gpu, limit)):
+    found = report.summary(rows, limit) + layer_tables.tables(rows) + ratios.tables(gpu, limit)
+    for table in found:
         console.show(table)
     note = report.noise_note(rows)
     if note is not None:

@@ -15,6 +15,9 @@ from bench import measure, roofs
 from bench.cases import case_id, dtype_name
 from bench.check import Check
 from bench.contender import Contender, Problem, Run, Unsupported
+from bench.layer.case import LayerCase
+from bench.layer.contenders import LayerContender
+from bench.layer.runner import run_case as run_layer_case
 from bench.overhead import is_overhead
 from bench.results import COLUMNS, Row
 from bench.sizes import size_columns
@@ -30,7 +33,7 @@ _OOM_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 class _Entry:
     """One timed call: a contender under a charge, and all the rows it stands for."""
 
-    contender: Contender
+    contender: Contender | LayerContender
     charges: tuple[str, ...]
     columns: Row = field(default_factory=dict)
     call: Run | None = None
@@ -38,13 +41,23 @@ class _Entry:
 
 
 def run_case(
-    case: Case, contenders: Sequence[Contender], rule: measure.Rule, device: str = "cpu"
+    case: Case,
+    contenders: Sequence[Contender | LayerContender],
+    rule: measure.Rule,
+    device: str = "cpu",
 ) -> list[Row]:
     """Rows for all contenders of a case: every pair ends in a status, with the reason.
 
     A call is timed only after its result has passed the check, and the two charges of a peer are
     checked separately: a conversion can be wrong too.
     """
+    if isinstance(case, LayerCase):
+        found = run_layer_case(case, contenders, rule, device, _failure)
+        entries = [
+            _Entry(contender, contender.charges, columns)
+            for contender, columns in zip(contenders, found, strict=True)
+        ]
+        return _rows(_EMPTY | _case_columns(case), entries)
     with quiet_torch():
         return _run_case(case, contenders, rule, device)
 
@@ -83,9 +96,11 @@ def _run_case(
     return _rows(base, entries)
 
 
-def warm_up(contenders: Iterable[Contender], device: str) -> None:
+def warm_up(contenders: Iterable[Contender | LayerContender], device: str) -> None:
     """Call contenders once on a tiny problem: libraries and thread pools start outside of rows."""
     for contender in contenders:
+        if isinstance(contender, LayerContender):
+            continue  # takes three steps on its own problem before its first sample
         problem = Problem.of(Case(contender.op, 64, 64, 64, 0.05), device)
         # What fails here fails again in its row, which tells the reason.
         with quiet_torch(), contextlib.suppress(Exception):
@@ -101,7 +116,7 @@ def quiet_torch() -> Iterator[None]:
         yield
 
 
-def skipped(case: Case, contenders: Sequence[Contender], reason: str) -> list[Row]:
+def skipped(case: Case, contenders: Sequence[Contender | LayerContender], reason: str) -> list[Row]:
     """Rows of a case that was not run, so that no point is missing without a reason."""
     entries = [
         _Entry(contender, contender.charges, {"status": "unsupported", "reason": reason})
@@ -203,6 +218,7 @@ def _case_columns(case: Case) -> Row:
         "dtype": dtype_name(case.dtype),
         "mask": case.mask,
         "seed": case.seed,
+        "dropout": case.dropout if isinstance(case, LayerCase) else None,
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import races, report, targets
-from bench.plot import density, gain, heatmap, pairs, style, tokens
+from bench.layer import tables as layer_tables
+from bench.plot import density, gain, heatmap, layer, pairs, style, tokens
 from bench.plot import rows as plot_rows
 from bench.results import Row
 
@@ -22,6 +23,17 @@ def draw_all(rows: list[Row], out: Path) -> list[Path]:
                 sweeps = plot_rows.one_per_shape(plot_rows.sweeps(peers))
                 written += _draw(peers, sweeps, out, f"_{device}")
                 written += _draw_gpu(own, out, f"_{device}")
+        written += _draw_layers(rows, out)
+    return written
+
+
+def _draw_layers(rows: list[Row], out: Path) -> list[Path]:
+    """Layers in training: a figure per case and mode."""
+    written: list[Path] = []
+    for (_, device, case, mode), group in layer_tables.groups(rows).items():
+        op, mask, shape, tokens_, _, dtype, _, *rest = case.replace(":", ".").split("/")
+        name = "_".join((op, mask, shape, tokens_, dtype, *rest, mode))
+        written += layer.bars(group, out, name + ("" if device == "cpu" else f"_{device}"))
     return written
 
 

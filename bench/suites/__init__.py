@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from bench.overhead import overhead_cases
-from bench.suites import cpu, cuda
+from bench.suites import cpu, cuda, layer
 from rosa_kernels.testing import Case
 
 
@@ -46,6 +46,11 @@ SUITES: dict[str, Suite] = {
     ),
     "llm": Suite(
         "the linear layers of named models: dS in training, decoding, merging", cpu.llm, cuda.llm
+    ),
+    "layer": Suite(
+        "a RoSA layer and the whole step of training, beside LoRA, full fine-tuning and PEFT",
+        layer.cpu,
+        layer.cuda,
     ),
     "overhead": Suite(
         "one tiny case per op: what a call costs beyond its kernel", overhead_cases, overhead_cases

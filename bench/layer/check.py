@@ -1,0 +1,258 @@
+"""Correct before fast: outputs and all gradients of a contender against dense float64.
+
+The oracle knows nothing of merging, gathering or tuners: y = x (W + S + s B A)^T, and its
+derivatives. Of a single layer every element checked has its own bound,
+
+    |got - ref| <= (4 sqrt(k) 2^-24 + 4 u) (scale + |ref|),
+
+with k the longest reduction, u the unit roundoff of the case's dtype, and scale the root of the sum
+of the squares of all products behind the element: errors of many roundings add up like that. `u`
+stands for the roundings between the products (of W + S, x A^T, dy B), which float32 sums do not
+have. Through the four blocks of the model errors are amplified by what no product tells, so there
+the norm of each error is bounded; a missing or doubled term errs by a hundred times that. Only the
+first tokens of each sequence are checked: float64 of all of them would take longer than the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.layer.case import LAYER, Adapted, LayerProblem
+from bench.layer.form import Form
+
+# Tokens, rows of a full gradient, and entries of dS that are compared; NaN and shapes are looked
+# for in all.
+_TOKENS, _ROWS, _ENTRIES = 64, 64, 4096
+_MODEL_TOKENS = 32  # a sequence
+_SEED = 1234
+_MODEL_BOUND = 1e-4  # in float32; seen are 2e-6
+_U32 = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one forward and backward of a contender gave."""
+
+    y: Tensor
+    dx: Tensor | None
+    gradients: dict[str, dict[str, Tensor]]
+    keep: Tensor | None
+
+
+class Check:
+    """Compares contenders of one problem with the oracle."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self.problem = problem
+        case = problem.case
+        self._x, self._dy = problem.x, problem.dy
+        if case.op != LAYER:
+            self._x, self._dy = problem.x[:, :_MODEL_TOKENS], problem.dy[:, :_MODEL_TOKENS]
+        generator = torch.Generator().manual_seed(case.seed)
+        self._tokens = _some(case.k, _TOKENS, generator)
+        self._rows = _some(case.m, _ROWS, generator)
+
+    def __call__(self, adapted: Adapted, forms: dict[str, Form]) -> float:
+        """The largest error found, relative to the scale of its element (of the model: its norm).
+
+        `forms` are what the contender is to compute now: with its present numbers.
+
+        Raises:
+            AssertionError: what is wrong, where, by how much.
+        """
+        result = self._result(adapted)
+        if self.problem.case.op == LAYER:
+            weight = adapted.trained["linear"].get("weight")
+            return self._layer(result, forms["linear"], weight)
+        return self._model(result, adapted, forms)
+
+    def _result(self, adapted: Adapted) -> Result:
+        problem = self.problem
+        x, keep = problem.leaf(self._x), None
+        for parameter in adapted.parameters:
+            parameter.grad = None
+        with torch.random.fork_rng(devices=[problem.device] if problem.device == "cuda" else []):
+            if adapted.keeps is not None:
+                torch.manual_seed(_SEED)
+                with torch.no_grad():
+                    keep = adapted.keeps("linear", self._x)
+                torch.manual_seed(_SEED)
+            y = problem.run(adapted.module, x)
+            y.backward(self._dy)
+        gradients: dict[str, dict[str, Tensor]] = {}
+        for name, parameters in adapted.trained.items():
+            gradients[name] = {}
+            for part, parameter in parameters.items():
+                if parameter.grad is None:
+                    raise AssertionError(f"{name}.{part}: expected a gradient, got none")
+                gradients[name][part] = parameter.grad
+                parameter.grad = None
+        return Result(y.detach(), x.grad, gradients, keep)
+
+    # -- one layer ---------------------------------------------------------------------------------
+
+    def _layer(self, result: Result, form: Form, trained: Tensor | None) -> float:
+        refs = self._references(form, result.keep, trained)
+        case = self.problem.case
+        got: dict[str, Any] = {"y": result.y, "dx": result.dx, **result.gradients["linear"]}
+        u = _U32 if not case.is_16_bit else float(torch.finfo(case.dtype).eps) / 2
+        k = max(case.k, case.m, case.n)
+        worst = 0.0
+        for name, (shape, picked, ref, scale) in refs.items():
+            tensor = got.pop(name)
+            _check_whole(name, tensor, shape)
+            size = scale + ref.abs()
+            error = (tensor[picked].double() - ref).abs()
+            bound = (4 * k**0.5 * _U32 + 4 * u) * size
+            if bool((error > bound).any()):
+                at = int((error - bound).argmax())
+                where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), ref.shape))
+                raise AssertionError(
+                    f"{name}: {int((error > bound).sum())} of {ref.numel()} elements outside the "
+                    f"bound; worst at {where} of those compared: expected {ref[where]:.9g} +- "
+                    f"{bound[where]:.3g}, got {float(tensor[picked][where]):.9g}"
+                )
+            worst = max(worst, float((error / size.clamp(min=1e-300)).max()))
+        if got:
+            raise AssertionError(f"expected no gradient of {', '.join(got)}, got one")
+        return worst
+
+    def _references(
+        self, form: Form, keep: Tensor | None, trained: Tensor | None
+    ) -> dict[str, tuple[tuple[int, ...], Any, Tensor, Tensor]]:
+        """Per tensor: its shape, which of it is compared, the exact values, their scale."""
+        problem, case = self.problem, self.problem.case
+        m, n, tokens = case.m, case.n, case.k
+        base = problem.specs["linear"].weight if trained is None else trained.detach()
+        w = base.double()
+        if form.pattern is not None and form.values is not None:
+            rows, cols = form.pattern.row_indices.long(), form.pattern.col_indices.long()
+            w[rows, cols] += form.values.double()
+        x, dy = self._x.double(), self._dy.double()
+        some = self._tokens.to(x.device)
+        xs, ds = x[some], dy[some]
+        y, y2 = xs @ w.t(), xs.square() @ w.square().t()
+        dx, dx2 = ds @ w, ds.square() @ w.square()
+        refs: dict[str, tuple[tuple[int, ...], Any, Tensor, Tensor]] = {}
+        if form.a is not None and form.b is not None:
+            a, b, s = form.a.double(), form.b.double(), form.scaling
+            factor = torch.ones_like(x)
+            if keep is not None:
+                factor = self._factor(form, keep, factor)
+            dropped = x * factor
+            h, h2 = dropped @ a.t(), dropped.square() @ a.square().t()
+            g, g2 = dy @ b, dy.square() @ b.square()
+            h2, g2 = h2 + h.square(), g2 + g.square()
+            y = y + s * h[some] @ b.t()
+            y2 = y2 + s * s * h2[some] @ b.square().t()
+            dx = dx + s * factor[some] * (g[some] @ a)
+            dx2 = dx2 + s * s * factor[some].square() * (g2[some] @ a.square())
+            refs["b"] = (
+                (m, b.shape[1]),
+                ...,
+                s * dy.t() @ h,
+                s * (dy.square().t() @ h2).sqrt(),
+            )
+            refs["a"] = (
+                (a.shape[0], n),
+                ...,
+                s * g.t() @ dropped,
+                s * (g2.t() @ dropped.square()).sqrt(),
+            )
+        if form.pattern is not None:
+            count = form.pattern.nnz
+            at = _some(count, _ENTRIES, torch.Generator().manual_seed(case.seed)).to(x.device)
+            rows = form.pattern.row_indices.long()[at]
+            cols = form.pattern.col_indices.long()[at]
+            products = dy[:, rows] * x[:, cols]
+            refs["values"] = ((count,), at, products.sum(0), products.square().sum(0).sqrt())
+        at = self._rows.to(x.device)
+        dw, dw2 = dy[:, at].t() @ x, dy[:, at].square().t() @ x.square()
+        refs["weight"] = ((m, n), at, dw, dw2.sqrt())
+        refs = {name: ref for name, ref in refs.items() if name in form.trains}
+        refs["y"] = ((tokens, m), some, y, y2.sqrt())
+        refs["dx"] = ((tokens, n), some, dx, dx2.sqrt())
+        return refs
+
+    def _factor(self, form: Form, keep: Tensor, ones: Tensor) -> Tensor:
+        """What dropout multiplies x with; a selector drops among the columns that it takes."""
+        kept = keep.double() / (1 - self.problem.case.dropout)
+        if form.selector is None:
+            return kept
+        ones[:, form.selector] = kept
+        return ones
+
+    # -- the model ---------------------------------------------------------------------------------
+
+    def _model(self, result: Result, adapted: Adapted, forms: dict[str, Form]) -> float:
+        root = self.problem.base(torch.float64)
+        weights: dict[str, nn.Parameter] = {}
+        for name, form in forms.items():
+            weights[name] = root.get_submodule(name).weight  # type: ignore[assignment]
+            with torch.no_grad():
+                if "weight" in form.trains:
+                    weights[name].copy_(adapted.trained[name]["weight"])
+                weights[name].add_(form.delta())
+            weights[name].requires_grad_(bool(form.trains))
+        y = self.problem.run(root, self._x)
+        worst = _norm_error("y", result.y, y.detach())
+        if y.requires_grad:
+            y.backward(self._dy.double())
+        for name, form in forms.items():
+            if not form.trains:
+                continue
+            dense = weights[name].grad
+            assert dense is not None
+            for part, ref in _through(form, dense).items():
+                got = result.gradients[name][part]
+                worst = max(worst, _norm_error(f"{name}.{part}", got, ref))
+        return worst
+
+
+def _through(form: Form, dense: Tensor) -> dict[str, Tensor]:
+    """The gradients of a form's parts from that of the dense weight they add up to."""
+    found = {}
+    for part in form.trains:
+        if part == "weight":
+            found[part] = dense
+        elif part == "values":
+            assert form.pattern is not None
+            rows, cols = form.pattern.row_indices.long(), form.pattern.col_indices.long()
+            found[part] = dense[rows, cols]
+        else:
+            assert form.a is not None
+            assert form.b is not None
+            a, b = form.a.double(), form.b.double()
+            found[part] = form.scaling * (b.t() @ dense if part == "a" else dense @ a.t())
+    return found
+
+
+def _norm_error(name: str, got: Tensor, ref: Tensor) -> float:
+    _check_whole(name, got, tuple(ref.shape))
+    error = float((got.double() - ref).norm() / ref.norm().clamp(min=1e-300))
+    if not error <= _MODEL_BOUND:
+        raise AssertionError(
+            f"{name}: expected an error of at most {_MODEL_BOUND:g} of its norm, got {error:.3g}"
+        )
+    return error
+
+
+def _check_whole(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise AssertionError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if bool(tensor.isnan().any()):
+        raise AssertionError(f"{name}: expected no NaN, got {int(tensor.isnan().sum())}")
+
+
+def _some(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """At most about `most` of range(count), ascending, the first and the last among them."""
+    if count <= most:
+        return torch.arange(count)
+    drawn = torch.randperm(count, generator=generator)[:most]
+    ends = torch.tensor([0, count - 1])
+    found: Tensor = torch.unique(torch.cat([drawn, ends]))
+    return found

@@ -1,0 +1,163 @@
+"""Who competes: ours, torch's own layers, and PEFT's tuners, from the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import rosa_kernels as rk
+from bench.baselines import peft
+from bench.contender import DEVICES, OP
+from bench.layer.case import FWD_BWD, LAYER, Adapted, LayerCase, LayerProblem
+from bench.layer.form import ALPHA, Form, NoMask
+
+# Our own LoRA is what ours is held against first: the same code less the sparse branch, and in
+# float32 on a CPU faster than PEFT's.
+REFERENCE, PEFT_REFERENCE, OURS = "lora", "peft-lora", "rosa"
+SUPER_TUNING, SHIRA, FULL, FROZEN = "peft-supra", "peft-shira", "full", "frozen"
+Adapt = Callable[[nn.Module, dict[str, Form], float], Adapted]
+
+
+@dataclass(frozen=True)
+class LayerContender:
+    """One way to train a layer, in one mode; the fields are those of `bench.contender`.
+
+    Attributes:
+        kind: which :class:`Form` it trains.
+        adapt: (model, forms by layer, dropout) -> the model with its layers in it.
+        missing: why it cannot run here at all, or None.
+    """
+
+    op: str
+    name: str
+    backend: str
+    kind: str
+    adapt: Adapt = field(repr=False)
+    mode: str = FWD_BWD
+    missing: Callable[[], str | None] = field(repr=False, default=lambda: None)
+    devices: frozenset[str] = DEVICES
+    charges: tuple[str, ...] = (OP,)
+
+    @property
+    def label(self) -> str:
+        """Unique among the contenders of a case."""
+        return f"{self.name} [{self.mode}]"
+
+    def reject(self, problem: LayerProblem) -> str | None:
+        """Why it cannot run on a problem, or None."""
+        reason = self.missing()
+        if reason is None and problem.case.op != LAYER:
+            reason = peft.missing("transformers")
+        if reason is not None:
+            return reason
+        try:
+            self.forms(problem)
+        except NoMask as error:
+            return str(error)
+        return None
+
+    def forms(self, problem: LayerProblem) -> dict[str, Form]:
+        """What it adds to each layer."""
+        return {name: spec.form(self.kind) for name, spec in problem.specs.items()}
+
+    def build(self, problem: LayerProblem, forms: dict[str, Form]) -> Adapted:
+        """A new model with its layers in it."""
+        # Under autocast full fine-tuning has float32 weights: sums of small steps vanish in a
+        # 16-bit one. That is what AMP does, and what the optimizer states are beside.
+        wide = self.kind == "full" and problem.case.is_16_bit
+        root = problem.base(torch.float32 if wide else None)
+        root.train()
+        return self.adapt(root, forms, problem.case.dropout)
+
+
+def contenders(case: LayerCase, device: str = "cpu") -> list[LayerContender]:
+    """All that compete in a case, by mode; with dropout those that have it, frozen and full."""
+    found = []
+    for mode in case.modes:
+        for name, backend, kind, adapt, missing in _CONTENDERS:
+            if mode != FWD_BWD and kind == "frozen":
+                continue  # nothing to step
+            if case.dropout and kind == "sparse":
+                continue  # no low-rank branch that would drop anything
+            found.append(LayerContender(case.op, name, backend, kind, adapt, mode, missing))
+    return [contender for contender in found if device in contender.devices]
+
+
+def replace_layer(root: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of another."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, layer)
+
+
+def _ours(root: nn.Module, forms: dict[str, Form], dropout: float, *, path: str) -> Adapted:
+    layers: dict[str, rk.nn.RosaLinear] = {}
+    for name, form in forms.items():
+        layer = rk.nn.RosaLinear.from_linear(
+            root.get_submodule(name),
+            form.rank,
+            form.pattern,
+            ALPHA,
+            dropout,
+            selector=form.selector,
+        )
+        if path == "separate":
+            layer._cannot_be_written = lambda: "asked for"  # type: ignore[method-assign]
+        replace_layer(root, name, layer)
+        layers[name] = layer
+    trained: dict[str, dict[str, nn.Parameter]] = {}
+    for name, form in forms.items():
+        adapter = layers[name].adapter()
+        own = {"a": adapter.lora_a, "b": adapter.lora_b, "values": adapter.values}
+        trained[name] = {part: own[part] for part in form.trains}  # type: ignore[misc]
+        form.start(trained[name])
+
+    def attach(optimizer: torch.optim.Optimizer) -> object:
+        if path != "resident":
+            return None
+        handle = rk.nn.make_resident(root, optimizer)
+        wrong = {name: path for name, path in handle.paths.items() if path != "resident"}
+        if wrong:
+            raise RuntimeError(f"make_resident: expected every layer resident, got {wrong}")
+        return handle
+
+    def keeps(name: str, x: Tensor) -> Tensor:
+        mask = layers[name].adapter().dropout_mask(x)
+        assert mask is not None
+        return mask
+
+    return Adapted(root, trained, attach, keeps if dropout else None)
+
+
+def _torch(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
+    trained: dict[str, dict[str, nn.Parameter]] = {}
+    for name, form in forms.items():
+        weight = root.get_submodule(name).weight
+        assert isinstance(weight, nn.Parameter)
+        weight.requires_grad_(bool(form.trains))
+        trained[name] = {"weight": weight} if form.trains else {}
+    return Adapted(root, trained)
+
+
+def _present() -> None:
+    """Nothing is missing."""
+
+
+# name, backend, kind of form, adapt, missing
+_CONTENDERS: tuple[tuple[str, str, str, Adapt, Callable[[], str | None]], ...] = (
+    (OURS, "rosa-kernels, resident", "rosa", partial(_ours, path="resident"), _present),
+    ("rosa-scatter", "rosa-kernels, scatter", "rosa", partial(_ours, path="scatter"), _present),
+    ("rosa-separate", "rosa-kernels, separate", "rosa", partial(_ours, path="separate"), _present),
+    (REFERENCE, "rosa-kernels", "lora", partial(_ours, path="none"), _present),
+    ("spa", "rosa-kernels, resident", "sparse", partial(_ours, path="resident"), _present),
+    ("cla", "rosa-kernels", "cla", partial(_ours, path="none"), _present),
+    (PEFT_REFERENCE, "peft", "lora", peft.lora, partial(peft.missing, "peft")),
+    (SUPER_TUNING, "peft", "rosa", peft.super_tuning, partial(peft.missing, "peft")),
+    ("peft-super", "peft", "sparse", peft.super_tuning, partial(peft.missing, "peft")),
+    (SHIRA, "peft", "sparse", peft.shira, partial(peft.missing, "peft")),
+    (FULL, "torch", "full", _torch, _present),
+    (FROZEN, "torch", "frozen", _torch, _present),
+)

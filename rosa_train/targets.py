@@ -1,0 +1,212 @@
+"""Which layers of a model get an adapter, by PEFT's matching rules."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from rosa_kernels.nn import RosaLinear
+
+ALL_LINEAR = "all-linear"
+# Candidates that an error lists; SmolLM2-135M has 8 suffixes, models of vision and text some 20.
+_CANDIDATES_SHOWN = 20
+
+
+def find_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    exclude_modules: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> dict[str, nn.Module]:
+    """The layers that `target_modules` names, by their names in `model`, in the model's order.
+
+    Layers are ``nn.Linear``, the Conv1D of transformers (GPT-2's layer, with a transposed weight)
+    and the :class:`rosa_kernels.RosaLinear` that either became.
+
+    Args:
+        model: the model.
+        target_modules: ``"all-linear"`` for every layer but the output head and what shares its
+            weight with the input embedding; another string is a regular expression that has to
+            match the whole name; names in a sequence match a module called so, or whose name ends
+            in a dot and the name.
+        exclude_modules: names or a regular expression by the same rules, left out.
+        modules_to_save: modules that train in full: nothing inside them is a target.
+
+    Raises:
+        ValueError: nothing matches (the candidates are listed), a match of a class that cannot
+            have an adapter, or a match whose weight is another module's as well.
+    """
+    everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+    if not target_modules or (not everything and not _is_names(target_modules)):
+        raise ValueError(
+            f"target_modules: expected {ALL_LINEAR!r}, a regular expression or a list of names, "
+            f"got {target_modules!r}"
+        )
+    for rule in (target_modules, exclude_modules):
+        _check_rule(rule)
+    shared = _shared_with_others(model)
+    head = _output_embeddings(model)
+    targets: dict[str, nn.Module] = {}
+    inside = tuple[str, ...]()  # the layers' own submodules are none of the user's
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        if isinstance(module, RosaLinear):
+            inside += (f"{name}.",)
+        if _excluded(name, exclude_modules, modules_to_save):
+            continue
+        if everything:
+            if is_layer(module) and module is not head and name not in shared:
+                targets[name] = module
+            continue
+        if not matches(target_modules, name):
+            continue
+        if not is_layer(module):
+            raise ValueError(
+                "target_modules: expected modules of class Linear or Conv1D, got "
+                f"{name} of class {type(module).__name__}; candidates: {_candidates(model)}"
+            )
+        if name in shared:
+            raise ValueError(
+                "target_modules: expected modules whose weight is theirs alone, got "
+                f"{name}, which shares it with {shared[name]}; leave it out, or untie the two"
+            )
+        targets[name] = module
+    if not targets:
+        raise ValueError(
+            f"target_modules: expected to match a module, got {target_modules!r}"
+            + (f" without {exclude_modules!r}" if exclude_modules else "")
+            + f"; candidates: {_candidates(model)}"
+        )
+    return targets
+
+
+def target_shapes(targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """The (m, n) = (outputs, inputs) of each layer, whichever way round its weight is stored."""
+    return {name: layer_shape(module) for name, module in targets.items()}
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """The (m, n) = (outputs, inputs) of one layer."""
+    if isinstance(layer, RosaLinear):
+        return layer.out_features, layer.in_features
+    rows, cols = layer.weight.shape  # type: ignore[misc]
+    return (int(cols), int(rows)) if is_conv1d(layer) else (int(rows), int(cols))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D: told by name, as importing it takes seconds."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+        for cls in type(module).__mro__
+    )
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether `module` can have an adapter."""
+    if isinstance(module, RosaLinear):
+        return True
+    # Subclasses with a forward of their own (quantised layers) do something else with `weight`.
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    if not plain and not is_conv1d(module):
+        return False
+    weight = module.weight
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+
+
+def matches(rule: str | Sequence[str], name: str) -> bool:
+    """Whether a module's name matches names or a regular expression, by PEFT's rules."""
+    if isinstance(rule, str):
+        return re.fullmatch(rule, name) is not None
+    return any(name == key or name.endswith(f".{key}") for key in rule)
+
+
+def pattern_key(keys: Iterable[str], name: str) -> str | None:
+    """The first key of a PEFT pattern (``rank_pattern``, ...) that `name` ends in, or None."""
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` names, by PEFT's rule: whose names end so.
+
+    It takes no dot: "norm" is also "input_layernorm", as it is to PEFT.
+
+    Raises:
+        ValueError: a name that no module has, or one of a module without parameters.
+    """
+    found: dict[str, nn.Module] = {}
+    for key in modules_to_save:
+        matched = {n: m for n, m in model.named_modules() if n.endswith(key)}
+        if not key or not any(True for m in matched.values() for _ in m.parameters()):
+            leaves = Counter(
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if name and any(True for _ in module.parameters(recurse=False))
+            )
+            raise ValueError(
+                f"modules_to_save: expected the name of a module with parameters, got {key!r}; "
+                f"candidates: {_counted(leaves)}"
+            )
+        found.update(matched)
+    return found
+
+
+def _check_rule(rule: str | Sequence[str] | None) -> None:
+    if isinstance(rule, str):
+        try:
+            re.compile(rule)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules: expected a regular expression, got {rule!r}: {error}"
+            ) from error
+
+
+def _is_names(rule: str | Sequence[str]) -> bool:
+    return isinstance(rule, str) or all(isinstance(name, str) and name for name in rule)
+
+
+def _excluded(
+    name: str, exclude_modules: str | Sequence[str] | None, modules_to_save: Sequence[str]
+) -> bool:
+    if exclude_modules and matches(exclude_modules, name):
+        return True
+    return any(f".{key}." in f".{name}." for key in modules_to_save)
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter is not None else None
+
+
+def _shared_with_others(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight is another module's too (a tied head), each with that module's name."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            owners.setdefault(id(weight), []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in owners.values()
+        if len(names) > 1
+        for name in names
+    }
+
+
+def _candidates(model: nn.Module) -> str:
+    shared = _shared_with_others(model)
+    counts: Counter[str] = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if is_layer(module) and name not in shared
+    )
+    return _counted(counts)
+
+
+def _counted(counts: Counter[str]) -> str:
+    shown = [f"{name} ({count})" for name, count in counts.items()]
+    more = len(shown) - _CANDIDATES_SHOWN
+    return ", ".join(shown[:_CANDIDATES_SHOWN]) + (f" and {more} more" if more > 0 else "") or "-"

@@ -1,0 +1,367 @@
+"""The benchmark of layers in training: equal budgets, the oracle, memory, tables, plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("numpy")
+
+from bench_rows import a_row, failed
+
+from bench import __main__ as cli
+from bench import cases, measure, results, runner, suites
+from bench.layer import contenders as layer_contenders
+from bench.layer import memory, tables
+from bench.layer.case import FWD_BWD, MODES, STEP, LayerProblem, layer_case, model_case
+from bench.layer.check import Check
+from bench.layer.form import NoMask
+from bench.layer.runner import step_of
+
+FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+TINY = layer_case(48, 40, 16, rank=4, modes=(FWD_BWD, STEP))
+NUMBERS = {"peak_bytes": 1, "held_bytes": 2, "live_bytes": 3, "saved_bytes": 4}
+HAS_PEFT = importlib.util.find_spec("peft") is not None
+
+
+@pytest.fixture(autouse=True)
+def no_children(monkeypatch):
+    """Weighing in a process of its own takes seconds; it has its own test."""
+    monkeypatch.setattr("bench.layer.runner.Weigher", lambda: lambda *args: dict(NUMBERS))
+
+
+def contender(name: str, case=TINY, mode=FWD_BWD) -> layer_contenders.LayerContender:
+    return next(c for c in cases.contenders(case) if (c.name, c.mode) == (name, mode))
+
+
+# -- what is compared ------------------------------------------------------------------------------
+
+
+def test_everybody_but_full_trains_as_much_as_lora():
+    for case in cases.suite("layer"):
+        if case.op != "rosa_layer":
+            continue
+        problem = LayerProblem(dataclasses.replace(case, k=1))
+        budget = case.rank * (case.m + case.n)
+        for kind in ("lora", "rosa", "sparse", "cla"):
+            try:
+                form = problem.specs["linear"].form(kind)
+            except NoMask:
+                assert (kind, case.mask) == ("sparse", "real:14.down_proj")
+                continue
+            trainable = form.trainable((case.m, case.n))
+            if kind == "cla":  # a whole number of columns
+                assert budget - case.m < trainable <= budget
+            else:
+                assert trainable == budget
+
+
+def test_the_suites_have_the_shapes_that_speeds_are_promised_for():
+    def promised(device):
+        found = set()
+        for case in cases.suite("layer", device=device):
+            row = {"device": device, "dtype": cases.dtype_name(case.dtype)}
+            row |= {key: getattr(case, key) for key in ("op", "m", "n", "k", "dropout")}
+            if tables.promised(row):
+                found |= {(case.m, case.n, case.k, mode) for mode in case.modes}
+        return found
+
+    assert promised("cpu") == {(2048, 2048, 512, mode) for mode in MODES}
+    for shape in ((4096, 4096, 8192), (11008, 4096, 8192)):
+        assert {(*shape, FWD_BWD), (*shape, STEP)} <= promised("cuda")
+    for device in ("cpu", "cuda"):
+        suite = cases.suite("layer", device=device)
+        assert {case.dropout for case in suite} == {0.0, 0.05}
+        assert any(case.op == "rosa_model" and STEP in case.modes for case in suite)
+
+
+def test_a_real_mask_is_thinned_but_never_filled_up():
+    spec = LayerProblem(layer_case(576, 1536, 1, "real:14.down_proj", rank=4)).specs["linear"]
+    whole = spec.pattern(5308)
+    part = spec.pattern(4224)
+    assert part.nnz == 4224
+    at = {
+        pattern: set((pattern.row_indices * 1536 + pattern.col_indices).tolist())
+        for pattern in (whole, part)
+    }
+    assert at[part] < at[whole]
+    with pytest.raises(NoMask, match=r"has 5308 entries; the budget asks for 5309"):
+        spec.pattern(5309)
+
+
+# -- correct before timed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        TINY,
+        layer_case(48, 40, 16, rank=4, dropout=0.25),
+        layer_case(48, 40, 16, rank=4, dtype=torch.bfloat16),
+        layer_case(576, 1536, 8, "real:14.down_proj", rank=4),
+    ],
+    ids=["float32", "dropout", "bfloat16", "real"],
+)
+def test_every_contender_is_right_or_says_why_it_does_not_run(case):
+    rows = runner.run_case(case, cases.contenders(case), FAST)
+    for row in rows:
+        name = row["kernel"]
+        if row["status"] == "unsupported":
+            peft = name.startswith("peft") and not HAS_PEFT
+            assert peft or (case.mask != "uniform" and name in ("spa", "peft-super", "peft-shira"))
+            continue
+        assert row["status"] == "ok", (name, row["mode"], row["reason"])
+        assert 0 < row["max_err"] < (1e-2 if case.is_16_bit else 1e-5)
+        assert row["dropout"] == case.dropout
+        assert {key: row[key] for key in NUMBERS} == NUMBERS
+    timed = {row["kernel"] for row in rows if row["status"] == "ok"}
+    assert {"rosa", "rosa-scatter", "rosa-separate", "lora", "cla", "full", "frozen"} <= timed
+    assert not HAS_PEFT or {"peft-lora", "peft-supra"} <= timed
+
+
+def test_a_case_of_a_layer_makes_rows_of_the_schema(tmp_path):
+    rows = runner.run_case(TINY, cases.contenders(TINY), FAST)
+    by_key = {(row["kernel"], row["mode"]): row for row in rows}
+    assert by_key["rosa", FWD_BWD]["case"] == "rosa_layer/uniform/48x40/k16/0.0916667/float32/0/r4"
+    assert by_key["rosa", FWD_BWD]["nnz"] == 176
+    assert [by_key[name, STEP]["rank"] for name in ("lora", "rosa", "spa")] == [4, 2, 0]
+    assert ("frozen", STEP) not in by_key  # nothing trains
+    results.append(
+        tmp_path / "r.jsonl",
+        [a_row() | {k: v for k, v in row.items() if v is not None} for row in rows],
+    )
+    assert len(results.read(tmp_path / "r.jsonl")) == len(rows)
+
+
+def wrong(change, part):
+    """An adapt function whose parameter `part` gets a gradient that `change` makes of it."""
+
+    def adapt(root, forms, dropout):
+        adapted = contender("rosa").adapt(root, forms, dropout)
+        adapted.trained["linear"][part].register_hook(change)
+        return adapted
+
+    return adapt
+
+
+@pytest.mark.parametrize("part", ["a", "b", "values"])
+def test_a_wrong_gradient_is_incorrect_and_not_timed(part):
+    def change(grad):
+        grad = grad.clone()
+        grad.view(-1)[-1] += 1e-3 * grad.abs().max()
+        return grad
+
+    competing = [dataclasses.replace(contender("rosa"), adapt=wrong(change, part))]
+    (row,) = runner.run_case(TINY, competing, FAST)
+    assert row["status"] == "incorrect"
+    assert row["reason"].startswith(f"{part}: 1 of")
+    assert row["median_s"] is None
+
+
+def test_a_weight_that_is_not_written_anew_after_the_step_is_seen():
+    def adapt(root, forms, dropout):
+        adapted = contender("rosa").adapt(root, forms, dropout)
+        return dataclasses.replace(adapted, attach=partial(attach_and_forget, adapted.attach))
+
+    def attach_and_forget(attach, optimizer):
+        handle = attach(optimizer)
+        handle._hook.remove()
+        return handle
+
+    competing = [dataclasses.replace(contender("rosa", mode=STEP), adapt=adapt)]
+    (row,) = runner.run_case(TINY, competing, FAST)
+    assert row["status"] == "incorrect"
+
+
+def test_a_contender_that_raises_is_an_error_and_the_others_go_on():
+    def adapt(root, forms, dropout):
+        raise RuntimeError("no such layer")
+
+    competing = [dataclasses.replace(contender("rosa"), adapt=adapt), contender("lora")]
+    broken, right = runner.run_case(TINY, competing, FAST)
+    assert (broken["status"], broken["reason"]) == ("error", "RuntimeError: no such layer")
+    assert right["status"] == "ok"
+
+
+def test_without_peft_its_contenders_are_unsupported(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rows = runner.run_case(TINY, cases.contenders(TINY), FAST)
+    peft = [row for row in rows if row["backend"] == "peft"]
+    assert {row["kernel"] for row in peft} == {
+        "peft-lora",
+        "peft-supra",
+        "peft-super",
+        "peft-shira",
+    }
+    assert {(row["status"], row["reason"]) for row in peft} == {
+        ("unsupported", "peft is not installed")
+    }
+
+
+def test_the_model_is_right_in_a_whole_step():
+    pytest.importorskip("transformers")
+    case = model_case(64, rank=2)
+    problem = LayerProblem(case)
+    assert len(problem.specs) == 28
+    check = Check(problem)
+    for name in ("rosa", "lora"):
+        found = contender(name, case, STEP)
+        forms = found.forms(problem)
+        adapted = found.build(problem, forms)
+        step = step_of(problem, adapted, STEP)
+        assert check(adapted, forms) < 1e-4
+        step.once_far()
+        now = {key: form.now(adapted.trained[key]) for key, form in forms.items()}
+        assert check(adapted, now) < 1e-4
+        with pytest.raises(AssertionError, match="of its norm"):
+            check(adapted, forms)  # it is somewhere else by now
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_the_most_tensor_bytes_alive_are_counted_exactly():
+    def call():
+        first = torch.empty(10_000, dtype=torch.uint8)
+        del first
+        second = torch.empty(50_000, dtype=torch.uint8)
+        third = torch.empty(7_000, dtype=torch.uint8)
+        return second, third
+
+    assert memory.live_peak(call) == 57_000
+
+
+def test_the_bytes_that_wait_for_backward_are_the_inputs_and_the_projections():
+    problem = LayerProblem(TINY)
+    x, projected = problem.x.nbytes, 16 * 4
+    for name, rank in (("lora", 4), ("rosa", 2), ("cla", None)):
+        found = contender(name)
+        forms = found.forms(problem)
+        got = memory.saved_bytes(problem, found.build(problem, forms))
+        if rank is None:  # a selector saves its columns only
+            assert got < x
+        else:
+            assert x + rank * projected <= got
+            pattern = forms["linear"].pattern
+            indices = 0 if pattern is None else 4 * (pattern.nnz + 49)
+            assert got <= x + rank * projected + indices + 64
+
+
+@pytest.mark.slow
+def test_weighed_in_a_process_of_its_own_pages_and_tensors_agree():
+    case = layer_case(1024, 1024, 256)
+    weigh = memory.Weigher()
+    found = {
+        name: weigh(case, name, FWD_BWD, "cpu", 1) for name in ("lora", "rosa", "full", "frozen")
+    }
+    weight = 4 * 1024 * 1024
+    for columns in found.values():
+        assert columns["held_bytes"] >= weight
+        if columns["peak_bytes"] is not None:
+            assert columns["peak_bytes"] == pytest.approx(columns["live_bytes"], rel=0.1, abs=2**18)
+    assert found["frozen"]["live_bytes"] >= 2 * 4 * 256 * 1024  # its output, its input's gradient
+    # No weight-sized temporary, where full fine-tuning has one.
+    assert found["rosa"]["live_bytes"] < found["frozen"]["live_bytes"] + weight
+    assert found["full"]["live_bytes"] >= found["frozen"]["live_bytes"] + weight
+
+
+# -- tables, targets, plots ------------------------------------------------------------------------
+
+
+def layer_rows(**times) -> list[results.Row]:
+    """Made-up rows of the promised shape; rosa 1 % slower than lora and 2 % larger."""
+    times = {
+        "lora": 10.0,
+        "rosa": 10.1,
+        "full": 14.0,
+        "peft-lora": 10.5,
+        "peft-supra": 20.0,
+    } | times
+    sizes = {"rosa": 102, "full": 250, "peft-supra": 180}
+    rows = []
+    for mode in (FWD_BWD, STEP):
+        for name, ms in times.items():
+            columns = {"op": "rosa_layer", "m": 2048, "n": 2048, "k": 512, "charge": "op"}
+            columns |= {"case": "rosa_layer/uniform/2048x2048/k512/0.0078125/float32/0/r16"}
+            size = 10**6 * sizes.get(name, 100)
+            columns |= {"held_bytes": size // 2, "live_bytes": size // 2, "saved_bytes": 1}
+            columns |= {"dropout": 0.0, "trainable": 65536, "mode": mode}
+            rows.append(a_row(**columns, kernel=name, ms=ms))
+    return [*rows, failed("unsupported", **{**columns, "kernel": "peft-shira"})]
+
+
+def verdicts(rows) -> dict[str, list[str]]:
+    return {row[0]: row[2:] for row in tables.target_table(tables.groups(rows)).rows}
+
+
+def test_targets_are_reached_missed_or_not_measured():
+    found = verdicts(layer_rows())
+    assert found["cpu: layer, forward + backward: time of our LoRA"][::2] == [
+        "1.010 (1.010)",
+        "reached",
+    ]
+    assert found["cpu: layer, forward + backward: time of PEFT's Super-Tuning"][-1] == "reached"
+    assert found["cpu: layer, forward + backward: time of PEFT's SHiRA"][-1] == "not measured"
+    assert found["cpu: layer, step: time of full fine-tuning"][::2] == ["0.721 (0.721)", "reached"]
+    assert found["cpu: peak training memory: of our LoRA"][0] == "1.020 (1.020)"
+    assert found["cpu: model, step: time of full fine-tuning"][-1] == "not measured"
+    slow = verdicts(layer_rows(rosa=10.6))
+    assert slow["cpu: layer, forward + backward: time of our LoRA"][-1] == "missed"
+    assert slow["cpu: layer, step: time of full fine-tuning"][-1] == "missed"
+
+
+def test_what_loses_is_in_the_table_as_plainly_as_what_wins():
+    first, *_ = tables.tables(layer_rows(rosa=12.0))
+    order = [row[0] for row in first.rows]
+    assert order[:4] == ["lora", "peft-lora", "rosa", "full"]
+    rosa = first.rows[2]
+    assert rosa[4:6] == ["1.200", "1.143"]
+    assert rosa[-1] == "1.020"
+    second = tables.tables(layer_rows())[1]
+    assert ["peft-shira", "-", "-", "-", "unsupported"] in [row[:5] for row in second.rows]
+
+
+def test_the_command_line_knows_layers(tmp_path, capsys, monkeypatch):
+    suite = suites.Suite("one case", lambda seed: [TINY], None)
+    monkeypatch.setitem(cases.SUITES, "layer", suite)
+    options = ["--suite", "layer", "--out", str(tmp_path), "--cap", "0.001", "--no-plots"]
+    options += ["--without", "peft-lora", "peft-supra", "peft-super", "peft-shira"]
+    assert cli.main(["run", *options, "--ops", "rosa_layer"]) == 0
+    path = str(tmp_path / "results.jsonl")
+    assert "r4, fwd_bwd, cpu" in capsys.readouterr().out
+    for command in ("ratios", "report"):
+        assert cli.main([command, path]) == 0
+        out = capsys.readouterr().out
+        assert "Targets of a RoSA layer" in out
+        assert "rosa-separate" in out
+    assert cli.main(["list", "--suite", "layer"]) == 0
+    assert "rosa-scatter [step]" in capsys.readouterr().out
+    assert cli.main(["compare", path, path]) == 0
+
+
+def test_files_without_the_columns_of_layers_are_still_read(tmp_path):
+    path = tmp_path / "old.jsonl"
+    results.append(path, [a_row()])
+    lines = path.read_text()
+    for column in results.LAYER_COLUMNS:
+        lines = lines.replace(f', "{column}": null', "")
+    path.write_text(lines)
+    assert "trainable" not in lines
+    assert results.read(path) == [a_row()]
+
+
+def test_time_and_memory_are_drawn_over_loras(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    names = {path.name for path in plot.draw_all(layer_rows(rosa=31.0), tmp_path)}
+    stem = "rosa_layer_uniform_2048x2048_k512_float32_r16_fwd_bwd"
+    assert {f"{stem}.png", f"{stem}.svg"} <= names
+    text = (tmp_path / f"{stem}.svg").read_text()
+    assert "time over LoRA's" in text
+    assert "peak training memory over LoRA's" in text
+    assert "3.10 →" in text  # off the panel, but told

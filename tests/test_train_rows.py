@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from train_runs import arguments
+
+from rosa_train.batching import IGNORED
+from rosa_train.data import Example
+from rosa_train.rows import Rows, split_of
+
+
+def example(prompt: int, completion: int, at: int = 0) -> Example:
+    return Example([1] * prompt, [2] * completion, "", f"x.jsonl:{at}")
+
+
+EXAMPLES = [example(p, c, p) for p, c in [(3, 2), (9, 1), (1, 1), (5, 5), (2, 2), (7, 4), (4, 1)]]
+
+
+@pytest.mark.parametrize("pack_to", [None, 16])
+def test_counts_are_those_of_the_batches(pack_to: int | None) -> None:
+    rows = Rows(EXAMPLES, 0, pack_to)
+    assert sum(rows.targets) == sum(e.targets for e in EXAMPLES)
+    assert sum(rows.lengths) == sum(len(e) for e in EXAMPLES)
+    for i in range(len(rows)):
+        batch = rows.collate([i])
+        assert int((batch["labels"] != IGNORED).sum()) == rows.targets[i]
+        assert batch["input_ids"].shape[1] == rows.lengths[i]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_shares_are_all_rows_once(world: int, size: int) -> None:
+    rows = Rows(EXAMPLES, 0)
+    shares = [rows.share(range(7), size, rank, world) for rank in range(world)]
+    assert sorted(i for rank in shares for share in rank for i in share) == list(range(7))
+    assert all(len(share) <= size for rank in shares for share in rank)
+    tokens = [sum(rows.lengths[i] for share in rank for i in share) for rank in shares]
+    assert max(tokens) - min(tokens) <= max(rows.lengths)
+
+
+def test_a_process_may_have_nothing() -> None:
+    assert Rows(EXAMPLES, 0).share([3], 4, rank=1, world=2) == []
+
+
+def test_rows_of_one_length_come_together() -> None:
+    rows = Rows([example(1 + i % 3, 1) for i in range(12)], 0)
+    for share in rows.share(range(12), 4, 0, 1):
+        assert len({rows.lengths[i] for i in share}) == 1
+
+
+def test_records_are_named() -> None:
+    assert Rows(EXAMPLES, 0).where([2, 0]) == "x.jsonl:1, x.jsonl:3"
+    assert "x.jsonl:9" in Rows(EXAMPLES, 0, 64).where([0])
+
+
+def test_a_digest_is_of_the_tokens() -> None:
+    digest = Rows(EXAMPLES, 0).digest()
+    assert Rows(EXAMPLES, 0, 16).digest() == digest
+    assert Rows(EXAMPLES[:-1], 0).digest() != digest
+    assert Rows([*EXAMPLES[:-1], example(1, 4)], 0).digest() != digest
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("viggo", ("viggo", None)),
+        ("gsm8k:main", ("gsm8k:main", None)),
+        ("gsm8k:main[test]", ("gsm8k:main", "test")),
+        ("viggo[train[:100]]", ("viggo", "train[:100]")),
+    ],
+)
+def test_a_split_is_in_brackets(name: str, parts: tuple[str, str | None]) -> None:
+    assert split_of(name) == parts
+
+
+def test_a_dataset_name_is_read_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def read(source: str, **options: Any) -> list[Any]:
+        asked.update(options, source=source)
+        return []
+
+    monkeypatch.setattr("rosa_train.rows.read_records", read)
+    monkeypatch.setattr("rosa_train.rows.encode", lambda *_, **__: EXAMPLES)
+    monkeypatch.setattr("rosa_train.rows.pad_token_id", lambda _: 0)
+    from rosa_train.rows import load_rows
+
+    changes = {"train_file": None, "dataset_name": "gsm8k:main[test]", "max_train_examples": 5}
+    _, data, _, _ = arguments(Path("m"), Path("o"), **changes)
+    load_rows(data, SimpleNamespace(eos_token_id=1), training=True)
+    assert asked == {"source": "gsm8k:main", "split": "test", "limit": 5}

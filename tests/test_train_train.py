@@ -1,0 +1,392 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_runs import arguments, sizes, write_all
+
+from rosa_train import metrics, setup
+from rosa_train import train as train_module
+from rosa_train.adapter import load_adapter
+from rosa_train.checkpoint import checkpoints, read_state
+from rosa_train.evaluate import target_loss
+from rosa_train.train import train
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+METHODS = ["rosa", "spa", "lora", "lora+", "full"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    (path,) = Path(result.final).glob("*.safetensors")
+    return load_file(path)
+
+
+def infinite_gradient(loss: torch.Tensor) -> torch.Tensor:
+    """The same loss with gradients that are not finite: the slope of a square root at zero."""
+    return loss + (loss - loss.detach()).sqrt()
+
+
+# -- what a run does ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "method"), [*(("llama", m) for m in METHODS), ("gpt2", "rosa")])
+def test_each_method_learns(
+    kind: str, method: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source = request.getfixturevalue(kind)
+    settings = sizes(method) | {
+        "max_steps": 20,
+        "eval_file": str(source / "eval.jsonl"),
+        "eval_steps": 10,
+        "lr_scheduler_type": "constant",
+    }
+    if method == "spa":
+        settings |= {"density": 0.3, "sparse_learning_rate": 3e-2}
+    if method == "lora+":
+        settings |= {"learning_rate": 1e-3}  # B's is 16 times that
+    result = train(*arguments(source, tmp_path / "out", **settings))
+    assert len(result.losses) == result.steps == 20
+    assert list(result.eval_losses) == [10, 20]
+    first, last = result.losses[0], sum(result.losses[-5:]) / 5
+    assert first > 3.5
+    assert last < 0.65 * first
+    assert result.eval_loss == result.eval_losses[20] < 0.65 * first
+    phases = {"rosa": {"warmup", "mask"}, "spa": {"mask"}}.get(method, set())
+    assert result.seconds.keys() == phases | {"train", "eval", "load"}
+    assert result.peak_bytes.keys() == phases | {"train", "eval"}
+    assert min(result.peak_bytes.values()) > 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["losses"] == result.losses
+    assert Path(result.final).name == ("model" if method == "full" else "adapter")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_trained_is_what_is_loaded(method: str, llama: Path, tmp_path: Path) -> None:
+    settings = sizes(method) | {"max_steps": 6, "eval_file": str(llama / "eval.jsonl")}
+    result = train(*arguments(llama, tmp_path / "out", **settings))
+    if method == "full":
+        model = transformers.AutoModelForCausalLM.from_pretrained(result.final)
+        assert transformers.AutoTokenizer.from_pretrained(result.final).eos_token_id == 0
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+        load_adapter(model, result.final)
+        assert result.trainable == sum(
+            tensor.numel() for name, tensor in weights(result).items() if tensor.is_floating_point()
+        )
+    model.eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    _, data, _, _ = arguments(llama, tmp_path, eval_file=str(llama / "eval.jsonl"))
+    rows = train_module.load_rows(data, tokenizer, training=False)
+    with torch.no_grad():
+        loss = target_loss(model, rows.collate(range(len(rows))), torch.device("cpu"))
+    assert loss.item() / sum(rows.targets) == pytest.approx(result.eval_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["rosa", "full"])
+def test_accumulation_is_the_large_batch(method: str, gpt2: Path, tmp_path: Path) -> None:
+    # Rows are of different lengths, and 41 of them leave a short last batch.
+    settings = sizes(method) | {"dropout": 0.0, "mask_score": "grad_mean", "max_steps": 7}
+    settings |= {"learning_rate": 1e-3, "full_learning_rate": 1e-3}
+    results = [
+        train(
+            *arguments(
+                gpt2,
+                tmp_path / str(size),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                **settings,
+            )
+        )
+        for size in (8, 2)
+    ]
+    assert results[0].tokens == results[1].tokens
+    assert results[1].losses == pytest.approx(results[0].losses, rel=1e-5)
+    norms = [
+        [
+            row["grad_norm"]
+            for row in metrics.read(tmp_path / size / "metrics.jsonl")
+            if "loss" in row
+        ]
+        for size in "82"
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_a_step_with_all_rows_has_the_same_loss_packed(llama: Path, tmp_path: Path) -> None:
+    settings = {"per_device_train_batch_size": 41, "dropout": 0.0, "max_steps": 3}
+    settings |= {"schedule": "wl1", "mask_score": "grad_mean"}
+    losses = [
+        train(*arguments(llama, tmp_path / str(packing), packing=packing, **settings)).losses
+        for packing in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_checkpointing_recomputes_the_same(llama: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 5, "dropout": 0.2}
+    plain = train(*arguments(llama, tmp_path / "plain", **settings))
+    settings |= {"gradient_checkpointing": True}
+    assert train(*arguments(llama, tmp_path / "less", **settings)).losses == plain.losses
+
+
+def test_evaluation_and_saving_disturb_nothing(llama: Path, tmp_path: Path) -> None:
+    plain = train(*arguments(llama, tmp_path / "plain", dropout=0.2))
+    torch.manual_seed(7)  # nor does what the process did before
+    watched = train(
+        *arguments(
+            llama,
+            tmp_path / "watched",
+            dropout=0.2,
+            eval_file=str(llama / "eval.jsonl"),
+            eval_steps=1,
+            save_steps=1,
+            generate_examples=3,
+            max_new_tokens=3,
+        )
+    )
+    assert watched.losses == plain.losses
+    assert watched.exact_match == 0.0
+    mine, others = weights(plain), weights(watched)
+    assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
+    lines = (tmp_path / "watched" / "predictions.jsonl").read_text().splitlines()
+    names = {"where", "prompt", "expected", "predicted", "match"}
+    assert [set(json.loads(line)) for line in lines] == [names] * 3
+
+
+def test_seeds_differ(llama: Path, tmp_path: Path) -> None:
+    results = [
+        train(*arguments(llama, tmp_path / str(seed), seed=seed, max_steps=2, schedule="wl1"))
+        for seed in (1, 2)
+    ]
+    assert results[0].losses != results[1].losses
+
+
+def test_autocast(llama: Path, tmp_path: Path) -> None:
+    plain = train(*arguments(llama, tmp_path / "plain"))
+    mixed = train(*arguments(llama, tmp_path / "mixed", mixed_precision="bf16"))
+    assert mixed.losses != plain.losses
+    assert mixed.losses == pytest.approx(plain.losses, rel=0.05)
+    assert {t.dtype for t in weights(mixed).values() if t.is_floating_point()} == {torch.float32}
+
+
+def test_a_bfloat16_base(llama: Path, tmp_path: Path) -> None:
+    plain = train(*arguments(llama, tmp_path / "plain"))
+    half = train(*arguments(llama, tmp_path / "half", dtype="bfloat16", mixed_precision="bf16"))
+    assert half.losses == pytest.approx(plain.losses, rel=0.05)
+    assert {t.dtype for t in weights(half).values() if t.is_floating_point()} == {torch.float32}
+
+
+def test_the_scaler_skips_steps_that_overflow(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def overflowing(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = target_loss(*args)
+        return loss if calls > 4 else infinite_gradient(loss)
+
+    def scaled(args: Any) -> Any:
+        accelerator = setup.make_accelerator(args)
+        # fp16 is for GPUs; the scaler alone is not.
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        accelerator.autocast = contextlib.nullcontext
+        return accelerator
+
+    monkeypatch.setattr(train_module, "target_loss", overflowing)
+    monkeypatch.setattr(train_module, "make_accelerator", scaled)
+    settings: dict[str, Any] = {"save_steps": 1, "save_total_limit": None}
+    result = train(*arguments(llama, tmp_path / "out", **settings))
+    rows = [row for row in metrics.read(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows if "grad_norm" not in row] == [1, 2]
+    assert len(result.losses) == 10
+    assert result.losses[-1] < result.losses[0]
+    # The scale, which was halved twice, is saved and comes back.
+    saved = read_state(tmp_path / "out" / "checkpoint-4").scaler
+    assert saved["scale"] == 2.0**14
+    again = settings | {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-4")}
+    assert train(*arguments(llama, tmp_path / "again", **again)).losses == result.losses
+
+
+def test_modules_to_save_train_and_are_saved(llama: Path, tmp_path: Path) -> None:
+    settings = {"modules_to_save": ["embed_tokens"], "max_steps": 4, "save_steps": 2}
+    settings["save_total_limit"] = None
+    result = train(*arguments(llama, tmp_path / "out", **settings))
+    name = "base_model.model.model.embed_tokens.weight"
+    before = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(weights(result)[name], before)
+    again = settings | {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}
+    resumed = weights(train(*arguments(llama, tmp_path / "again", **again)))
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in weights(result).items())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parts"),
+    [("lora_only", {"lora_A", "lora_B"}), ("spa_only", {"rosa_S"})],
+)
+def test_schedules_that_leave_a_branch_out(
+    schedule: str, parts: set[str], llama: Path, tmp_path: Path
+) -> None:
+    result = train(*arguments(llama, tmp_path / "out", schedule=schedule, max_steps=2))
+    assert {name.split(".")[-2] for name in weights(result)} == parts
+
+
+@pytest.mark.parametrize("score", ["grad_mean", "random", "magnitude", "grasp", "rpca"])
+def test_other_scores(score: str, llama: Path, tmp_path: Path) -> None:
+    changes = {"mask_score": score, "mask_scope": "global", "schedule": "default", "max_steps": 2}
+    result = train(*arguments(llama, tmp_path / "out", **changes))
+    assert any("rosa_S" in name for name in weights(result))
+
+
+def test_epochs_become_steps(llama: Path, tmp_path: Path) -> None:
+    changes = {"max_steps": -1, "num_train_epochs": 1.5, "max_train_examples": 24}
+    result = train(*arguments(llama, tmp_path / "out", schedule="lora_only", **changes))
+    assert result.steps == 5  # of 3 an epoch
+
+
+def test_tensorboard_beside_the_metrics(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    changes = {"report_to": "tensorboard", "schedule": "wl1", "max_steps": 2}
+    train(*arguments(llama, tmp_path / "out", **changes))
+    assert len(list((tmp_path / "out" / "tensorboard").glob("events*"))) == 1
+
+
+def test_a_thread_can_train(llama: Path, tmp_path: Path) -> None:
+    # Where Python takes no signal handlers.
+    results: list[Any] = []
+    args = arguments(llama, tmp_path / "out", schedule="wl1", max_steps=2)
+    thread = threading.Thread(target=lambda: results.append(train(*args)))
+    thread.start()
+    thread.join()
+    assert len(results[0].losses) == 2
+
+
+# -- what bad input gets --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "rossa"}, "full, lora, lora\\+, spa, rosa"),
+        ({"schedule": "wl10"}, "--schedule: expected wl<N> with N below the 10 steps of the run"),
+        ({"method": "spa", "rank": None}, "--schedule: expected spa_only for method spa, got wl3"),
+        ({"target_modules": ["nothing"]}, "nothing"),
+        ({"rank": 0, "density": None, "method": "lora", "schedule": None}, "rank"),
+        ({"density": None, "budget": "1"}, "budget"),
+        ({"max_length": 65}, "--max_length: expected at most the 64 positions .*, got 65"),
+        ({"max_length": 5}, r"train.jsonl:\d+: expected at most max_length=5 tokens"),
+        ({"prompt_template": "{question}"}, r"train.jsonl:1: expected field 'question'"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision: expected no or bf16 on a CPU, got fp16"),
+        ({"mask_score": "loudest"}, "loudest"),
+        ({"resume_from_checkpoint": "none"}, "--resume_from_checkpoint: expected `last` or a fold"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(
+    changes: dict[str, Any], message: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(*arguments(llama, tmp_path / "out", **changes))
+
+
+def test_an_empty_data_set(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl"):
+        train(*arguments(llama, tmp_path / "out", train_file=str(tmp_path / "empty.jsonl")))
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"max_steps": 4, "save_steps": 2}
+    train(*arguments(llama, out, **settings))
+    (out / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"--output_dir: .*metrics\.jsonl.*checkpoint-4"):
+        train(*arguments(llama, out, **settings))
+    again = {"max_steps": 5, "overwrite_output_dir": True, "schedule": "wl1"}
+    train(*arguments(llama, out, **again))
+    assert len(metrics.read(out / "metrics.jsonl")) == 6
+    assert checkpoints(out) == []
+    assert (out / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run(
+    kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        loss = target_loss(*args)
+        calls += 1
+        if calls < 10:  # the second micro-batch of the fifth step, and two of the mask phase
+            return loss
+        return loss * torch.nan if kind == "loss" else infinite_gradient(loss)
+
+    monkeypatch.setattr(train_module, "target_loss", poisoned)
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"save_steps": 2, "schedule": "lora_only"}
+    what = "loss of nan" if kind == "loss" else "gradient of norm (nan|inf)"
+    message = (
+        rf"a {what} at step 5 on \S*train\.jsonl:\d+.*; the last good checkpoint is {out}/checkp"
+        r"oint-4$"
+    )
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(*arguments(llama, out, **settings))
+    records = str(caught.value).count("train.jsonl:")
+    assert records == (4 if kind == "loss" else 8)  # of one micro-batch, of the whole step
+    # The weights never saw it: what was saved goes on, and ends as if nothing had been.
+    monkeypatch.undo()
+    resumed = train(*arguments(llama, out, **settings, resume_from_checkpoint="last"))
+    whole = train(*arguments(llama, tmp_path / "whole", **settings))
+    assert resumed.losses == whole.losses
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rosa_train import checkpoint
+
+    out = tmp_path / "out"
+    saved = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "checkpoint-6" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        saved(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"checkpoint-6 could not be saved.*checkpoint-4 is intact"):
+        train(*arguments(llama, out, save_steps=2))
+    monkeypatch.undo()
+    resumed = train(*arguments(llama, out, save_steps=2, resume_from_checkpoint="last"))
+    assert resumed.losses == train(*arguments(llama, tmp_path / "whole")).losses

@@ -1,0 +1,106 @@
+"""Tiny Llama and GPT-2 models and adapters for them, for the tests of rosa_train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rosa_kernels import CsrPattern
+from rosa_train.budget import allocate
+from rosa_train.model import attach, param_groups, set_masks
+from rosa_train.targets import find_targets, target_shapes
+
+transformers = pytest.importorskip("transformers")
+
+# PEFT 0.21 asks transformers 5.23 by an old name.
+ignore_pefts_warning = pytest.mark.filterwarnings("ignore:`is_gradient_check:FutureWarning")
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def make_llama(**options) -> nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+        **options,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def make_gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        attn_implementation="sdpa",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+MODELS = {"llama": make_llama, "gpt2": make_gpt2}
+
+
+def give(
+    model: nn.Module, method: str = "rosa", name: str = "default", *, train=True, seed=1, **options
+) -> dict[str, nn.Module]:
+    """Attach an adapter at rank 3 and density 5 %, as if it had been trained."""
+    rule = {
+        key: options[key]
+        for key in ("target_modules", "exclude_modules", "modules_to_save")
+        if key in options
+    }
+    targets = find_targets(model, **rule)
+    numbers = {"lora": {"rank": 3}, "lora+": {"rank": 3}, "spa": {"density": 0.05}}
+    numbers = numbers.get(method, {"rank": 3, "density": 0.05})
+    allocation = allocate(method, target_shapes(targets), **numbers)
+    attach(model, method, allocation, targets, adapter_name=name, **options)
+    generator = torch.Generator().manual_seed(seed)
+    if any(allocation.nnz.values()):
+        set_masks(model, make_masks(targets, generator))
+    if train:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise.to(parameter), alpha=0.1)
+    return targets
+
+
+def make_masks(targets, generator=None) -> dict[str, CsrPattern]:
+    return {
+        name: CsrPattern.from_mask(torch.rand(shape, generator=generator) < 0.05)
+        for name, shape in target_shapes(targets).items()
+    }
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(IDS).logits
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Every bit of a model as it lies in memory, and what trains."""
+    bits = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return bits | {f"{n}?": torch.tensor(p.requires_grad) for n, p in model.named_parameters()}
+
+
+def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def groups_of(model: nn.Module, method: str = "rosa", **options):
+    return param_groups(model, method, **({"lora_lr": 7e-4, "sparse_lr": 2e-4} | options))
