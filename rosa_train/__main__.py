@@ -151,6 +151,7 @@ def _generate(argv: list[str]) -> int:
     import json
     from pathlib import Path
 
+    from rosa_train.config import unescape
     from rosa_train.metrics import write_file
     from rosa_train.records import read_records
     from rosa_train.trained import complete, load, locate, prompts_as_records
@@ -168,6 +169,8 @@ def _generate(argv: list[str]) -> int:
             ("max_new_tokens", 128),
         )
     }
+    for name in ("prompt_template", "completion_template"):
+        chosen[name] = unescape(chosen[name])
     if args.file:
         records = read_records(args.file, limit=args.limit)
     else:

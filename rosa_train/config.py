@@ -25,6 +25,11 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"--{name}: expected {expected}, got {got}")
 
 
+def unescape(template: str) -> str:
+    """A template with real newlines and tabs: between a shell's quotes, \\n is two characters."""
+    return template.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def _is_number(value: object, low: float, high: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
 
@@ -109,7 +114,8 @@ class DataArguments:
         default=None, metadata={"help": "The same instead of --eval_file."}
     )
     prompt_template: str = field(
-        default="{prompt}", metadata={"help": "The prompt, with {fields} of a record."}
+        default="{prompt}",
+        metadata={"help": "The prompt, with {fields} of a record; \\n is a newline."},
     )
     completion_template: str = field(
         default="{completion}",
@@ -138,6 +144,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        self.prompt_template = unescape(self.prompt_template)
+        self.completion_template = unescape(self.completion_template)
         sources = [bool(self.train_file), bool(self.dataset_name)]
         expect(sum(sources) == 1, "train_file", "it or --dataset_name", f"{sum(sources)} of them")
         both = bool(self.eval_file) and bool(self.eval_dataset_name)

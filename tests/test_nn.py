@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_dropout_keeps_the_expectation() -> None:
         ({"rank": 2.0}, ValueError, "integer >= 0, got 2.0"),
         ({"dropout": 1.0}, ValueError, r"dropout in \[0, 1\), got 1.0"),
         ({"alpha": float("nan")}, ValueError, "finite alpha"),
-        ({"pattern": "mask"}, AttributeError, "to"),
+        ({"pattern": "mask"}, TypeError, "a CsrPattern, got str"),
         ({"adapter_name": "a.b"}, ValueError, "without dots, got 'a.b'"),
         ({"adapter_name": ""}, ValueError, "got ''"),
         ({"adapter_name": "keys"}, ValueError, "got 'keys'"),
@@ -419,6 +420,63 @@ def test_an_optimizer_without_the_values_is_refused(mask: CsrPattern) -> None:
     assert torch.equal(layer.weight, before)
 
 
+def test_an_optimizer_without_hooks_is_refused(mask: CsrPattern) -> None:
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.param_groups = optimizer.param_groups
+
+    layer = rosa(nn.Linear(N, M), mask)
+    before = layer.weight.detach().clone()
+    with pytest.raises(AttributeError, match="register_step_post_hook"):
+        make_resident(layer, Wrapper(adam(layer)))  # type: ignore[arg-type]
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("how", ["set_pattern", "load_state_dict"])
+def test_sync_after_an_adapter_was_given_another_pattern(mask: CsrPattern, how: str) -> None:
+    """The adapter itself, past the layer that would have taken S out of the weight."""
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    make_resident(layer, adam(layer))
+    if how == "set_pattern":
+        layer.adapter().set_pattern(mask := uniform_pattern(M, N, 0.2, seed=4))
+    else:
+        mask = CsrPattern.from_coo(mask.row_indices, N - 1 - mask.col_indices, (M, N))
+        layer.adapters.load_state_dict(rosa(nn.Linear(N, M), mask).adapters.state_dict())
+    randomized(layer)
+    assert torch.equal(layer.weight, rk.csr_add(w0, mask, layer.adapter().values.detach()))
+    layer.leave_residency()
+    assert torch.equal(layer.weight, w0)
+
+
+def test_residency_under_a_backend_that_has_products_alone(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    optimizer = adam(layer)
+    with rk.use_backend("dense"):
+        handle = make_resident(layer, optimizer)
+        train(layer, optimizer)
+        assert torch.equal(layer.state_dict()["weight"], w0)
+        merged = layer.weight.clone()
+        handle.remove()
+    assert torch.equal(merged, rk.csr_add(w0, mask, layer.adapter().values.detach()))
+    assert torch.equal(layer.weight, w0)
+
+
+def test_a_weight_that_may_not_be_written_any_more_leaves_residency(mask: CsrPattern) -> None:
+    shared, expanded = (rosa(nn.Linear(N, M), mask) for _ in range(2))
+    w0 = shared.weight.detach().clone()
+    for layer in (shared, expanded):
+        make_resident(layer, adam(layer))
+    shared.share_memory()
+    assert shared.path() == ("separate", "other processes share the weight's memory")
+    assert torch.equal(shared.weight, w0)
+    overlapping = {**expanded.state_dict(), "weight": torch.randn(1, N).expand(M, N)}
+    expanded.load_state_dict(overlapping, assign=True)
+    assert expanded.path() == ("separate", "elements of the weight share memory")
+    copy.deepcopy(shared).merge()  # a copy is its own
+
+
 def test_wrapped_optimizers(mask: CsrPattern) -> None:
     """accelerate's, whose inner one steps."""
 
@@ -503,8 +561,10 @@ def test_to_linear(linear: nn.Module, mask: CsrPattern) -> None:
     assert not merged.weight.requires_grad
     plain = layer.to_linear()
     assert plain.weight is original
-    assert torch.equal(plain.weight, w0)
     assert torch.equal(plain(x), linear(x))
+    layer.set_adapter(None)
+    layer.set_adapter("default")
+    assert torch.equal(plain.weight, w0)  # which S may not enter any more
 
 
 # -- movement and storage --------------------------------------------------------------------------
@@ -577,6 +637,33 @@ def test_load_state_dict_validates_indices(mask: CsrPattern, damage: str, messag
     layer(inputs(layer))  # and it still works
 
 
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        (torch.tensor([0, N]), "got 0 to 53"),
+        (torch.tensor([-1, 0]), "got -1 to 0"),
+        (torch.randn(2), "int64 selector .* torch.float32"),
+    ],
+)
+def test_load_state_dict_validates_selectors(selector: Tensor, message: str) -> None:
+    columns = torch.tensor([3, 1])
+    layer = RosaLinear.from_linear(nn.Linear(N, M), rank=2, selector=columns)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict({**layer.state_dict(), "adapters.default.lora_a": selector})
+    assert torch.equal(layer.adapter().lora_a, columns)
+
+
+def test_load_state_dict_by_assignment(mask: CsrPattern) -> None:
+    """Nothing keeps the weight that was there, and the new one has been looked at."""
+    layer = rosa(nn.Linear(N, M), mask)
+    before = weakref.ref(layer.weight)
+    layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
+    assert before() is None
+    x = inputs(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
 def test_load_state_dict_counts_keys(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     saved = layer.state_dict()
@@ -605,6 +692,31 @@ def test_casting_rounds_the_layer_and_not_the_masters(mask: CsrPattern) -> None:
     assert layer(inputs(layer)).dtype == torch.float64
 
 
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masters_follow_from_float64(mask: CsrPattern, dtype: torch.dtype, resident: bool) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    layer.add_adapter("later")  # no parameter yet whose dtype could be changed
+    if resident:
+        make_resident(layer, adam(layer))
+    layer.double()
+    layer.set_pattern(mask, adapter_name="later")
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    layer.to(dtype)
+    assert {p.dtype for p in layer.adapters.parameters()} == {torch.float32}
+    assert layer(inputs(layer)).dtype == dtype
+
+
+def test_casting_a_merged_layer_casts_what_it_kept(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    w0 = layer.weight.detach().clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    assert layer.state_dict()["weight"].dtype == torch.bfloat16
+    layer.unmerge()
+    assert torch.equal(layer.weight, w0.bfloat16())
+
+
 def test_deep_copies_are_independent_and_hold_w(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     w0 = layer.weight.detach().clone()
@@ -618,10 +730,17 @@ def test_deep_copies_are_independent_and_hold_w(mask: CsrPattern) -> None:
     assert other.adapter().values is not layer.adapter().values
 
 
-def test_pickles(mask: CsrPattern) -> None:
+@pytest.mark.parametrize("resident", [False, True])
+def test_pickles(mask: CsrPattern, resident: bool) -> None:
     layer = rosa(nn.Linear(N, M), mask)
-    x = inputs(layer)
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    w0, x = layer.weight.detach().clone(), inputs(layer)
+    if resident:
+        make_resident(layer, adam(layer))
+    other = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(other(x), layer(x))
+    assert other.path()[0] == "scatter"  # no optimizer's hook knows it
+    assert torch.equal(other.weight, w0)
+    assert (layer.path()[0] == "resident") == resident
 
 
 def test_base_weights(mask: CsrPattern) -> None:
@@ -633,6 +752,10 @@ def test_base_weights(mask: CsrPattern) -> None:
         assert model.state_dict()["0.weight"].data_ptr() == model[0].weight.data_ptr()
     assert model[0].path()[0] == "resident"
     assert not torch.equal(model[0].weight, w0)
+    with base_weights(model):
+        with base_weights(model):
+            pass
+        assert torch.equal(model[0].weight, w0)
     model[0].merge()
     with pytest.raises(RuntimeError, match="unmerge first"), base_weights(model):
         pass

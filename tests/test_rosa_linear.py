@@ -623,6 +623,25 @@ def test_in_another_thread_and_on_its_choice_of_backend() -> None:
     assert torch.equal(results[0], check_against["values"].grad)
 
 
+def test_threads_take_turns_in_one_weight() -> None:
+    args = problem("sparse", pattern=uniform_pattern(256, 256, 0.05), lead=(64,))
+    before = args["weight"].clone()
+    expected = run("scatter", args).detach()
+    right = []
+
+    def work() -> None:
+        with torch.no_grad():
+            right.extend(torch.equal(run("scatter", args), expected) for _ in range(100))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 300
+    assert torch.equal(args["weight"], before)
+
+
 def test_is_not_twice_differentiable_and_says_so() -> None:
     args = problem()
     y = run("separate", args)
@@ -679,6 +698,15 @@ def test_bad_input_without_branches() -> None:
     mask = torch.ones(3, 5, 53, dtype=torch.bool)
     with pytest.raises(ValueError, match="lora_a and lora_b with a dropout_mask, got none"):
         rk.rosa_linear(**args, dropout_mask=mask)
+
+
+def test_scatter_under_autocast_wants_values_that_the_weight_can_take() -> None:
+    args = problem("sparse")
+    args["values"] = args["values"].detach().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match=r"rosa_linear: .* values of dtype torch.float32, got"):
+            run("scatter", args)
+        assert run("separate", args).dtype == torch.bfloat16
 
 
 def test_a_weight_that_trains_is_refused() -> None:

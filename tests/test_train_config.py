@@ -130,3 +130,11 @@ def test_names_are_unique_and_explained() -> None:
     fields = [f for kind in kinds for f in kind.__dataclass_fields__.values()]
     assert len({f.name for f in fields}) == len(fields)
     assert all(f.metadata["help"].endswith((".", ")")) for f in fields)
+
+
+def test_templates_from_a_shell_have_real_newlines() -> None:
+    args = DataArguments(
+        train_file="x.jsonl", prompt_template=r"Q: {q}\nA:\t", completion_template="\n{a}"
+    )
+    assert args.prompt_template == "Q: {q}\nA:\t"
+    assert args.completion_template == "\n{a}"

@@ -18,9 +18,9 @@ class RosaAdapter(nn.Module):
     Formula: dW = S + (alpha / rank) B A.
 
     Its parameters are master weights: float32 (float64 for a float64 layer) whatever the layer's
-    dtype, and ``.to(torch.bfloat16)`` moves them without rounding them. The pattern's indices are
-    in the state_dict but are no buffers: DistributedDataParallel would send every buffer to every
-    rank in every forward, and write it in place.
+    dtype, as ``.to(torch.bfloat16)`` stops at float32. The pattern's indices are in the state_dict
+    but are no buffers: DistributedDataParallel would send every buffer to every rank in every
+    forward, and write it in place.
 
     Attributes:
         lora_a: (r, n) parameter, Kaiming-uniform; or (r,) int64 buffer, a selector of input
@@ -81,7 +81,7 @@ class RosaAdapter(nn.Module):
         elif selector is not None:
             raise ValueError("RosaAdapter: expected a rank with a selector, got rank 0")
         if pattern is not None:
-            self.set_pattern(pattern)
+            self.set_pattern(pattern, device=device)
 
     @property
     def scaling(self) -> float:
@@ -93,13 +93,19 @@ class RosaAdapter(nn.Module):
         """Whether it has neither branch (yet)."""
         return self.lora_b is None and self.values is None
 
-    def set_pattern(self, pattern: CsrPattern, values: Tensor | None = None) -> None:
+    def set_pattern(
+        self,
+        pattern: CsrPattern,
+        values: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         """Give the adapter a sparse branch, in place of one it may have.
 
-        `values`, if given, are copied into a new parameter, which else is zero.
+        `values`, if given, are copied into a new parameter, which else is zero. It lives where
+        `pattern` does, or on `device`.
 
         Raises:
-            ValueError: a pattern of another shape, values of another length.
+            TypeError: no pattern. ValueError: a pattern of another shape, values of another length.
         """
         if not isinstance(pattern, CsrPattern):
             raise TypeError(f"RosaAdapter: expected a CsrPattern, got {type(pattern).__name__}")
@@ -108,14 +114,16 @@ class RosaAdapter(nn.Module):
                 f"RosaAdapter: expected a pattern of the weight's shape {self.shape}, "
                 f"got {pattern.shape}"
             )
+        if device is not None:
+            pattern = pattern.to(device)
         if values is None:
             values = torch.zeros(pattern.nnz, dtype=self.dtype, device=pattern.device)
         elif values.shape != (pattern.nnz,):
             raise ValueError(
                 f"RosaAdapter: expected values of shape ({pattern.nnz},), got {tuple(values.shape)}"
             )
-        self.pattern = pattern
         self.values = nn.Parameter(values.detach().to(pattern.device, self.dtype, copy=True))
+        self.pattern = pattern
 
     def delta_weight(self) -> Tensor:
         """(m, n) dense S + scaling * B A, in the parameters' dtype: for merging and export."""
@@ -160,15 +168,15 @@ class RosaAdapter(nn.Module):
     # -- movement and storage --------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RosaAdapter:
-        def without_rounding(tensor: Tensor) -> Tensor:
+        def at_least_float32(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
-            if tensor.is_floating_point() and applied.itemsize < tensor.itemsize:
-                return tensor.to(applied.device)
+            if tensor.is_floating_point() and applied.itemsize < torch.float32.itemsize:
+                return tensor.to(applied.device, torch.float32)
             return applied
 
-        super()._apply(without_rounding, recurse)  # type: ignore[no-untyped-call]
-        for parameter in self.parameters(recurse=False):
-            self.dtype = parameter.dtype
+        super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
+        # Not read from a parameter, of which there may be none yet.
+        self.dtype = at_least_float32(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if self.pattern is not None:
             self.pattern = self.pattern.to(fn(self.pattern.col_indices).device)
         return self
@@ -193,29 +201,38 @@ class RosaAdapter(nn.Module):
     ) -> None:
         names = [prefix + "crow_indices", prefix + "col_indices"]
         given = [name for name in names if name in state_dict]
-        if self.pattern is not None:
-            missing_keys += [name for name in names if name not in given] if strict else []
-            if len(given) == 2:
-                # Validated before anything is written: values of other places are of no use.
-                device = self.pattern.device
-                crow, col = (state_dict[name].detach().to(device, copy=True) for name in names)
-                try:
-                    pattern = CsrPattern(crow, col, self.shape)
-                    if pattern.nnz != self.pattern.nnz:
-                        raise ValueError(
-                            f"expected {self.pattern.nnz} nonzeros as in this adapter, "
-                            f"got {pattern.nnz}; set_pattern first"
-                        )
-                except (ValueError, TypeError, RuntimeError) as error:
-                    error_msgs.append(f"{prefix}pattern: {error}")
-                    return
-                self.pattern = pattern
+        if self.pattern is not None and strict:
+            missing_keys += [name for name in names if name not in given]
+        try:
+            # Before anything is written: values of other places are of no use.
+            self._load_indices(state_dict, prefix)
+        except (ValueError, TypeError, RuntimeError) as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            return
         known: list[str] = []
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, known, error_msgs
         )
         expected = given if self.pattern is not None else []
         unexpected_keys += [name for name in known if name not in expected]
+
+    def _load_indices(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Validate the selector that is about to be loaded; validate and take the pattern."""
+        selector = state_dict.get(prefix + "lora_a")
+        if selector is not None and self.lora_a is not None and self.lora_a.dim() == 1:
+            _check_selector(selector, self.rank, self.shape[1])
+        crow, col = (state_dict.get(prefix + name) for name in ("crow_indices", "col_indices"))
+        if self.pattern is None or crow is None or col is None:
+            return
+        device = self.pattern.device
+        crow, col = (index.detach().to(device, copy=True) for index in (crow, col))
+        pattern = CsrPattern(crow, col, self.shape)
+        if pattern.nnz != self.pattern.nnz:
+            raise ValueError(
+                f"expected {self.pattern.nnz} nonzeros as in this adapter, got {pattern.nnz}; "
+                "set_pattern first"
+            )
+        self.pattern = pattern
 
 
 def _check_selector(selector: Tensor, rank: int, n: int) -> Tensor:

@@ -15,6 +15,8 @@ from rosa_kernels.pattern import CsrPattern
 from rosa_kernels.strides import overlaps_itself
 
 RESIDENT, SCATTER, SEPARATE = "resident", "scatter", "separate"
+# Copies of S are the same bits from all of them, and "dense", asked for by name, has none.
+_ANY = "auto"
 
 
 class RosaLinear(nn.Module):
@@ -35,6 +37,7 @@ class RosaLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _is_fsdp_managed_module = False  # FSDP's; else every forward pays 1 us to look for it in vain
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -62,8 +65,11 @@ class RosaLinear(nn.Module):
         self.out_features, self.in_features = m, n
         self.adapters = nn.ModuleDict()
         self.active_adapter: str | None = None
-        # In tuples, which hides them from nn.Module.
-        self._template = (linear,)
+        # In tuples, which hides them from nn.Module. The template holds no weight, which would
+        # outlive the layer's when load_state_dict(assign=True) or a move replaces that.
+        template = copy.copy(linear)
+        template._parameters = {**linear._parameters, "weight": None, "bias": None}
+        self._template = (template,)
         self._looked_at: tuple[Tensor, str] = (self.weight, "")
         self._look_at_weight()
         # While S sits in the weight, which make_resident must have allowed: where, and what was
@@ -147,7 +153,7 @@ class RosaLinear(nn.Module):
         adapter = RosaAdapter(
             (self.out_features, self.in_features),
             rank=rank,
-            pattern=None if pattern is None else pattern.to(self.weight.device),
+            pattern=pattern,
             alpha=alpha,
             dropout=dropout,
             train_a=train_a,
@@ -193,7 +199,7 @@ class RosaLinear(nn.Module):
         adapter = self.adapter(adapter_name)
         self._park()
         try:
-            adapter.set_pattern(pattern.to(self.weight.device), values)
+            adapter.set_pattern(pattern, values, self.weight.device)
         finally:
             self._settle()
 
@@ -234,7 +240,7 @@ class RosaLinear(nn.Module):
 
     def _cannot_be_written(self) -> str:
         """Why S cannot be written into the weight, if it cannot."""
-        if getattr(self, "_is_fsdp_managed_module", False):
+        if self._is_fsdp_managed_module:
             return "the weight is sharded by FSDP"
         if self._looked_at[0] is not self.weight:
             self._look_at_weight()
@@ -264,24 +270,31 @@ class RosaLinear(nn.Module):
         if not self._may_reside or self._resident is not None or self._merged is not None:
             return
         pattern = self.adapter().pattern if self.active_adapter else None
-        if pattern is not None:
-            self._resident = pattern, csr_gather(self._matrix().detach(), pattern)
+        if pattern is not None and not self._cannot_be_written():
+            originals = csr_gather(self._matrix().detach(), pattern, backend=_ANY)
+            self._resident = pattern, originals
             self.sync()
 
     def _park(self) -> None:
         """Take S out of the weight: the bits that were there before come back."""
         if self._resident is not None:
-            csr_scatter_(self._matrix().detach(), *self._resident)
+            csr_scatter_(self._matrix().detach(), *self._resident, backend=_ANY)
             self._resident = None
 
     @torch.no_grad()
     def sync(self) -> None:
         """Write round(W + S) anew where S is resident: for after `values` have changed."""
-        if self._resident is not None:
-            pattern, originals = self._resident
-            values = self.adapter().values
-            assert values is not None
-            csr_scatter_(self._matrix().detach(), pattern, originals.to(values.dtype) + values)
+        if self._resident is None:
+            return
+        pattern, originals = self._resident
+        adapter = self.adapter()
+        if adapter.pattern is not pattern:  # the adapter itself was given or has loaded another
+            self._park()
+            self._settle()
+            return
+        assert adapter.values is not None
+        merged = originals.to(adapter.values.dtype) + adapter.values
+        csr_scatter_(self._matrix().detach(), pattern, merged, backend=_ANY)
 
     @torch.no_grad()
     def base_weight(self) -> Tensor:
@@ -293,11 +306,12 @@ class RosaLinear(nn.Module):
         if self._merged is not None:
             if self._kept is None:
                 raise RuntimeError(_NOT_KEPT.format(self._merged))
-            return self._kept.to(self.weight.device, copy=True)
+            return self._kept.to(self.weight.device, self.weight.dtype, copy=True)
         if self._resident is None:
             return self.weight.detach()
         weight = self.weight.detach().clone()
-        csr_scatter_(weight.t() if self.fan_in_fan_out else weight, *self._resident)
+        matrix = weight.t() if self.fan_in_fan_out else weight
+        csr_scatter_(matrix, *self._resident, backend=_ANY)
         return weight
 
     # -- an adapter merged for good ----------------------------------------------------------------
@@ -371,7 +385,7 @@ class RosaLinear(nn.Module):
         """The plain layer this one stands for, with W itself or an adapter's merged weight."""
         if adapter_name is None:
             self._refuse_while_merged("to_linear")
-            self._park()
+            self.leave_residency()  # the plain layer shares the weight
             weight = self.weight
         else:
             weight = nn.Parameter(self.merged_weight(adapter_name), requires_grad=False)
@@ -400,7 +414,19 @@ class RosaLinear(nn.Module):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         new.leave_residency()  # no optimizer's hook knows the copy
+        new._look_at_weight()
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_looked_at": None, "_may_reside": False, "_resident": None}
+        if self._resident is not None:  # no optimizer's hook will know what is pickled
+            weight = nn.Parameter(self.base_weight(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": weight}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._look_at_weight()
 
     def leave_residency(self) -> None:
         """Take S out of the weight for good: what :func:`make_resident` did is undone here."""
@@ -433,4 +459,5 @@ _NOT_KEPT = (
 
 
 def _settle_after_load(layer: RosaLinear, _: Any) -> None:
+    layer._look_at_weight()  # assign=True replaces it
     layer._settle()

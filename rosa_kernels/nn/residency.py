@@ -40,7 +40,9 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
     69 % of the movement). The originals are kept, nnz elements in the weight's dtype.
 
     Adapters and patterns that come later follow by themselves. After `values` change otherwise than
-    by the optimizer or load_state_dict, call :func:`sync`.
+    by this optimizer or the model's load_state_dict, call :func:`sync`. What reads parameters past
+    the state_dict (an AveragedModel) or replaces them (torch.func.functional_call) finds W + S, and
+    belongs inside :func:`base_weights`.
 
     Weights that other modules share or that cannot be written to are left alone: see `paths`.
 
@@ -65,6 +67,13 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
                 f"make_resident: expected an optimizer that holds the values of {name}, got one "
                 "that does not"
             )
+
+    def after_step(*_: Any) -> None:
+        for layer in layers.values():
+            layer.sync()
+
+    # Before any S is in any weight: nobody would write it anew if this failed, or the rest did.
+    hook = optimizer.register_step_post_hook(after_step)
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     paths = {}
     for name, layer in layers.items():
@@ -76,12 +85,7 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
             layer._settle()
             path, reason = RESIDENT, ""
         paths[name] = f"{path}: {reason}" if reason else path
-
-    def after_step(*_: Any) -> None:
-        for layer in layers.values():
-            layer.sync()
-
-    return Residency(layers, paths, optimizer.register_step_post_hook(after_step))
+    return Residency(layers, paths, hook)
 
 
 def sync(model: nn.Module) -> None:
@@ -100,12 +104,13 @@ def base_weights(model: nn.Module) -> Iterator[None]:
     layers = _layers(model).values()
     for layer in layers:
         layer._refuse_while_merged("base_weights")
-    for layer in layers:
+    parked = [layer for layer in layers if layer._resident is not None]  # and not by an outer one
+    for layer in parked:
         layer._park()
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in parked:
             layer._settle()
 
 

@@ -59,6 +59,8 @@ def check_operands(
         _validate.check_tensor(op, "weight", weight, pattern.device)
         if scatter:
             _validate.check_target(op, weight, values.detach(), "use scatter=False")
+            # Under autocast, x need not be of the dtype of the weight that they are added to.
+            _validate.check_values_dtype(op, "values", values.dtype, weight.dtype)
     if lora_a is not None and lora_b is not None:
         _check_low_rank(lora_a, lora_b, weight)
     if bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,9 @@ from rosa_kernels.pattern import CsrPattern
 # Where S is while the products run: nowhere, in the weight already, written into it for the length
 # of a product, or beside it as a product of its own.
 _NO_SPARSE, _MERGED, _SCATTER, _SEPARATE = "none", "merged", "scatter", "separate"
+# Two threads inside one weight would each take the other's S for W, and leave it there for good.
+# One lock for all weights, as they may be tied; re-entrant, as a torch mode may run anything.
+_scattering = threading.RLock()
 
 
 def rosa_linear(
@@ -44,8 +48,9 @@ def rosa_linear(
 
     S costs a product of its own unless one of these holds: `merged` promises that `weight` holds
     W + S already; `scatter` writes S into `weight` for the length of the product and puts back the
-    very bits that were there, forward and backward, so that nobody else may read `weight`
-    meanwhile. Both compute with round(W + S). No path copies the weight or forms its gradient.
+    very bits that were there, forward and backward. Calls from several threads take turns at that;
+    nothing else, nor another CUDA stream, may read `weight` meanwhile. Both compute with
+    round(W + S). No path copies the weight or forms its gradient.
 
     Shapes: x (..., n); weight (m, n), any strides: GPT-2's Conv1D passes its weight's transpose;
     pattern (m, n); values (nnz,); lora_a (r, n), or (r,) int64 columns of x, which stands for the
@@ -188,12 +193,14 @@ def _weight_for_product(
     # The kernels, not the ops: the weight is as it was once this returns, and a higher version
     # would invalidate what autograd saved of it.
     crow, col = indices
-    originals = kernel("csr_gather")(weight, crow, col)
-    try:
-        kernel("csr_add_")(weight, crow, col, values, 1.0)
-        yield weight.to(dtype)
-    finally:
-        kernel("csr_scatter_")(weight, crow, col, originals)
+    gather, add_, scatter_ = map(kernel, ("csr_gather", "csr_add_", "csr_scatter_"))
+    with _scattering:
+        originals = gather(weight, crow, col)
+        try:
+            add_(weight, crow, col, values, 1.0)
+            yield weight.to(dtype)
+        finally:
+            scatter_(weight, crow, col, originals)
 
 
 # -- backward --------------------------------------------------------------------------------------
