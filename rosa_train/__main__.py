@@ -139,7 +139,7 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--max_length", type=int, metavar="N", help="of prompt and reference")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest completion")
     parser.add_argument("--batch_size", type=int, default=8, metavar="N")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # prompts may follow options
     if bool(args.prompts) == bool(args.file):
         raise ValueError("expected prompts or --file, got " + ("both" if args.file else "neither"))
     if args.output and not args.file:

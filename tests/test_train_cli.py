@@ -404,3 +404,11 @@ def test_the_module_exits_with_the_status_of_the_command() -> None:
     assert (
         done.stderr == "rosa_train train: error: expected a file of options, got no file no.json\n"
     )
+
+
+def test_prompts_may_follow_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = str(tmp_path / "absent")
+    assert cli.main(["generate", absent, "--max_new_tokens", "5", "a prompt"]) == 2
+    error = capsys.readouterr().err
+    assert "absent" in error
+    assert "unrecognized" not in error
