@@ -1,4 +1,4 @@
-"""Folders of files that are replaced as a whole or not at all."""
+"""Files, and folders of them, that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -44,6 +44,22 @@ def replacing(
         fsync(directory.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A draft to write, which becomes the file at `path` when all went well, on the disk first."""
+    path = Path(path)
+    # A process killed here leaves it behind: ".<name>.<8 hexadecimal digits>".
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield draft
+        draft.chmod(0o644)  # safetensors makes files that only their owner may read
+        fsync(draft)
+        draft.replace(path)
+        fsync(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
-from rosa_train.files import fsync
+from rosa_train.files import replacing_file
 from rosa_train.scores import NEEDS_BATCHES, SCORES, SIGNED, Data, count_tokens, give_scores
 from rosa_train.targets import is_layer, target_shapes
 from rosa_train.topk import Pool, pattern_of, top_k
@@ -195,15 +194,8 @@ def save_masks(masks: Mapping[str, CsrPattern], path: str | os.PathLike[str]) ->
         tensors[f"{name}.crow_indices"] = pattern.crow_indices.to("cpu", copy=True).contiguous()
         tensors[f"{name}.col_indices"] = pattern.col_indices.to("cpu", copy=True).contiguous()
     shapes = json.dumps({name: list(pattern.shape) for name, pattern in masks.items()})
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_file(path) as draft:
         save_file(tensors, draft, {"format": _FORMAT, "version": _VERSION, "shapes": shapes})
-        fsync(draft)
-        draft.replace(path)
-        fsync(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def load_masks(

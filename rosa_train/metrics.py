@@ -10,12 +10,13 @@ import ctypes
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from rosa_train.files import replacing_file
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -166,17 +167,8 @@ def cut(source: Path, lines: int, target: Path) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Writes a text file that is never seen half written."""
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(draft, 0o644)  # mkstemp's is 0o600
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    with replacing_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -265,15 +265,16 @@ def test_export_wants_a_transformers_model(tmp_path):
 
 def test_replacing_never_shows_a_mixture(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
-    for text in ("old", "new"):
-        if text == "new":
-            monkeypatch.setattr(Path, "replace", _replace_until(folder / "b"))
-        try:
-            with replacing(folder, last="last") as new:
-                for name in ("a", "b", "last"):
-                    (new / name).write_text(text)
-        except OSError:
-            pass
+
+    def write(text: str) -> None:
+        with replacing(folder, last="last") as new:
+            for name in ("a", "b", "last"):
+                (new / name).write_text(text)
+
+    write("old")
+    monkeypatch.setattr(Path, "replace", _replace_until(folder / "b"))
+    with pytest.raises(OSError, match="pulled the plug"):
+        write("new")
     # Killed between two renames: what says that the folder is whole is gone.
     assert not (folder / "last").exists()
     assert ((folder / "a").read_text(), (folder / "b").read_text()) == ("new", "old")
