@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         # The trainer's own says what was saved, and which signal it was.
         print(f"rosa_train {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return int(getattr(interrupt, "code", 128 + signal.SIGINT))
+    except BrokenPipeError:  # `| head` has read enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (*_BAD_INPUT, *_FAILURE) as error:
         if os.environ.get("ROSA_TRACEBACK"):
             raise

@@ -412,3 +412,17 @@ def test_prompts_may_follow_options(tmp_path: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert "absent" in error
     assert "unrecognized" not in error
+
+
+def test_a_reader_that_has_read_enough() -> None:
+    """`| head` closes its end; nobody wants to hear of that."""
+    code = (
+        "import sys; from rosa_train import __main__ as cli\n"
+        "def gone(argv): raise BrokenPipeError\n"
+        "cli.COMMANDS['methods'] = cli.COMMANDS['methods']._replace(run=gone)\n"
+        "sys.exit(cli.main(['methods']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
