@@ -30,6 +30,8 @@ class Recorder:
             "cuda_unsupported": "",
             "cuda_has_wgmma": True,
             "cuda_properties": (132, 9, 0, 50 << 20, 227 << 10),
+            "cuda_sddmm_shared_bytes": 227 << 10,
+            "cuda_spmm_shared_bytes": 96 << 10,
             "cuda_sddmm_workspace_bytes": BYTES,
             "cuda_spmm_workspace_bytes": BYTES,
             **answers,
@@ -149,6 +151,44 @@ def test_what_a_call_is_rejected_for(
     call = Call("cpu", torch.bfloat16, (9, 9, 9), place=0, nnz=40, plan=plan)
     got = kernel.reason(call._replace(**changes), "fake/wgmma")
     assert (got is None) if reason is None else got.startswith(reason)
+
+
+@pytest.mark.parametrize(("op", "needed"), [("sddmm", 147456), ("spmm", 98304)])
+def test_tiles_that_a_device_has_no_room_for_are_rejected_by_bytes(
+    op: str, needed: int, pattern: CsrPattern
+) -> None:
+    """A plan made for an H100 that reaches an RTX 4090: the launch itself would fail."""
+    there = needed - 1024
+    module = registered(
+        **{f"cuda_{op}_shared_bytes": needed, "cuda_properties": (128, 8, 9, 72 << 20, there)}
+    )
+    pattern.build_tile_plan(128, 256)
+    inputs = inputs_of(op, pattern, dtype=torch.bfloat16)
+    reason = (
+        rf"fake/tile needs {needed} bytes of shared memory a block for tiles 256 wide, got a "
+        rf"device with {there}"
+    )
+    with pytest.raises(RuntimeError, match=reason):
+        getattr(rk, op)(pattern, **inputs, backend="fake/tile")
+    getattr(rk, op)(pattern, **inputs, backend="fake")
+    assert [call[0] for call in module.named(f"cuda_{op}")] == [0]  # gather
+    assert len(module.named(f"cuda_{op}_shared_bytes")) == 1  # asked once, however many calls
+
+
+def test_the_native_module_says_what_tiles_need() -> None:
+    """Two stages on an A100, three elsewhere; 8.6 and 8.9 have no room for wide tiles."""
+    simt = pytest.importorskip("_simt", reason="tests/_simt is not built")
+    a100, rtx = 3, 4
+    tile, wgmma = 1, 2
+    assert [simt.cuda_sddmm_shared_bytes(tile, 128, d) for d in (0, a100, rtx)] == [
+        98304,
+        69632,
+        98304,
+    ]
+    assert simt.cuda_sddmm_shared_bytes(tile, 256, rtx) == 147456 > simt.cuda_properties(rtx)[4]
+    assert simt.cuda_sddmm_shared_bytes(wgmma, 256, 0) <= simt.cuda_properties(0)[4]
+    assert simt.cuda_spmm_shared_bytes(tile) == 98304 <= simt.cuda_properties(rtx)[4]
+    assert simt.cuda_sddmm_shared_bytes(0, 256, rtx) == simt.cuda_spmm_shared_bytes(0) == 0
 
 
 def test_a_device_is_asked_about_once(pattern: CsrPattern) -> None:

@@ -92,6 +92,12 @@ void def_cuda(py::module_& m) {
                           p.shared_bytes);
   });
 
+  m.def("cuda_sddmm_shared_bytes", [](int variant, int tile_cols, int device) {
+    return rosa::cuda::sddmm_shared_bytes(static_cast<SddmmVariant>(variant), tile_cols, device);
+  });
+  m.def("cuda_spmm_shared_bytes", [](int variant) {
+    return rosa::cuda::spmm_shared_bytes(static_cast<SpmmVariant>(variant));
+  });
   m.def("cuda_sddmm_workspace_bytes",
         [](int variant, const py::tuple& pattern, const py::tuple& plan, const py::tuple& a,
            const py::tuple& b, int device) {

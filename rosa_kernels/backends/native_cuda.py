@@ -213,6 +213,20 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
             return "was not built for compute capability 9.0"
         return None
 
+    @lru_cache(maxsize=64)
+    def room(index: int, tile_cols: int) -> str | None:
+        if op == "sddmm":
+            needed = module.cuda_sddmm_shared_bytes(_SDDMM[variant], tile_cols, index)
+        else:
+            needed = module.cuda_spmm_shared_bytes(_SPMM[variant])
+        *_, there = module.cuda_properties(index)
+        if needed <= there:
+            return None
+        return (
+            f"needs {needed} bytes of shared memory a block for tiles {tile_cols} wide, got a "
+            f"device with {there}"
+        )
+
     def reject(call: Call) -> str | None:
         if isinstance(call.place, str):
             major, minor = machine_of(call.place).capability
@@ -236,7 +250,8 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
         if got not in tiles:
             names = " or ".join(f"{r} x {c}" for r, c in sorted(tiles))
             return f"needs a plan of {names} tiles, got {got[0]} x {got[1]}"
-        return None
+        # Of a GPU that is named but not here nobody can ask; all that can be named have the room.
+        return room(max(call.place, 0), got[1]) if isinstance(call.place, int) else None
 
     return reject
 

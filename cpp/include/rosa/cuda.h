@@ -42,6 +42,12 @@ DeviceProperties properties(int device);
 // Whether the build holds the kernels for compute capability 9.0 alone.
 bool has_wgmma();
 
+// Shared memory that a block of a kernel of tiles needs on this device, which refuses the kernel if
+// it has less (DeviceProperties::shared_bytes); `tile_cols` is that of the plan. 0 for kGather,
+// which makes do with what there is.
+int64_t sddmm_shared_bytes(SddmmVariant variant, int tile_cols, int device);
+int64_t spmm_shared_bytes(SpmmVariant variant);
+
 // Scratch of a call in bytes, any alignment. `plan` may be empty for kGather.
 int64_t sddmm_workspace_bytes(SddmmVariant variant, const CsrView& pattern, const PlanView& plan,
                               const MatrixView& a, const MatrixView& b, int device);

@@ -30,9 +30,9 @@ void csr_add_(const MatrixView& w, const CsrView& pattern, const VectorView& val
     const EntryArgs args = entry_args(w, pattern, values);
     const Grid grid = entry_grid(pattern, stream);
     if (values.dtype == w.dtype) {
-      launch(csr_add_kernel<T, T>, grid, args, alpha);
+      launch<csr_add_kernel<T, T>>(grid, args, alpha);
     } else {
-      launch(csr_add_kernel<T, float>, grid, args, alpha);
+      launch<csr_add_kernel<T, float>>(grid, args, alpha);
     }
   });
 }
@@ -49,9 +49,9 @@ void csr_gather(const MatrixView& w, const CsrView& pattern, const VectorView& o
   const EntryArgs args = entry_args(w, pattern, out);
   const Grid grid = entry_grid(pattern, stream);
   if (item_size(w.dtype) == 4) {
-    launch(csr_gather_kernel<uint32_t>, grid, args);
+    launch<csr_gather_kernel<uint32_t>>(grid, args);
   } else {
-    launch(csr_gather_kernel<uint16_t>, grid, args);
+    launch<csr_gather_kernel<uint16_t>>(grid, args);
   }
 }
 
@@ -66,13 +66,13 @@ void csr_scatter_(const MatrixView& w, const CsrView& pattern, const VectorView&
   const EntryArgs args = entry_args(w, pattern, values);
   const Grid grid = entry_grid(pattern, stream);
   if (w.dtype == DType::kFloat32) {
-    launch(csr_scatter_kernel<uint32_t, uint32_t>, grid, args);
+    launch<csr_scatter_kernel<uint32_t, uint32_t>>(grid, args);
   } else if (values.dtype == w.dtype) {
-    launch(csr_scatter_kernel<uint16_t, uint16_t>, grid, args);
+    launch<csr_scatter_kernel<uint16_t, uint16_t>>(grid, args);
   } else if (w.dtype == DType::kBFloat16) {
-    launch(csr_scatter_kernel<Bf16, float>, grid, args);
+    launch<csr_scatter_kernel<Bf16, float>>(grid, args);
   } else {
-    launch(csr_scatter_kernel<Half, float>, grid, args);
+    launch<csr_scatter_kernel<Half, float>>(grid, args);
   }
 }
 

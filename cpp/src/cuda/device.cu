@@ -15,16 +15,24 @@ namespace rosa::cuda {
 
 #if defined(ROSA_SIMT)
 
-// The emulated device: so few multiprocessors, and so little scratch, that small problems fill them
-// several times over.
+// The emulated devices: so few multiprocessors, and so little scratch, that small problems fill
+// them several times over.
 std::string unavailable() { return ""; }
 std::string unsupported(int) { return ""; }
 DeviceProperties properties(int device) {
-  // Device 1 has too little shared memory for kernels that keep an operand there; device 2 has one
-  // multiprocessor and room for long chunks, so that one block goes through many lines of a tile.
-  const int64_t shared_bytes = device == 1 ? 16 << 10 : 227 << 10;
-  const int64_t panel_bytes = device == 2 ? 4 << 20 : 256 << 10;
-  return {device == 2 ? 1 : 3, 9, 0, 50 << 20, shared_bytes, panel_bytes, true};
+  constexpr int64_t kKib = 1024, kL2 = 50 << 20, kPanels = 256 * kKib;
+  switch (device) {
+    case 1:  // too little shared memory for kernels that keep an operand there
+      return {3, 9, 0, kL2, 16 * kKib, kPanels, true};
+    case 2:  // one block goes through many lines of a tile
+      return {1, 9, 0, kL2, 227 * kKib, 4 << 20, true};
+    case 3:  // as an A100
+      return {3, 8, 0, kL2, 163 * kKib, kPanels, false};
+    case 4:  // as an RTX 3090 or 4090
+      return {3, 8, 6, kL2, 99 * kKib, kPanels, false};
+    default:  // as an H100
+      return {3, 9, 0, kL2, 227 * kKib, kPanels, true};
+  }
 }
 bool has_wgmma() { return true; }
 
@@ -45,12 +53,6 @@ int64_t from_environment(const char* name, int64_t otherwise) {
 
 // Asked for its attributes, to learn whether this build has code for a device.
 __global__ void probe_kernel() {}
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
-}
 
 }  // namespace
 

@@ -1,14 +1,31 @@
 // What every entry needs: from a run-time dtype to a type, checks, the arithmetic of grids.
 #pragma once
 
+#include <string>
+
 #include "cuda/numeric.h"
 #include "rosa/check.h"
+#include "rosa/cuda.h"
 #include "rosa/tile_plan.h"
 #include "rosa/views.h"
 
 namespace rosa::cuda {
 
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// How many blocks of so much shared memory a multiprocessor holds at once: it has what one block
+// may have, plus 1 KiB a block that the system keeps.
+inline int64_t blocks_per_multiprocessor(int64_t block_bytes, const DeviceProperties& device) {
+  return (device.shared_bytes + 1024) / (block_bytes + 1024);
+}
+
+// The launch would be refused, in words that name neither.
+inline void check_shared_bytes(int64_t block_bytes, const DeviceProperties& device) {
+  if (block_bytes <= device.shared_bytes) return;
+  throw std::invalid_argument(
+      "expected a device that gives a block " + std::to_string(block_bytes) +
+      " bytes of shared memory, got one with " + std::to_string(device.shared_bytes));
+}
 
 // body(T{}) for the storage type T of `dtype`.
 template <class Body>

@@ -216,9 +216,9 @@ inline void pack(const PackSide& a, const PackSide& b, DType dtype, int64_t firs
   const Grid grid = {dim3(blocks, static_cast<unsigned>((tokens + per_line - 1) / per_line)),
                      dim3(kPackThreads), 0, stream, early};
   if (item_size(dtype) == 2) {
-    launch(pack_kernel<uint16_t>, grid, a, b, first, tokens);
+    launch<pack_kernel<uint16_t>>(grid, a, b, first, tokens);
   } else {
-    launch(pack_kernel<uint32_t>, grid, a, b, first, tokens);
+    launch<pack_kernel<uint32_t>>(grid, a, b, first, tokens);
   }
 }
 

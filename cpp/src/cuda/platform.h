@@ -2,9 +2,12 @@
 // C++ compiler does (ROSA_SIMT=1). No other file here asks which of the two it is.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "rosa/cuda.h"
 
 #if defined(ROSA_SIMT)
 #include "simt/emulator.h"
@@ -13,8 +16,6 @@
 #endif
 
 namespace rosa::cuda {
-
-using Stream = void*;  // a cudaStream_t
 
 constexpr int kWarp = 32;
 
@@ -41,24 +42,31 @@ using Type = T;
 #define ROSA_SHARED(name, ...) \
   auto& name = ::rosa::simt::static_shared<::rosa::cuda::Type<__VA_ARGS__>>([] {})
 
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const Grid& grid, Args... args) {
+// The next launch may use all shared memory of the device. A fresh process is emulated by every
+// launch: on a GPU the leave lasts.
+template <auto kKernel>
+void allow_shared_memory() {
+  ::rosa::simt::allow_shared_memory();
+}
+
+template <auto kKernel, class... Args>
+void start(const Grid& grid, Args... args) {
   ::rosa::simt::launch(
-      grid.blocks, grid.threads, grid.shared_bytes, [&] { kernel(args...); }, grid.early);
+      grid.blocks, grid.threads, grid.shared_bytes, [&] { kKernel(args...); }, grid.early);
 }
 
 // The device of the calling thread for as long as it lives, then the one before.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int) {}
+  explicit DeviceGuard(int device)
+      : before_(::rosa::simt::set_shared_bytes(properties(device).shared_bytes)) {}
+  ~DeviceGuard() { ::rosa::simt::set_shared_bytes(before_); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
-};
 
-// Zeroes device memory, in stream order.
-inline void fill_zero(void* data, int64_t bytes, Stream) {
-  std::memset(data, 0, static_cast<size_t>(bytes));
-}
+ private:
+  int64_t before_;
+};
 
 #else
 
@@ -76,16 +84,33 @@ inline void check_cuda(cudaError_t status, const char* what) {
                            cudaGetErrorName(status) + ")");
 }
 
-// Up to this much dynamic shared memory needs no leave.
-constexpr int64_t kDefaultSharedBytes = 48 * 1024;
+inline int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
 
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), const Grid& grid, Args... args) {
-  if (grid.shared_bytes > kDefaultSharedBytes) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(grid.shared_bytes)),
-               "shared memory of a kernel");
-  }
+// Lets a kernel have as much dynamic shared memory as a block of the current device may have beside
+// the kernel's static part. The limit belongs to the kernel, not to a launch: were it set to what
+// each launch needs, a thread could lower it between another thread's setting and its launch.
+template <auto kKernel>
+void allow_shared_memory() {
+  static std::atomic<uint64_t> allowed{0};  // by device; from 64 on they are asked every time
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed.load(std::memory_order_relaxed) & bit) return;
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kKernel), "cudaFuncGetAttributes");
+  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
+                   static_cast<int>(attributes.sharedSizeBytes);
+  check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+             "dynamic shared memory of a kernel");
+  allowed.fetch_or(bit, std::memory_order_relaxed);  // two threads may both have set it: the same
+}
+
+template <auto kKernel, class... Args>
+void start(const Grid& grid, Args... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid.blocks;
   config.blockDim = grid.threads;
@@ -99,7 +124,7 @@ void launch(void (*kernel)(Params...), const Grid& grid, Args... args) {
     config.numAttrs = 1;
   }
   // Unlike <<<>>> this returns the launch's own error, not one that somebody left behind.
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), "kernel launch");
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "kernel launch");
 }
 
 class DeviceGuard {
@@ -120,12 +145,16 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline void fill_zero(void* data, int64_t bytes, Stream stream) {
-  check_cuda(
-      cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
-      "cudaMemsetAsync");
-}
-
 #endif
+
+// Runs a kernel, a template argument so that each has its own record of leaves.
+template <auto kKernel, class... Args>
+void launch(const Grid& grid, Args... args) {
+  // Without leave a block has 48 KiB, static and dynamic shared memory together. How much of that
+  // is static only the compiler knows (12 to 19 KiB of spmm_staged), so every kernel that takes a
+  // size of its own asks, however small that is.
+  if (grid.shared_bytes > 0) allow_shared_memory<kKernel>();
+  start<kKernel>(grid, args...);
+}
 
 }  // namespace rosa::cuda

@@ -18,7 +18,31 @@ constexpr int64_t kMostLines = 65535;
 constexpr int64_t kWarpsPerSm = 16;
 
 using Tile128 = TileShape<128, 128, 3>;
+using Tile128Short = TileShape<128, 128, 2>;
 using Tile256 = TileShape<128, 256, 3>;
+
+// How a device runs the tiles of a plan.
+struct TileChoice {
+  int stages;            // of the ring; 0 for wgmma, which has its own
+  int64_t shared_bytes;  // of a block
+  int64_t blocks;        // that a multiprocessor holds at once
+};
+
+template <class Shape>
+TileChoice choice_of(const DeviceProperties& device) {
+  const int64_t fit = blocks_per_multiprocessor(Shape::kSharedBytes, device);
+  return {Shape::kStages, Shape::kSharedBytes, fit < Shape::kMostBlocks ? fit : Shape::kMostBlocks};
+}
+
+TileChoice choose_tile(SddmmVariant variant, int tile_cols, const DeviceProperties& device) {
+  if (variant == SddmmVariant::kWgmma) return {0, wgmma_shared_bytes(), 1};
+  if (tile_cols == Tile256::kCols) return choice_of<Tile256>(device);
+  // Two stages take 68 KiB in place of 96. Where that puts a second block on a multiprocessor
+  // (compute capability 8.0), it hides L2's latency, and the first one's sampling, better than a
+  // third stage does. 9.0 holds two blocks of three stages, 8.6 and 8.9 one of either.
+  const TileChoice two = choice_of<Tile128Short>(device), three = choice_of<Tile128>(device);
+  return two.blocks > three.blocks ? two : three;
+}
 
 // How a call is divided, and where its scratch lies.
 struct Schedule {
@@ -26,10 +50,11 @@ struct Schedule {
   int64_t lines;        // along an index, all tokens
   int64_t chunk_lines;  // of one chunk
   int64_t chunks;
-  int64_t light_nnz;    // gathered
-  int64_t heavy_nnz;    // by tiles
-  int32_t splits;       // of the gathered ones' tokens
-  int32_t slices;       // of the tiles' partial sums
+  int64_t light_nnz;  // gathered
+  int64_t heavy_nnz;  // by tiles
+  int32_t splits;     // of the gathered ones' tokens
+  int32_t slices;     // of the tiles' partial sums
+  TileChoice tile;
   int64_t tile_blocks;  // of the grid
   void *panel_a, *panel_b;
   float *heavy, *light;
@@ -69,14 +94,9 @@ Schedule schedule(Arena& arena, SddmmVariant variant, const CsrView& pattern, co
     if (s.splits < 1) s.splits = 1;
   }
   if (s.heavy_nnz > 0) {
-    const bool wide = plan.tile_cols == Tile256::kCols;
-    const int64_t shared = variant == SddmmVariant::kWgmma ? wgmma_shared_bytes()
-                           : wide                          ? Tile256::kSharedBytes
-                                                           : Tile128::kSharedBytes;
-    // A multiprocessor has what one block may have plus 1 KiB a block that the system keeps.
-    int64_t per_sm = (device.shared_bytes + 1024) / (shared + 1024);
-    if (per_sm < 1) per_sm = 1;
-    s.tile_blocks = device.multiprocessors * per_sm;
+    s.tile = choose_tile(variant, plan.tile_cols, device);
+    check_shared_bytes(s.tile.shared_bytes, device);
+    s.tile_blocks = device.multiprocessors * s.tile.blocks;
     s.slices = 1;
     // The last chunk may be shorter than the others.
     for (int64_t lines : {s.chunk_lines, s.lines - (s.chunks - 1) * s.chunk_lines}) {
@@ -104,24 +124,27 @@ Lines chunk_of(const MatrixView& x, bool packed, const void* panel, int64_t padd
   return lines_in_place(part);
 }
 
-template <class T, class Shape, int kBlocksPerSm>
-void launch_tile(const TileArgs& args, Stream stream, bool early) {
-  launch(sddmm_tile_kernel<T, Shape, kBlocksPerSm>,
-         Grid{dim3(static_cast<unsigned>(args.work.blocks)), dim3(Shape::kThreads),
-              Shape::kSharedBytes, stream, early},
-         args);
+template <class Shape>
+void launch_tile(const TileArgs& args, DType dtype, Stream stream, bool early) {
+  const Grid grid = {dim3(static_cast<unsigned>(args.work.blocks)), dim3(Shape::kThreads),
+                     Shape::kSharedBytes, stream, early};
+  if (dtype == DType::kBFloat16) {
+    launch<sddmm_tile_kernel<Bf16, Shape>>(grid, args);
+  } else {
+    launch<sddmm_tile_kernel<Half, Shape>>(grid, args);
+  }
 }
 
-void run_tiles(SddmmVariant variant, const PlanView& plan, const TileArgs& args, DType dtype,
-               Stream stream, bool early) {
+void run_tiles(SddmmVariant variant, const PlanView& plan, const TileChoice& tile,
+               const TileArgs& args, DType dtype, Stream stream, bool early) {
   if (variant == SddmmVariant::kWgmma) {
     launch_wgmma(args, dtype, stream, early);
   } else if (plan.tile_cols == Tile256::kCols) {
-    dtype == DType::kBFloat16 ? launch_tile<Bf16, Tile256, 1>(args, stream, early)
-                              : launch_tile<Half, Tile256, 1>(args, stream, early);
+    launch_tile<Tile256>(args, dtype, stream, early);
+  } else if (tile.stages == Tile128Short::kStages) {
+    launch_tile<Tile128Short>(args, dtype, stream, early);
   } else {
-    dtype == DType::kBFloat16 ? launch_tile<Bf16, Tile128, 2>(args, stream, early)
-                              : launch_tile<Half, Tile128, 2>(args, stream, early);
+    launch_tile<Tile128>(args, dtype, stream, early);
   }
 }
 
@@ -137,6 +160,11 @@ void check_variant(SddmmVariant variant, const PlanView& plan, DType dtype) {
 }
 
 }  // namespace
+
+int64_t sddmm_shared_bytes(SddmmVariant variant, int tile_cols, int device) {
+  if (variant == SddmmVariant::kGather) return 0;
+  return choose_tile(variant, tile_cols, properties(device)).shared_bytes;
+}
 
 int64_t sddmm_workspace_bytes(SddmmVariant variant, const CsrView& pattern, const PlanView& plan,
                               const MatrixView& a, const MatrixView& b, int device) {
@@ -202,7 +230,7 @@ void sddmm(SddmmVariant variant, const CsrView& pattern, const PlanView& plan, c
                               static_cast<unsigned>(s.splits)),
                          dim3(kGatherWarps * kWarp), 0, stream, early};
       with_float(a.dtype,
-                 [&](auto type) { launch(sddmm_gather_kernel<decltype(type)>, grid, args); });
+                 [&](auto type) { launch<sddmm_gather_kernel<decltype(type)>>(grid, args); });
     }
     if (s.heavy_nnz > 0) {
       TileArgs args;
@@ -220,7 +248,7 @@ void sddmm(SddmmVariant variant, const CsrView& pattern, const PlanView& plan, c
       const int64_t units = lines * plan.tiles;
       args.work = {units, s.tile_blocks < units ? s.tile_blocks : units};
       args.accumulate = chunk > 0;
-      run_tiles(variant, plan, args, a.dtype, stream, on.early_launch);
+      run_tiles(variant, plan, s.tile, args, a.dtype, stream, on.early_launch);
     }
   }
 
@@ -230,8 +258,8 @@ void sddmm(SddmmVariant variant, const CsrView& pattern, const PlanView& plan, c
                      dim3(kFinalizeThreads), 0, stream, on.early_launch};
   with_float(out.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(sddmm_finalize_kernel<T>, grid, heavy, light, entry, static_cast<T*>(out.data),
-           out.stride);
+    launch<sddmm_finalize_kernel<T>>(grid, heavy, light, entry, static_cast<T*>(out.data),
+                                     out.stride);
   });
 }
 

@@ -29,6 +29,8 @@ struct TileShape {
   static constexpr int kWarpEdge = 64;
   static constexpr int kWarpsAcross = kCols / kWarpEdge;
   static constexpr int kThreads = kRows / kWarpEdge * kWarpsAcross * 32;
+  // Of a multiprocessor, whose registers do for 256 threads of 255.
+  static constexpr int kMostBlocks = 256 / kThreads;
   static constexpr int kStageBytes = (kRows + kCols) * kLineBytes;
   // Accumulators pass through shared memory, 8 floats of padding against bank conflicts.
   static constexpr int kStride = kCols + 8;
@@ -121,8 +123,9 @@ __device__ __forceinline__ void sample_tile(const TileArgs& args, const TilePiec
   clear_slices<kThreads>(args, piece, thread);
 }
 
-template <class T, class Shape, int kBlocksPerSm>
-__global__ void __launch_bounds__(Shape::kThreads, kBlocksPerSm) sddmm_tile_kernel(TileArgs args) {
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMostBlocks)
+    sddmm_tile_kernel(TileArgs args) {
   constexpr int kFragmentsA = Shape::kWarpEdge / 16, kFragmentsB = Shape::kWarpEdge / 8;
   ROSA_DYNAMIC_SHARED(shared);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

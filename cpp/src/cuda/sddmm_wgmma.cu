@@ -6,10 +6,10 @@ namespace {
 
 template <class T>
 void launch_as(const TileArgs& args, Stream stream, bool early) {
-  launch(sddmm_wgmma_kernel<T>,
-         Grid{dim3(static_cast<unsigned>(args.work.blocks)), dim3(WgmmaTile::kThreads),
-              WgmmaTile::kSharedBytes, stream, early},
-         args);
+  launch<sddmm_wgmma_kernel<T>>(
+      Grid{dim3(static_cast<unsigned>(args.work.blocks)), dim3(WgmmaTile::kThreads),
+           WgmmaTile::kSharedBytes, stream, early},
+      args);
 }
 
 }  // namespace

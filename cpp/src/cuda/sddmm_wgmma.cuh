@@ -156,6 +156,8 @@ __global__ void __launch_bounds__(WgmmaTile::kThreads, 1) sddmm_wgmma_kernel(Til
       mbarrier_init(&shared.empty[stage], WgmmaTile::kConsumers / kWarp);
     }
     fence_barrier_init();
+    // Bulk copies count their bytes by the asynchronous proxy, which sees the barriers only now.
+    fence_proxy_async();
   }
   __syncthreads();
   let_next_kernel_begin();

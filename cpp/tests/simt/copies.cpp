@@ -3,6 +3,7 @@
 // A copy lands at a random moment between its issue and the wait that covers it: early, so that a
 // stage refilled too soon spoils what others still read; or late, so that a missing wait reads what
 // was there before.
+#include <algorithm>
 #include <cstring>
 
 #include "simt/state.h"
@@ -146,6 +147,17 @@ void mbarrier_init(uint64_t* address, int arrivals, Where where) {
   barrier.arrivals = barrier.missing = static_cast<uint64_t>(arrivals) & kMostArrivals;
   tsan::write(address, 8);
   std::memcpy(address, &barrier, sizeof(barrier));
+  const tsan::Quiet quiet;
+  here().unfenced_barriers.push_back({address, self().linear});
+}
+
+void fence_proxy_async() {
+  const tsan::Quiet quiet;
+  std::vector<UnfencedBarrier>& all = here().unfenced_barriers;
+  const int thread = self().linear;
+  all.erase(std::remove_if(all.begin(), all.end(),
+                           [=](const UnfencedBarrier& one) { return one.thread == thread; }),
+            all.end());
 }
 
 void mbarrier_arrive(uint64_t* address, int bytes, Where where) {
@@ -193,6 +205,13 @@ void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier, W
   }
   expect_shared(shared, bytes, "bulk copy", where);
   load_checked(barrier, where);
+  for (const UnfencedBarrier& one : block.unfenced_barriers) {
+    if (one.address == barrier) {
+      block.fail(where,
+                 "the bulk copy may not see its mbarrier: no fence_proxy_async by the thread "
+                 "that initialised it");
+    }
+  }
   const unsigned number = block.bulk_copies_issued++;
   if (block.sync != nullptr) tsan::release(&block.sync->bulk_copy[number % 64]);
   {

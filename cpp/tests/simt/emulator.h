@@ -45,9 +45,16 @@ uint64_t seed();
 void set_blocks_at_once(int blocks);
 
 constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
-constexpr int64_t kMaxStaticSharedBytes = 48 * 1024;
+// Of its static part; of both parts together where the kernel has no leave to use more.
+constexpr int64_t kDefaultSharedBytes = 48 * 1024;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxGridYZ = 65535;
+
+// What a block of the device may have, for launches by this operating-system thread (any device
+// gives kDefaultSharedBytes); returns what it was. At first it is kMaxSharedBytes.
+int64_t set_shared_bytes(int64_t bytes);
+// Lets this thread's next launch, and no other, use that much instead of kDefaultSharedBytes.
+void allow_shared_memory();
 
 struct KernelCall {
   void (*run)(const void* kernel);

@@ -12,11 +12,13 @@ namespace {
 
 thread_local uint64_t launch_seed = 0;
 thread_local int blocks_at_once = 0;
+thread_local int64_t device_shared_bytes = kMaxSharedBytes;
+thread_local bool shared_memory_allowed = false;
 
 // A grid, and which of its blocks are still to be run.
 struct Launch {
   dim3 blocks, threads;
-  int64_t shared_bytes;
+  int64_t shared_bytes, shared_limit;
   KernelCall call;
   uint64_t seed;
   uint64_t total;
@@ -59,7 +61,7 @@ struct Launch {
                      static_cast<unsigned>(linear / blocks.x % blocks.y),
                      static_cast<unsigned>(linear / blocks.x / blocks.y)};
       try {
-        block.run(linear, shared_bytes);
+        block.run(linear, shared_bytes, shared_limit);
       } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex);
         if (position < failed) {
@@ -129,7 +131,7 @@ void check(bool ok, const std::string& what) {
   if (!ok) throw Error("launch: " + what);
 }
 
-void check_limits(dim3 blocks, dim3 threads, int64_t shared_bytes) {
+void check_limits(dim3 blocks, dim3 threads, int64_t shared_bytes, int64_t shared_limit) {
   const auto triple = [](dim3 d) { return describe(uint3{d.x, d.y, d.z}); };
   check(running == nullptr, "a kernel cannot launch another");
   check(blocks.x > 0 && blocks.y > 0 && blocks.z > 0,
@@ -140,8 +142,8 @@ void check_limits(dim3 blocks, dim3 threads, int64_t shared_bytes) {
             threads.y <= kMaxThreads && threads.z <= 64 &&
             threads.x * threads.y * threads.z <= kMaxThreads,
         "expected 1 to 1024 threads, at most (1024, 1024, 64), got " + triple(threads));
-  check(shared_bytes >= 0 && shared_bytes <= kMaxSharedBytes,
-        "expected at most " + std::to_string(kMaxSharedBytes) +
+  check(shared_bytes >= 0 && shared_bytes <= shared_limit,
+        "expected at most " + std::to_string(shared_limit) +
             " bytes of dynamic shared memory, got " + std::to_string(shared_bytes));
 }
 
@@ -150,13 +152,20 @@ void check_limits(dim3 blocks, dim3 threads, int64_t shared_bytes) {
 void set_seed(uint64_t seed) { launch_seed = seed; }
 uint64_t seed() { return launch_seed; }
 void set_blocks_at_once(int blocks) { blocks_at_once = blocks; }
+int64_t set_shared_bytes(int64_t bytes) {
+  return std::exchange(device_shared_bytes, std::max(bytes, kDefaultSharedBytes));
+}
+void allow_shared_memory() { shared_memory_allowed = true; }
 
 void launch(dim3 blocks, dim3 threads, int64_t shared_bytes, KernelCall call) {
-  check_limits(blocks, threads, shared_bytes);
+  const int64_t shared_limit =
+      std::exchange(shared_memory_allowed, false) ? device_shared_bytes : kDefaultSharedBytes;
+  check_limits(blocks, threads, shared_bytes, shared_limit);
   Launch launch{};
   launch.blocks = blocks;
   launch.threads = threads;
   launch.shared_bytes = shared_bytes;
+  launch.shared_limit = shared_limit;
   launch.call = call;
   launch.seed = launch_seed;
   launch.total = static_cast<uint64_t>(blocks.x) * blocks.y * blocks.z;

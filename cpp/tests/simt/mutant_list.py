@@ -41,6 +41,7 @@ def out_of_bounds(
     return Mutant(name, file, original, replacement, test, why, "address", OUT_OF_BOUNDS)
 
 
+PLATFORM, SPMM_LAUNCH = "cuda/platform.h", "cuda/spmm.cu"
 TILE, WGMMA, PACK = "cuda/sddmm_tile.cuh", "cuda/sddmm_wgmma.cuh", "cuda/pack.cuh"
 GATHER, FINALIZE = "cuda/sddmm_gather.cuh", "cuda/sddmm_finalize.cuh"
 SPMM_GATHER, SPMM_STAGED = "cuda/spmm_gather.cuh", "cuda/spmm_staged.cuh"
@@ -123,6 +124,14 @@ SDDMM_MUTANTS = [
         "piece.accumulate = false;\n  if (piece.end < args.blocks) {",
         WGMMA_TEST,
         "only the last piece of a long sum is kept",
+    ),
+    Mutant(
+        "wgmma: barriers not fenced",
+        WGMMA,
+        "    fence_proxy_async();\n",
+        "",
+        WGMMA_TEST,
+        "bulk copies may count their bytes on barriers that are not there yet",
     ),
     Mutant(
         "wgmma: empty stage not awaited",
@@ -332,6 +341,22 @@ SDDMM_MUTANTS = [
 ]
 
 SPMM_MUTANTS = [
+    Mutant(
+        "launch: no leave for static and dynamic shared memory together",
+        PLATFORM,
+        "if (grid.shared_bytes > 0) allow",
+        "if (grid.shared_bytes > 48 * 1024) allow",
+        SPMM_TEST,
+        "a launch of 48 KiB less the static part, up to 48 KiB, is refused",
+    ),
+    Mutant(
+        "spmm staged: static shared memory not counted",
+        SPMM_LAUNCH,
+        "if (shared + kStagedStatic<T> > device.shared_bytes) continue;",
+        "if (shared > device.shared_bytes) continue;",
+        SPMM_TEST,
+        "the launch is refused where slots alone would fit",
+    ),
     Mutant(
         "spmm gather: missing barrier before the tasks",
         SPMM_GATHER,

@@ -198,15 +198,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sources", type=Path, default=FOLDER.parents[1], help="the folder cpp")
     parser.add_argument("--build", type=Path, help="for objects (default: build/mutants)")
-    parser.add_argument("--only", default="", help="a part of the names of mutants")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of mutants")
     parser.add_argument("--list", action="store_true", help="only print them")
     arguments = parser.parse_args()
     sources = arguments.sources.resolve()
     build = arguments.build or sources.parent / "build" / "mutants"
 
-    mutants = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    mutants = [m for m in MUTANTS if any(part in m.name for part in arguments.only)]
     if not mutants:
-        parser.error(f"no mutant has {arguments.only!r} in its name")
+        parser.error(f"no mutant has any of {arguments.only} in its name")
     if arguments.list:
         for mutant in mutants:
             print(f"{mutant.name} ({mutant.file}, {mutant.test}): {mutant.why}")

@@ -20,6 +20,7 @@ void named_barrier(int barrier, int threads, bool wait, Where where);
 void mbarrier_init(uint64_t* barrier, int arrivals, Where where);
 void mbarrier_arrive(uint64_t* barrier, int bytes, Where where);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, Where where);
+void fence_proxy_async();
 void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier, Where where);
 void wgmma_fence(Where where);
 void wgmma(float* d, int columns, uint64_t a, uint64_t b, bool accumulate, bool bf16, Where where);
@@ -88,9 +89,9 @@ inline void mbarrier_expect_bytes(uint64_t* barrier, int bytes, Where where = Wh
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, Where where = Where::here()) {
   simt::mbarrier_wait(barrier, parity, where);
 }
-// Which writes the asynchronous proxy sees is not modelled.
 inline void fence_barrier_init() {}
-inline void fence_proxy_async() {}
+// Of what the asynchronous proxy sees, initialised barriers alone are modelled.
+inline void fence_proxy_async() { simt::fence_proxy_async(); }
 inline void copy_bulk_global_to_shared(void* shared, const void* global, int bytes,
                                        uint64_t* barrier, Where where = Where::here()) {
   simt::copy_bulk(shared, global, bytes, barrier, where);

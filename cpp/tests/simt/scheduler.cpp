@@ -129,6 +129,7 @@ void Block::reset(uint64_t linear_index) {
   exited = at_barrier = barrier_count = barrier_phase = at_mbarrier = wgmmas = 0;
   for (NamedBarrier& barrier : named) barrier = {};
   bulk_copies.clear();
+  unfenced_barriers.clear();
   bulk_copies_issued = 0;
   fibers_.begin_block();
   picks_left_ = 0;
@@ -136,9 +137,9 @@ void Block::reset(uint64_t linear_index) {
   current = &threads[0];
 }
 
-void Block::run(uint64_t linear_index, int64_t shared_bytes) {
+void Block::run(uint64_t linear_index, int64_t shared_bytes, int64_t shared_limit) {
   reset(linear_index);
-  shared.begin_block(shared_bytes);
+  shared.begin_block(shared_bytes, shared_limit);
 
   // For ThreadSanitizer every thread begins with what this one did before, and ends before what it
   // does after the launch; none sees what another block did.

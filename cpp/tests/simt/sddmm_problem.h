@@ -31,6 +31,9 @@ inline Pattern skewed_pattern(int64_t rows, int64_t cols, uint64_t seed) {
 
 using cuda::SddmmVariant;
 
+// Emulated devices with less shared memory than the first one.
+constexpr int kLikeA100 = 3, kLikeRtx = 4;
+
 struct Plan {
   TilePlan plan;
   std::vector<int32_t> blob;
@@ -90,10 +93,11 @@ struct Problem {
   }
 
   // Right, within its memory, without touching its inputs, and the same bits on any schedule.
-  void check(SddmmVariant variant, const PlanView& plan, const std::string& how) const {
+  void check(SddmmVariant variant, const PlanView& plan, const std::string& how,
+             int device = 0) const {
     const std::string context = describe(how);
     const Matrix a_before = a, b_before = b;
-    const Matrix out = run(variant, plan, 0, context);
+    const Matrix out = run(variant, plan, 0, context, device);
     for (int64_t t = 0; t < pattern.nnz(); ++t) {
       ROSA_CHECK(expected[static_cast<size_t>(t)].accepts(out, out.at(t), types.operand),
                  context + ": entry " + std::to_string(t) + " is " + std::to_string(out.at(t)) +
@@ -102,7 +106,7 @@ struct Problem {
     ROSA_CHECK(out.surroundings_intact(), context);
     ROSA_CHECK(a.same_bytes(a_before) && b.same_bytes(b_before), context);
     const uint64_t seed = static_cast<uint64_t>(turn) * 2 + 1;
-    ROSA_CHECK(out.same_bytes(run(variant, plan, seed, context)), context + ", seed");
+    ROSA_CHECK(out.same_bytes(run(variant, plan, seed, context, device)), context + ", seed");
   }
 };
 

@@ -40,7 +40,8 @@ void SharedMemory::Region::allocate(int64_t alignment) {
 
 void SharedMemory::Region::poison() { std::memset(data, kPoison, static_cast<size_t>(bytes)); }
 
-void SharedMemory::begin_block(int64_t dynamic_bytes) {
+void SharedMemory::begin_block(int64_t dynamic_bytes, int64_t limit) {
+  limit_ = limit;
   if (dynamic_.bytes != dynamic_bytes || dynamic_.data == nullptr) {
     std::free(dynamic_.data);
     dynamic_.data = nullptr;
@@ -51,7 +52,7 @@ void SharedMemory::begin_block(int64_t dynamic_bytes) {
   for (Region& region : static_) region.used = false;
   static_bytes_ = 0;
   if (tsan::active()) {
-    arena_.bytes = kMaxStaticSharedBytes;
+    arena_.bytes = kDefaultSharedBytes;
     arena_.allocate(kStaticAlignment);
     arena_.poison();
   }
@@ -65,8 +66,8 @@ void* SharedMemory::declared(const void* declaration, int64_t bytes) {
   }
   if (region != nullptr && region->used) return region->data;
   const int64_t offset = round_up(static_bytes_, kStaticAlignment);
-  if (offset + bytes > kMaxStaticSharedBytes ||
-      round_up(dynamic_.bytes, kStaticAlignment) + offset + bytes > kMaxSharedBytes) {
+  if (offset + bytes > kDefaultSharedBytes ||
+      round_up(dynamic_.bytes, kStaticAlignment) + offset + bytes > limit_) {
     return nullptr;
   }
   if (region == nullptr) {
@@ -142,9 +143,9 @@ void* static_shared(const void* declaration, int64_t bytes, Where where) {
   Block& block = here();
   void* data = block.shared.declared(declaration, bytes);
   if (data == nullptr) {
-    block.fail(where, "static shared memory beyond " + std::to_string(kMaxStaticSharedBytes) +
-                          " bytes, or more than " + std::to_string(kMaxSharedBytes) +
-                          " bytes with the dynamic one");
+    block.fail(where, "static shared memory beyond " + std::to_string(kDefaultSharedBytes) +
+                          " bytes, or more than the " + std::to_string(block.shared.limit()) +
+                          " bytes of this launch with the dynamic one");
   }
   return data;
 }

@@ -115,6 +115,11 @@ struct NamedBarrier {
   int phase = 0;
 };
 
+struct UnfencedBarrier {
+  const uint64_t* address;
+  int thread;
+};
+
 struct CopyBulk {
   void* shared;
   const void* global;
@@ -134,7 +139,9 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  void begin_block(int64_t dynamic_bytes);
+  // `limit`: of static and dynamic shared memory together.
+  void begin_block(int64_t dynamic_bytes, int64_t limit);
+  int64_t limit() const { return limit_; }
   // Whether all guards are as they were.
   bool intact() const;
   void release();
@@ -162,7 +169,7 @@ class SharedMemory {
   // Under ThreadSanitizer all of it, allocated before any thread runs: it takes an allocation for
   // a write by the allocating thread.
   Region arena_;
-  int64_t static_bytes_ = 0;
+  int64_t static_bytes_ = 0, limit_ = 0;
 };
 
 // Addresses that ThreadSanitizer hangs its happens-before relation on, fresh for every block.
@@ -213,7 +220,7 @@ class Block : public BlockIndex {
   LaunchSync* launch_sync = nullptr;
 
   // Runs all threads of block `index`; throws what went wrong.
-  void run(uint64_t linear_index, int64_t shared_bytes);
+  void run(uint64_t linear_index, int64_t shared_bytes, int64_t shared_limit);
 
   // ---- called by the running thread
   // Gives way to other threads until woken.
@@ -244,7 +251,9 @@ class Block : public BlockIndex {
   void* copier = nullptr;  // for ThreadSanitizer
   NamedBarrier named[16];
   std::vector<CopyBulk> bulk_copies;  // under way
-  int wgmmas = 0;                     // issued by any warp, not executed
+  // Initialised by a thread that has not fenced since: bulk copies do not see them.
+  std::vector<UnfencedBarrier> unfenced_barriers;
+  int wgmmas = 0;  // issued by any warp, not executed
 
  private:
   // kStay: a warp goes on for as long as it can, as it does in order.

@@ -123,6 +123,42 @@ void test_schedules() {
   }
 }
 
+// A ring of two stages where that puts more blocks on a multiprocessor, three elsewhere; and tiles
+// that a device has no room for are refused before the launch.
+void test_tiles_on_other_devices() {
+  const int64_t two = cuda::sddmm_shared_bytes(SddmmVariant::kTile, 128, kLikeA100);
+  const int64_t three = cuda::sddmm_shared_bytes(SddmmVariant::kTile, 128, 0);
+  ROSA_CHECK(2 * (two + 1024) <= 164 * 1024 && three == 96 * 1024, "stages");
+  ROSA_CHECK(cuda::sddmm_shared_bytes(SddmmVariant::kTile, 128, kLikeRtx) == three, "stages");
+  ROSA_CHECK(cuda::sddmm_shared_bytes(SddmmVariant::kGather, 256, kLikeRtx) == 0, "gather");
+  const Pattern pattern = skewed_pattern(150, 300, 6);
+  int64_t turn = 6000;
+  for (int device : {kLikeA100, kLikeRtx}) {
+    for (double fill : {kHeavyFill, 0.0}) {
+      const Plan plan(pattern, 128, fill);
+      for (int64_t k : {1, 64, 129, 700}) {
+        ++turn;
+        if (kReduced && turn % 3 != 0) continue;
+        Problem(pattern, kCudaTypes[1 + turn % 4], k, Layout::kColumn, layout(turn), turn)
+            .check(SddmmVariant::kTile, plan.view(), "device " + std::to_string(device), device);
+      }
+    }
+  }
+  const Plan wide(pattern, 256, 0.0);
+  const Problem problem(pattern, kCudaTypes[1], 65, Layout::kColumn, Layout::kColumn, turn);
+  problem.check(SddmmVariant::kTile, wide.view(), "wide on an A100", kLikeA100);
+  std::string refusal;
+  try {
+    problem.run(SddmmVariant::kTile, wide.view(), 0, "wide", kLikeRtx);
+  } catch (const std::invalid_argument& error) {
+    refusal = error.what();
+  }
+  ROSA_CHECK(refusal ==
+                 "expected a device that gives a block 147456 bytes of shared memory, got one "
+                 "with 101376",
+             refusal);
+}
+
 // What a nonzero refers to must show; what it does not must not.
 void test_nonfinite_operands_show() {
   const Pattern pattern = random_pattern(130, 140, 0.05, 9);
@@ -191,6 +227,7 @@ int main() {
   rosa::test::test_tiles();
   rosa::test::test_tiles_of_nasty_patterns();
   rosa::test::test_schedules();
+  rosa::test::test_tiles_on_other_devices();
   rosa::test::test_nonfinite_operands_show();
   rosa::test::test_bad_arguments();
   rosa::test::test_two_callers();

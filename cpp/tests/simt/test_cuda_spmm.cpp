@@ -13,8 +13,9 @@ namespace {
 
 using cuda::SpmmVariant;
 
-// The emulated devices: 0 keeps b in shared memory where it fits, 1 has too little for that.
-constexpr int kStages = 0, kGathersLines = 1;
+// The emulated devices: 0 keeps b in shared memory where it fits, 1 has too little for that, 3 and
+// 4 have room for less of it.
+constexpr int kStages = 0, kGathersLines = 1, kLikeA100 = 3, kLikeRtx = 4;
 
 constexpr Types kCudaTypes[] = {
     {DType::kFloat32, DType::kFloat32},  {DType::kBFloat16, DType::kBFloat16},
@@ -109,7 +110,7 @@ struct Problem {
   void check_gathers(const PlanView& plan, std::vector<int> devices = {kStages, kGathersLines}) {
     spoil_unreferenced(b, Referenced(pattern).cols, b_layout);
     for (int device : devices) {
-      const std::string how = device == kStages ? "staged" : "lines";
+      const std::string how = "device " + std::to_string(device);
       check(SpmmVariant::kGather, {}, device, how);
       if (!plan.empty()) check(SpmmVariant::kGather, plan, device, how + " with a plan");
     }
@@ -209,6 +210,24 @@ void test_gather_large() {
         if (turn % (kReduced ? 7 : 3) != 0) continue;
         const Layout l = turn % 2 ? Layout::kColumn : Layout::kRow;
         Problem(pattern, types, k, l, l, turn).check_gathers(turn % 2 ? PlanView{} : plan.view());
+      }
+    }
+  }
+}
+
+// Hidden sizes of models, whose slots and static shared memory are past 48 KiB only together, on
+// devices with room for one, two or many such blocks.
+void test_gather_hidden_sizes() {
+  int64_t turn = 4500;
+  for (int64_t cols : {2048, 3072, 11008}) {
+    const Pattern pattern("hidden " + std::to_string(cols), 7, cols,
+                          [&](int64_t i, int64_t j) { return j % 499 == i * 3 || j == cols - 1; });
+    for (Types types : kCudaTypes) {
+      for (int64_t k : {1, 2, 8}) {
+        ++turn;
+        if (kReduced && turn % 3 != 0) continue;
+        Problem(pattern, types, k, turn % 2 ? Layout::kColumn : Layout::kRow, Layout::kColumn, turn)
+            .check_gathers({}, {kStages, kLikeA100, kLikeRtx});
       }
     }
   }
@@ -387,13 +406,14 @@ void test_bad_arguments() {
       plan_view(narrow.header.data(), static_cast<int64_t>(narrow.header.size()),
                 narrow.blob.data(), static_cast<int64_t>(narrow.blob.size()));
   const auto refused = [&](SpmmVariant variant, const PlanView& view, DType values, DType b,
-                           DType c, int64_t nnz, int64_t b_rows, int64_t c_cols) {
+                           DType c, int64_t nnz, int64_t b_rows, int64_t c_cols,
+                           int device = kStages) {
     const Matrix v(values, nnz, 1, Layout::kRow), x(b, b_rows, 8, Layout::kRow),
         y(c, 20, c_cols, Layout::kRow);
     const Buffer workspace(1 << 20);
     try {
-      cuda::spmm(variant, pattern.view(), view, v.vector(), x.view(), y.view(), workspace.data(), 0,
-                 nullptr);
+      cuda::spmm(variant, pattern.view(), view, v.vector(), x.view(), y.view(), workspace.data(),
+                 device, nullptr);
     } catch (const std::invalid_argument&) {
       return true;
     }
@@ -416,6 +436,8 @@ void test_bad_arguments() {
   ROSA_CHECK(refused(tile, plan.view(), full, full, full, nnz, 30, 8), "float32 tiles");
   ROSA_CHECK(refused(tile, plan.view(), full, bf16, bf16, nnz, 30, 8), "float32 values of tiles");
   ROSA_CHECK(refused(tile, narrow_view, bf16, bf16, bf16, nnz, 30, 8), "tile shape");
+  ROSA_CHECK(refused(tile, plan.view(), bf16, bf16, bf16, nnz, 30, 8, kGathersLines),
+             "too little shared memory");
 }
 
 void test_two_callers() {
@@ -426,7 +448,7 @@ void test_two_callers() {
       Problem problem(pattern, kCudaTypes[1], 70, Layout::kColumn, Layout::kColumn,
                       100 * caller + round);
       problem.check(round == 0 ? SpmmVariant::kTile : SpmmVariant::kGather, plan.view(),
-                    round == 1 ? kStages : kGathersLines, "two callers");
+                    round == 2 ? kGathersLines : kStages, "two callers");
     }
   });
 }
@@ -441,6 +463,7 @@ int main() {
   test_gather_patterns();
   test_gather_long_rows();
   test_gather_large();
+  test_gather_hidden_sizes();
   test_gather_wide();
   test_tiles();
   test_tiles_of_nasty_patterns();

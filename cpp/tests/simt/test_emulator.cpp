@@ -29,6 +29,7 @@ constexpr bool kReduced = false;
 
 template <class Kernel>
 void run(unsigned blocks, unsigned threads, const Kernel& kernel, int64_t shared_bytes = 0) {
+  simt::allow_shared_memory();
   simt::launch(dim3(blocks), dim3(threads), shared_bytes, kernel);
 }
 
@@ -488,6 +489,7 @@ void test_misuse_of_memory() {
 void test_limits() {
   const auto refused = [](dim3 blocks, dim3 threads, int64_t shared_bytes, const char* part) {
     try {
+      simt::allow_shared_memory();
       simt::launch(blocks, threads, shared_bytes, [] {});
       ROSA_CHECK(false, part);
     } catch (const simt::Error& error) {
@@ -506,6 +508,46 @@ void test_limits() {
   refused(dim3(1), dim3(1), 227 * 1024 + 1, "got 232449");
   const std::string nested = error_of(1, [] { simt::launch(dim3(1), dim3(1), 0, [] {}); });
   ROSA_CHECK(contains(nested, "cannot launch another"), nested);
+}
+
+// Static and dynamic shared memory count together, as on a device: 48 KiB unless a launch has leave
+// for more, which holds for that launch alone; never more than the device has.
+void test_leave_for_shared_memory() {
+  constexpr int64_t kStatic = 16 * 1024, kDefault = 48 * 1024;
+  const auto outcome = [](bool leave, int64_t dynamic_bytes) -> std::string {
+    if (leave) simt::allow_shared_memory();
+    try {
+      simt::launch(dim3(1), dim3(32), dynamic_bytes, [] {
+        ROSA_SHARED(array, char[kStatic]);
+        array[threadIdx.x] = 0;
+      });
+    } catch (const simt::Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const auto refuses = [&](bool leave, int64_t dynamic_bytes, const char* part) {
+    const std::string error = outcome(leave, dynamic_bytes);
+    ROSA_CHECK(contains(error, part), std::to_string(dynamic_bytes) + ": " + error);
+  };
+  const auto serves = [&](bool leave, int64_t dynamic_bytes) {
+    const std::string error = outcome(leave, dynamic_bytes);
+    ROSA_CHECK(error.empty(), std::to_string(dynamic_bytes) + ": " + error);
+  };
+  serves(false, kDefault - kStatic);
+  refuses(false, kDefault - kStatic + 16, "more than the 49152 bytes of this launch");
+  refuses(false, kDefault + 1, "at most 49152 bytes of dynamic shared memory");
+  serves(true, simt::kMaxSharedBytes - kStatic);
+  refuses(false, kDefault, "more than the 49152 bytes");
+  refuses(true, simt::kMaxSharedBytes - kStatic + 16, "more than the 232448 bytes");
+
+  const int64_t before = simt::set_shared_bytes(99 * 1024);
+  serves(true, 99 * 1024 - kStatic);
+  refuses(true, 99 * 1024 - kStatic + 16, "more than the 101376 bytes");
+  refuses(true, 99 * 1024 + 1, "at most 101376 bytes");
+  simt::set_shared_bytes(1);  // any device gives the default
+  serves(false, kDefault - kStatic);
+  simt::set_shared_bytes(before);
 }
 
 // A kernel that fails leaves nothing behind: the next one runs, on the same stacks, too.
@@ -669,6 +711,7 @@ int main(int argc, char** argv) {
   test_misuse_of_collectives();
   test_misuse_of_memory();
   test_limits();
+  test_leave_for_shared_memory();
   test_after_failures();
   if (kSanitizer != Sanitizer::kThread) test_missing_barriers();  // it would see more
   expect_caught(kMisdeeds, argv[0]);

@@ -22,6 +22,7 @@ constexpr DType kDType = std::is_same_v<T, Bf16> ? DType::kBFloat16 : DType::kFl
 
 template <class Kernel>
 void run(unsigned threads, const Kernel& kernel, int64_t shared_bytes = 0) {
+  simt::allow_shared_memory();
   simt::launch(dim3(1), dim3(threads), shared_bytes, kernel);
 }
 
@@ -414,6 +415,7 @@ bool bulk_pipeline_is_right(BulkMistake mistake) {
             cuda::mbarrier_init(empty + stage, mistake == BulkMistake::kTooFewArrivals ? 32 : 64);
           }
           cuda::fence_barrier_init();
+          cuda::fence_proxy_async();
         }
         __syncthreads();
         if (threadIdx.x >= 64) {
@@ -481,6 +483,7 @@ void test_bulk_copies() {
       ROSA_DYNAMIC_SHARED(shared);
       ROSA_SHARED(barrier, uint64_t);
       cuda::mbarrier_init(&barrier, 1);
+      cuda::fence_proxy_async();
       use(shared, &barrier);
     };
   };
@@ -492,6 +495,19 @@ void test_bulk_copies() {
     uint64_t barrier = 0;
     cuda::mbarrier_init(&barrier, 1);
   });
+  expect_error(
+      "may not see its mbarrier", 2,
+      [] {
+        ROSA_DYNAMIC_SHARED(shared);
+        ROSA_SHARED(barrier, uint64_t);
+        if (threadIdx.x == 0) cuda::mbarrier_init(&barrier, 1);
+        __syncthreads();
+        if (threadIdx.x == 0) return;
+        cuda::fence_proxy_async();  // by another thread than the one that wrote
+        cuda::mbarrier_expect_bytes(&barrier, 16);
+        cuda::copy_bulk_global_to_shared(shared, source, 16, &barrier);
+      },
+      16);
   expect_error("for 0 arrivals", 1, [] {
     ROSA_SHARED(barrier, uint64_t);
     cuda::mbarrier_init(&barrier, 0);

@@ -42,13 +42,13 @@ void read_bandwidth(const void* data, int64_t bytes, int passes, int blocks, voi
   if (bytes == 0 || passes == 0 || blocks == 0) return;
   const DeviceGuard guard(device);
   const Grid grid = {dim3(static_cast<unsigned>(blocks)), dim3(kReadThreads), 0, stream};
-  launch(read_kernel, grid, static_cast<const uint4*>(data), bytes / 16, passes,
-         static_cast<uint32_t*>(sink));
+  launch<read_kernel>(grid, static_cast<const uint4*>(data), bytes / 16, passes,
+                      static_cast<uint32_t*>(sink));
 }
 
 void launch_empty(int count, int device, Stream stream) {
   const DeviceGuard guard(device);
-  for (int i = 0; i < count; ++i) launch(empty_kernel, Grid{dim3(1), dim3(kWarp), 0, stream});
+  for (int i = 0; i < count; ++i) launch<empty_kernel>(Grid{dim3(1), dim3(kWarp), 0, stream});
 }
 
 }  // namespace rosa::cuda::baselines

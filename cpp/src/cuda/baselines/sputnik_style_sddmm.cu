@@ -14,9 +14,9 @@ void launch_sddmm(const SddmmArgs<T>& args, int64_t grid_entries, Stream stream)
                           grid_y(grid_entries, kSddmmItems)),
                      dim3(kLanes, kRows), 0, stream};
   if (args.k % (kVector * kLanes) == 0) {
-    launch(sputnik_style_sddmm_kernel<T, kVector, kLanes, false>, grid, args);
+    launch<sputnik_style_sddmm_kernel<T, kVector, kLanes, false>>(grid, args);
   } else {
-    launch(sputnik_style_sddmm_kernel<T, kVector, kLanes, true>, grid, args);
+    launch<sputnik_style_sddmm_kernel<T, kVector, kLanes, true>>(grid, args);
   }
 }
 

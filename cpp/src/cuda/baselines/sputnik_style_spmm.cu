@@ -13,7 +13,7 @@ void launch_spmm(const SpmmArgs<T>& args, Stream stream) {
   const Grid grid = {dim3(static_cast<unsigned>((args.rows + kRows - 1) / kRows),
                           grid_y(args.k, kLanes * kVector * kLoads)),
                      dim3(kLanes, kRows), 0, stream};
-  launch(sputnik_style_spmm_kernel<T, kVector, kLanes, kLoads>, grid, args);
+  launch<sputnik_style_spmm_kernel<T, kVector, kLanes, kLoads>>(grid, args);
 }
 
 // Narrow tiles for few columns, else the widest vectors that k allows, two per lane where they fit.
