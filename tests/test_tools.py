@@ -1,17 +1,11 @@
-"""cpp/tools: the compiler that is found or installed, the resource report, the GPU session."""
+"""cpp/tools: the compiler that is found or installed, and the resource report."""
 
 from __future__ import annotations
 
-import io
-import os
-import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cuda_toolchain
-import gpu
 import pytest
 import resource_report
 from resource_report import Kernel
@@ -180,62 +174,3 @@ def test_kernels_are_named_as_people_write_them() -> None:
     assert list(tile.violations()) == [
         f"expected {name} instructions, got none" for name in ("HMMA", "LDSM", "LDGSTS")
     ]
-
-
-def test_steps_fail_alone_and_decide_the_exit_status() -> None:
-    log = io.StringIO()
-    session = gpu.Session(60, log)
-    assert session.run("works", sys.executable, "-c", "print('seen')")
-    assert "seen" in log.getvalue()
-    session.skip("absent", "there is none")
-    assert session.finish() == 0
-    assert not session.run("breaks", sys.executable, "-c", "raise SystemExit(3)")
-    assert session.finish() == 2
-    refuses = "print('Device not supported'); raise SystemExit(1)"
-    session.run("cannot", sys.executable, "-c", refuses, unsupported="Device not supported")
-    assert session.steps[-1].outcome == "skipped"
-    session.run("wrong", sys.executable, "-c", "raise SystemExit(1)", correctness=True)
-    assert session.finish() == 1
-    assert [line.split()[0] for line in log.getvalue().splitlines()[-5:]] == [
-        "ok",
-        "skipped",
-        "failed",
-        "skipped",
-        "failed",
-    ]
-
-
-def test_a_step_that_hangs_ends_with_its_children() -> None:
-    session = gpu.Session(60, io.StringIO())
-    begin = time.monotonic()
-    child = "import subprocess, sys; subprocess.run(['sleep', '60'])"
-    assert not session.run("hangs", sys.executable, "-c", child, limit_s=0.5, correctness=True)
-    assert time.monotonic() - begin < 20
-    assert "not finished" in session.steps[-1].reason
-
-
-def test_make_gpu_needs_no_environment_of_its_own(tmp_path: Path) -> None:
-    make = shutil.which("make")
-    if make is None:
-        pytest.skip("needs make")
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS")}
-    done = subprocess.run(
-        # Under another make it would say which folder it enters.
-        [make, "-n", "--no-print-directory", "gpu", "BUDGET=7"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split() == ["python3", "cpp/tools/gpu.py", "--budget", "7"]
-
-
-def test_gpu_check_passes_every_kernel_of_this_machine() -> None:
-    command = [sys.executable, "-W", "ignore", ROOT / "cpp/tools/gpu_check.py"]
-    done = subprocess.run(
-        [*command, "--small", "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " 0 failed" in done.stdout

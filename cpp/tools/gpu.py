@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Build, test and measure on a GPU machine that has torch, nvcc and cmake, and no package index.
+"""Two short sessions on a GPU machine that has torch, nvcc and cmake, and no package index.
 
-    python3 cpp/tools/gpu.py --budget 25          # minutes, all together; `make gpu BUDGET=25`
+    python3 cpp/tools/gpu.py first --budget 5     # minutes, all together; `make gpu BUDGET=5`
+    python3 cpp/tools/gpu.py more --budget 4      # `make gpu-more BUDGET=4`
 
-Builds into build/gpu for the GPU of the machine, runs the native tests, the GPU tests (by pytest,
-or without it by gpu_check.py) and compute-sanitizer, measures the benchmark suites in the time that
-is left and ends with the ratios to every peer. A step that fails is reported at the end and stops
-only what needs it. The exit status is 0, 1 if something was found to be incorrect, or 2 if anything
-else failed. Rows, figures and the log are in build/gpu/results, or where --out says.
+`first` answers three questions. Are the kernels right, in cases that small tests never reach? How
+fast are they on real masks, against dense + gather and cuSPARSE? Where does the time go, against
+what the cost model expects? `more` runs the GPU tests and memcheck, and measures the other masks,
+decoding, the copies and the layer. `--device cpu` rehearses either without a GPU.
+
+Each builds into build/gpu and runs a copy of the Python sources there, beside the new module: the
+checkout's own module stays as it is. Whatever hangs, a session ends within its budget. The exit
+status is 0; 1 if something is incorrect; 2 if something failed; 3 if something was not reached.
+Under --out: log.txt, results.jsonl, stages.jsonl, machine.json and ncu.csv.
 """
 
 from __future__ import annotations
@@ -17,349 +22,319 @@ import importlib.util
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import cuda_toolchain
+from session import Session, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"
-SUITES = ("rosa", "density", "tokens", "llm")
-# What tests may take of the budget: what remains belongs to the suites.
-NATIVE_SHARE, TEST_SHARE, SANITIZER_SHARE = 0.1, 0.25, 0.08
-SHORTEST_TEST_S = 90.0  # a shorter limit would tell a slow machine from a fast one, no more
-FINISH_SHARE = 0.04  # for the figures and the table
-EXPERIMENT_SHARE = 0.025  # for each of the experiments
-# Beside the defaults: panels of the size of L2, and kernels of a call that overlap.
-EXPERIMENTS = {
-    "panels-128": {},
-    "panels-128-early": {"ROSA_EARLY_LAUNCH": "1"},
-    "panels-32": {"ROSA_PANEL_MIB": "32"},
-    "panels-32-early": {"ROSA_PANEL_MIB": "32", "ROSA_EARLY_LAUNCH": "1"},
+TREE = BUILD / "tree"
+STAGED = ("rosa_kernels", "rosa_train", "bench", "tests", "cpp/tools", "pyproject.toml")
+NOT_STAGED = ("__pycache__", "*.so", "results")
+
+# A family's kernels share code, so one process checks them: a fault takes its CUDA context along.
+FAMILIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
+    "cuda": {
+        "sddmm cuda/gather": (("sddmm",), "cuda/gather"),
+        "sddmm cuda/tile": (("sddmm",), "cuda/tile"),
+        "sddmm cuda/wgmma": (("sddmm",), "cuda/wgmma"),
+        "spmm cuda/gather": (("spmm",), "cuda/gather"),
+        "spmm cuda/tile": (("spmm",), "cuda/tile"),
+        "copies cuda": (("csr_add_", "csr_gather", "csr_scatter_"), "cuda"),
+    },
+    "cpu": {
+        "sddmm cpu": (("sddmm",), "cpu"),
+        "spmm cpu": (("spmm",), "cpu"),
+        "copies cpu": (("csr_add_", "csr_gather", "csr_scatter_"), "cpu"),
+    },
 }
-SANITIZERS = {
-    # Room after every allocation makes small overruns visible; torch must not pool them.
-    "memcheck": ("--padding", "1024"),
-    "racecheck": (),
-    "synccheck": (),
-}
-# Exit status of gpu_check.py is 0 or 1, of compute-sanitizer on an error this.
-SANITIZER_ERROR = 86
-NO_DEVICE = "no CUDA device"
+# Those whose memory accesses are the least like plain loops.
+MEMCHECKED = ("sddmm cuda/tile", "sddmm cuda/wgmma", "spmm cuda/gather", "spmm cuda/tile")
+
+# Shares of the budget. What a step leaves goes to the measurements.
+BUILD_SHARE, CHECK_SHARE, NCU_SHARE, TEST_SHARE, LAYER_SHARE = 0.4, 0.25, 0.1, 0.3, 0.35
+# A check stops itself so long before it is stopped: its own end says what was not reached.
+CHECK_MARGIN_S = 10.0
+SHORTEST_MEASUREMENT_S = 15.0
+LINES_SHOWN = 45
+
+# Time, bytes from and to memory, hits of the second-level cache, what the tensor cores do.
+NCU_METRICS = (
+    "gpu__time_duration.sum",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "lts__t_sector_hit_rate.pct",
+    "lts__t_bytes.sum",
+    "sm__inst_executed_pipe_tensor.sum",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_shared_mem",
+)
+NO_GPU = "no CUDA device: nothing was built. `--device cpu` rehearses the session without one"
 
 
-@dataclass(frozen=True)
-class Step:
-    """How one step went: "ok", "failed" or "skipped"."""
+@dataclass
+class Run:
+    """A session and what its steps share."""
 
-    name: str
-    outcome: str
-    seconds: float
-    reason: str = ""
-    correctness: bool = False
+    session: Session
+    device: str
+    budget_s: float
+    out: Path
+    without: list[str] = field(default_factory=list)
 
-
-class Session:
-    """Runs commands, keeps a log of them, the time, and what became of every step."""
-
-    def __init__(self, budget_s: float, log: IO[str]) -> None:
-        self.steps: list[Step] = []
-        self._log = log
-        self._budget_s = budget_s
-        self._start = time.monotonic()
-
-    def left(self) -> float:
-        """Seconds of the budget that are not spent."""
-        return self._budget_s - (time.monotonic() - self._start)
-
-    def share(self, of_budget: float, at_least_s: float = SHORTEST_TEST_S) -> float:
+    def share(self, of_budget: float) -> float:
         """A step's time limit in seconds."""
-        return max(at_least_s, of_budget * self._budget_s)
+        return min(of_budget * self.budget_s, self.session.left())
 
-    def say(self, text: str) -> None:
-        """To the terminal and the log."""
-        print(text, flush=True)
-        print(text, file=self._log, flush=True)
+    def bench(self, *arguments: str | Path, limit_s: float, name: str) -> bool:
+        """One benchmark process, which ends itself before its limit unless something hangs."""
+        if limit_s < SHORTEST_MEASUREMENT_S:
+            self.session.skip(name, f"{max(limit_s, 0):.0f} s are left", "not reached")
+            return False
+        command = [sys.executable, "-m", "bench", *arguments, "--device", self.device]
+        command += ["--time-budget", f"{limit_s * 0.8:.0f}"]
+        if self.without:
+            command += ["--without", *self.without]
+        task = Task(name, command, limit_s=limit_s, show=LINES_SHOWN)
+        return self.session.run(task).ok
 
-    def skip(self, name: str, reason: str) -> None:
-        """Record a step that cannot run here."""
-        self.say(f"\n== {name}: skipped, {reason}")
-        self.steps.append(Step(name, "skipped", 0.0, reason))
 
-    def run(
-        self,
-        name: str,
-        *command: str | Path,
-        limit_s: float | None = None,
-        correctness: bool = False,
-        extra: dict[str, str] | None = None,
-        unsupported: str = "",
-    ) -> bool:
-        """Run one step; its output is shown and kept. True if it succeeded.
+def has(module: str) -> bool:
+    """Whether this Python finds a module."""
+    return importlib.util.find_spec(module) is not None
 
-        A step that fails with the words `unsupported` in its output counts as skipped.
-        """
-        limit = "" if limit_s is None else f"   (at most {limit_s:.0f} s)"
-        words = ("..." if "\n" in word else word for word in map(str, command))
-        self.say(f"\n== {name}: {' '.join(words)}{limit}")
-        begin = time.monotonic()
-        expired = threading.Event()
-        seen_unsupported = False
-        with subprocess.Popen(
-            list(map(str, command)),
-            cwd=ROOT,
-            env=environment() | (extra or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # so that a time limit ends the children, too
-        ) as process:
 
-            def expire() -> None:
-                expired.set()
-                os.killpg(process.pid, signal.SIGKILL)
+def program(name: str) -> str | None:
+    """A program of the CUDA toolkit, on PATH or where toolkits put it."""
+    folders = [cuda_toolchain.TOOLKIT / "bin", cuda_toolchain.TOOLKIT / "compute-sanitizer"]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
 
-            timer = threading.Timer(limit_s or threading.TIMEOUT_MAX, expire)
-            timer.daemon = True
-            timer.start()
-            assert process.stdout is not None
-            for line in process.stdout:
-                self.say(line.rstrip("\n"))
-                seen_unsupported |= bool(unsupported) and unsupported in line
-            status = process.wait()
-            timer.cancel()
-        seconds = time.monotonic() - begin
-        if status == 0:
-            self.steps.append(Step(name, "ok", seconds))
-        elif seen_unsupported:
-            self.steps.append(Step(name, "skipped", seconds, unsupported))
-        else:
-            reason = f"exit status {status}"
-            if expired.is_set():
-                reason = f"not finished within {limit_s:.0f} s"
-            self.steps.append(Step(name, "failed", seconds, reason, correctness))
-        return status == 0
 
-    def finish(self) -> int:
-        """Print every step's outcome; the exit status."""
-        self.say("\n== Steps")
-        for step in self.steps:
-            reason = f": {step.reason}" if step.reason else ""
-            self.say(f"{step.outcome:8}{step.seconds:7.0f} s  {step.name}{reason}")
-        failed = [step for step in self.steps if step.outcome == "failed"]
-        if any(step.correctness for step in failed):
-            return 1
-        return 2 if failed else 0
+def gpu_is_here() -> bool:
+    """Without importing torch, which takes seconds."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or cuda_toolchain.has_gpu()
 
 
 def environment() -> dict[str, str]:
-    """What the steps run in: this Python, whatever virtual environment the caller names."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS")}
-    return kept | {"PYTHONUNBUFFERED": "1"}
+    """What the steps run in: this Python and the staged sources, whatever the caller's settings."""
+    ignored = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "PYTHONPATH", "ROSA_BACKEND", "ROSA_MACHINE")
+    kept = {key: value for key, value in os.environ.items() if key not in ignored}
+    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(TREE)}
 
 
-def has(*modules: str) -> bool:
-    """Whether this Python finds all these modules."""
-    return all(importlib.util.find_spec(module) is not None for module in modules)
+def stage() -> None:
+    """Copy the Python sources to where the new module will lie."""
+    shutil.rmtree(TREE, ignore_errors=True)
+    for name in STAGED:
+        source, target = ROOT / name, TREE / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(*NOT_STAGED))
+        else:
+            shutil.copy(source, target)
 
 
-def build(session: Session) -> bool:
-    """Configure and build with plain CMake; True if the module is there."""
+def build(run: Run) -> bool:
+    """The Python module for the GPU of this machine, with plain CMake; True if it is there."""
+    stage()
     nvcc = cuda_toolchain.find()
-    if nvcc is None:
-        session.steps.append(Step("nvcc", "failed", 0.0, "none was found: CPU kernels only"))
+    if nvcc is None and run.device == "cuda":
+        run.session.skip("build", "expected nvcc, got none", "failed")
+        return False
     generator = ("-G", "Ninja") if shutil.which("ninja") else ()
-    configured = session.run(
+    configure = Task(
         "configure",
-        "cmake",
-        "-S",
-        ROOT,
-        "-B",
-        BUILD,
-        *generator,
-        "-DCMAKE_BUILD_TYPE=Release",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-DROSA_CUDA={'AUTO' if nvcc is None else 'ON'}",
-        "-DROSA_EMULATED_TESTS=OFF",  # any machine can run those
-        extra={} if nvcc is None else {"CUDACXX": str(nvcc)},
+        [
+            *("cmake", "-S", ROOT, "-B", BUILD / "cmake", *generator),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DROSA_MODULE_DIR={TREE / 'rosa_kernels'}",
+            f"-DROSA_CUDA={'ON' if run.device == 'cuda' else 'OFF'}",
+            "-DROSA_TESTS=OFF",
+            "-DROSA_INSTALL=OFF",
+        ],
+        limit_s=run.share(BUILD_SHARE),
+        environment={} if nvcc is None else {"CUDACXX": str(nvcc)},
     )
-    return configured and session.run(
-        "build", "cmake", "--build", BUILD, "--parallel", str(os.cpu_count() or 1)
+    if not run.session.run(configure).ok:
+        return False
+    command = ["cmake", "--build", BUILD / "cmake", "--parallel", str(os.cpu_count() or 1)]
+    return run.session.run(Task("build", command, limit_s=run.share(BUILD_SHARE))).ok
+
+
+def check(run: Run) -> None:
+    """Every family of kernels in a process of its own; what fails is not measured afterwards."""
+    limit = run.share(CHECK_SHARE)
+    tool = TREE / "cpp" / "tools" / "gpu_check.py"
+    families = FAMILIES[run.device]
+    tasks = [
+        Task(
+            f"check {name}",
+            [
+                *(sys.executable, "-W", "ignore", tool, "--device", run.device),
+                *("--sizes", "large", "small"),
+                *("--budget", f"{max(limit - CHECK_MARGIN_S, 1):.0f}"),
+                *("--ops", *ops, "--kernels", kernel),
+            ],
+            limit_s=limit,
+            checks=True,
+            wrong="^INCORRECT ",
+        )
+        for name, (ops, kernel) in families.items()
+    ]
+    for step, (_, kernel) in zip(run.session.together(tasks), families.values(), strict=True):
+        if step.outcome in ("failed", "incorrect") and kernel not in run.without:
+            run.without.append(kernel)
+    if run.without:
+        run.session.say(f"not measured: {', '.join(run.without)}")
+
+
+def profile(run: Run) -> None:
+    """What Nsight Compute counts in each kernel, where it works."""
+    ncu = program("ncu")
+    if ncu is None or run.device != "cuda":
+        run.session.skip("ncu", "ncu was not found" if run.device == "cuda" else run.device)
+        return
+    command = [
+        *(ncu, "--clock-control", "none", "--csv", "--log-file", run.out / "ncu.csv"),
+        *("--kernel-name-base", "demangled", "--kernel-name", "regex:rosa::cuda"),
+        *("--metrics", ",".join(NCU_METRICS)),
+        *(sys.executable, "-m", "bench", "stages", "--suite", "first", "--device", "cuda"),
+        *("--bare", "--time-budget", f"{max(run.session.left() - 10, 5):.0f}"),
+    ]
+    run.session.run(Task("ncu", command, unsupported="No kernels were profiled|not supported"))
+
+
+def first(run: Run) -> None:
+    """Right? How fast on real masks? Where does the time go?"""
+    check(run)
+    run.bench(
+        *("run", "--suite", "first", "--experiments", "--stages", "--no-plots"),
+        *("--calibrate", run.out / "machine.json", "--out", run.out),
+        limit_s=run.session.left() - run.share(NCU_SHARE),
+        name="measure",
     )
+    profile(run)
 
 
-def devices(session: Session) -> bool:
-    """Whether torch and the kernels of this build see a CUDA device; says which."""
-    code = (
-        "import torch, rosa_kernels as rk\n"
-        "n = torch.cuda.device_count() if torch.cuda.is_available() else 0\n"
-        "print('torch', torch.__version__, 'for CUDA', torch.version.cuda)\n"
-        "for i in range(n): print(f'device {i}:', torch.cuda.get_device_properties(i))\n"
-        "for k in rk.kernels():\n"
-        "    if 'cuda' in k.devices: print(f'{k.op} {k.name}:', k.unavailable or 'ready')\n"
-        f"if n == 0: print('{NO_DEVICE}'); raise SystemExit(1)\n"
-    )
-    return session.run("devices", sys.executable, "-c", code, unsupported=NO_DEVICE)
+def more(run: Run) -> None:
+    """GPU tests beside memcheck; the remaining masks, decoding, copies; the layer."""
+    run.session.together([*_tests(run), *_memcheck(run)])
+    for suite, kept_for_later in (("second", run.share(LAYER_SHARE)), ("layer", 0.0)):
+        run.bench(
+            *("run", "--suite", suite, "--no-plots", "--out", run.out),
+            limit_s=run.session.left() - kept_for_later,
+            name=f"measure {suite}",
+        )
 
 
-def test(session: Session, device: str) -> None:
-    """GPU tests, then compute-sanitizer over small cases."""
-    if device == "cuda" and has("pytest", "hypothesis"):
-        # The versions on this machine are not ours: neither their warnings nor their age count.
-        lenient = ("-W", "default", "-o", "minversion=7.0", "-p", "no:cacheprovider")
-        command = ("-m", "pytest", "-q", "-m", "gpu", *lenient)
-    else:
-        command = (str(ROOT / "cpp/tools/gpu_check.py"), "--device", device)
-    limit = session.share(TEST_SHARE)
-    session.run("gpu tests", sys.executable, *command, limit_s=limit, correctness=True)
+def _tests(run: Run) -> list[Task]:
+    if run.device != "cuda" or not has("pytest") or not has("hypothesis"):
+        run.session.skip("GPU tests", "they need pytest, hypothesis and a GPU")
+        return []
+    # The versions on this machine are not ours: neither their warnings nor their age count.
+    lenient = ("-W", "default", "-o", "minversion=7.0", "-p", "no:cacheprovider")
+    parallel = ("-n", str(min(8, os.cpu_count() or 1))) if has("xdist") else ()
+    # Without those that have nothing on a GPU but take long to collect.
+    ignored = ("--ignore-glob=*test_train_*", "--ignore-glob=*test_bench*")
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *lenient, *parallel, *ignored]
+    limit = run.share(TEST_SHARE)
+    return [Task("GPU tests", command, limit_s=limit, checks=True, wrong=r"\bFAILED\b")]
 
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path="/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
-    )
-    for tool, options in SANITIZERS.items():
-        if sanitizer is None or device != "cuda":
-            session.skip(tool, "compute-sanitizer was not found" if device == "cuda" else device)
-            continue
-        session.run(
-            tool,
-            sanitizer,
-            f"--tool={tool}",
-            f"--error-exitcode={SANITIZER_ERROR}",
+
+def _memcheck(run: Run) -> list[Task]:
+    sanitizer = program("compute-sanitizer")
+    if sanitizer is None or run.device != "cuda":
+        run.session.skip("memcheck", "it needs compute-sanitizer and a GPU")
+        return []
+    limit = run.share(TEST_SHARE)
+    tasks = []
+    for name in MEMCHECKED:
+        ops, kernel = FAMILIES["cuda"][name]
+        command = [
+            *(sanitizer, "--tool=memcheck", "--error-exitcode=86"),
             "--report-api-errors=no",  # torch asks for things that may fail
             "--kernel-name=kernel_substring=rosa",  # torch's own kernels take most of the time
-            *options,
-            sys.executable,
-            ROOT / "cpp/tools/gpu_check.py",
-            "--small",
-            limit_s=session.share(SANITIZER_SHARE),
-            correctness=True,
-            extra={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            unsupported="Device not supported",
+            *("--padding", "1024"),  # makes small overruns visible, unless torch pools memory
+            *(sys.executable, TREE / "cpp" / "tools" / "gpu_check.py", "--sizes", "small"),
+            *("--budget", f"{max(limit - CHECK_MARGIN_S, 1):.0f}"),
+            *("--ops", *ops, "--kernels", kernel),
+        ]
+        tasks.append(
+            Task(
+                f"memcheck {name}",
+                command,
+                limit_s=limit,
+                checks=True,
+                wrong=r"^INCORRECT |ERROR SUMMARY: [1-9]",
+                unsupported="Device not supported",
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
         )
+    return tasks
 
 
-def calibrate(session: Session, out: Path) -> dict[str, str]:
-    """Measure the roofs alone and let `auto` decide by them; the environment that tells it."""
-    rows, machine = out / "roofs" / "results.jsonl", out / "machine.json"
-    bench = (sys.executable, "-m", "bench")
-    session.run(
-        "roofs",
-        # A budget that is spent before the first case.
-        *(*bench, "run", "--suite", "rosa", "--device", "cuda", "--time-budget", "0.001"),
-        *("--no-plots", "--out", rows.parent),
-        limit_s=session.share(EXPERIMENT_SHARE),
-    )
-    if not rows.is_file():
-        return {}
-    session.run("calibrate", *bench, "calibrate", rows, "--out", machine)
-    return {"ROSA_MACHINE": str(machine)} if machine.is_file() else {}
+SESSIONS: dict[str, tuple[float, Callable[[Run], None]]] = {"first": (5, first), "more": (4, more)}
 
 
-def experiments(session: Session, out: Path) -> None:
-    """What docs/cuda-kernels.md wants known first: panels within L2, launches that overlap."""
-    bench = (sys.executable, "-m", "bench")
-    for name, variables in EXPERIMENTS.items():
-        seconds = session.share(EXPERIMENT_SHARE, at_least_s=0)
-        session.run(
-            f"experiment {name}",
-            *(*bench, "run", "--suite", "rosa", "--device", "cuda", "--ops", "sddmm"),
-            *("--kernels", "cuda/tile", "cuda/wgmma", "dense", "--no-plots"),
-            *("--time-budget", f"{seconds:.0f}", "--out", out / name),
-            limit_s=seconds + SHORTEST_TEST_S,
-            extra=variables,
-        )
-    base, *others = (out / name / "results.jsonl" for name in EXPERIMENTS)
-    for other in others:
-        if base.is_file() and other.is_file():
-            session.run(f"compare {other.parent.name}", *bench, "compare", base, other, "--all")
-
-
-def measure(
-    session: Session, device: str, out: Path, suites: list[str], bench_args: list[str]
-) -> None:
-    """The suites, in equal shares of what is left; figures; the ratios to every peer."""
-    if not has("numpy"):
-        session.skip("suites", "numpy, which reads the masks, is not installed")
-        return
-    calibration: dict[str, str] = {}
-    if device == "cuda":
-        calibration = calibrate(session, out)
-        experiments(session, out)
-    reserve = session.share(FINISH_SHARE, at_least_s=20)
-    for i, suite in enumerate(suites):
-        seconds = (session.left() - reserve) / (len(suites) - i)
-        if seconds < 10:
-            session.skip(f"suite {suite}", "the budget is spent")
-            continue
-        session.run(
-            f"suite {suite}",
-            *(sys.executable, "-m", "bench", "run", "--suite", suite, "--device", device),
-            *("--time-budget", f"{seconds:.0f}", "--no-plots", "--out", out / suite),
-            *bench_args,
-            # The budget is looked at between cases; one that hangs must not take the others' time.
-            limit_s=seconds + SHORTEST_TEST_S,
-            extra=calibration,
-        )
-    rows = [path for suite in suites if (path := out / suite / "results.jsonl").is_file()]
-    if not rows:
-        session.skip("ratios", "there are no rows")
-        return
-    (out / "rows.jsonl").write_text("".join(path.read_text() for path in rows))
-    for path in rows:
-        if has("matplotlib"):
-            session.run(f"plot {path.parent.name}", sys.executable, "-m", "bench", "plot", path)
-        else:
-            session.skip(f"plot {path.parent.name}", "matplotlib is not installed")
-    session.run("ratios", sys.executable, "-m", "bench", "ratios", *rows)
-
-
-def main() -> int:
-    """All steps in order."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, look for a GPU, run a session."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=25, metavar="MINUTES")
-    parser.add_argument("--out", type=Path, default=BUILD / "results", metavar="DIR")
-    parser.add_argument("--suites", nargs="*", default=list(SUITES), metavar="SUITE")
+    parser.add_argument("session", choices=list(SESSIONS))
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="default: 5, or 4 for more")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: below build/gpu")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: rehearse")
-    parser.add_argument("--no-tests", action="store_true", help="build and measure")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="kernels or peers")
     parser.add_argument(
-        "--bench-args", nargs=argparse.REMAINDER, default=[], help="the rest goes to bench run"
+        "--no-build", action="store_true", help="use the module in build/gpu, or the checkout's"
     )
-    arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not gpu_is_here():
+        print(f"gpu: {NO_GPU}")
+        return 2
+    if not has("torch"):
+        print(f"gpu: expected a Python with torch, got {sys.executable} without it")
+        return 2
+    if shutil.which("cmake") is None and not arguments.no_build:
+        print("gpu: expected cmake on PATH, got none")
+        return 2
+    default_s, steps = SESSIONS[arguments.session]
+    budget_s = 60 * (arguments.budget or default_s)
+    out = (arguments.out or BUILD / arguments.session).resolve()
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("w") as log:
-        session = Session(arguments.budget * 60, log)
-        if not has("torch"):
-            session.say(f"gpu: expected a Python with torch, got {sys.executable} without it")
-            return 2
-        if shutil.which("cmake") is None:
-            session.say("gpu: expected cmake on PATH, got none")
-            return 2
-        if not build(session):
-            session.say("\nthe build failed: nothing else can run")
-            return session.finish()
-        if not arguments.no_tests:
-            session.run(
-                "native tests",
-                *("ctest", "--test-dir", BUILD, "--output-on-failure", "--parallel", "4"),
-                limit_s=session.share(NATIVE_SHARE),
-                correctness=True,
-            )
-        if arguments.device == "cuda" and not devices(session):
-            if session.steps[-1].reason == NO_DEVICE:
-                session.say(f"\n{NO_DEVICE}: built, compiled, stopped")
-            return session.finish()
-        if not arguments.no_tests:
-            test(session, arguments.device)
-        measure(session, arguments.device, out, arguments.suites, arguments.bench_args)
-        session.say(f"\nRows, figures and this log: {out}")
+        session = Session(budget_s, log, TREE, environment())
+        run = Run(session, arguments.device, budget_s, out, list(arguments.without))
+        # Whoever stops this process stops what it started, and still gets the outcomes.
+        signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        try:
+            if _prepare(run, arguments.no_build):
+                steps(run)
+        except KeyboardInterrupt:
+            session.stop()
+            session.skip("the rest", "it was interrupted", "not reached")
+        session.say(f"Rows and log: {out}")
         return session.finish()
+
+
+def _prepare(run: Run, no_build: bool) -> bool:
+    if not no_build:
+        return build(run)
+    modules = [*(TREE / "rosa_kernels").glob("_C*.so"), *(ROOT / "rosa_kernels").glob("_C*.so")]
+    if not modules:
+        run.session.skip(
+            "build", "--no-build: expected a module that was built, got none", "failed"
+        )
+        return False
+    content = modules[0].read_bytes()
+    stage()
+    (TREE / "rosa_kernels" / modules[0].name).write_bytes(content)
+    return True
 
 
 if __name__ == "__main__":

@@ -1,18 +1,29 @@
 #!/usr/bin/env python3
-"""Every CUDA kernel against the float64 oracle on nasty patterns, with nothing but torch.
+"""Every CUDA kernel against the float64 oracle, with nothing but torch.
 
-    python cpp/tools/gpu_check.py            # on a machine without pytest
-    python cpp/tools/gpu_check.py --small    # few and small cases, for compute-sanitizer
+    python cpp/tools/gpu_check.py                                     # all kernels, all cases
+    python cpp/tools/gpu_check.py --ops sddmm --kernels cuda/tile     # one family
+    python cpp/tools/gpu_check.py --sizes small                       # for compute-sanitizer
 
-It is no substitute for `pytest -m gpu`, which also tests streams, graphs, errors and threads.
+Small cases are nasty patterns. Large ones are what those never reach: thousands of tokens, rings
+that wrap, tiles that stream-K cuts, panels of one MiB, launches that overlap, the hidden sizes of
+models. Of a large result a sample is compared; all of it is finite, and the same in four calls.
+
+The exit status is 0; 1 if a result is incorrect; 2 if a call failed, or none was served; or 3 if
+the device was lost on the way (an access out of bounds takes all later calls of the process with
+it). It is no substitute for `pytest -m gpu`, which also tests streams, graphs, errors and threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -21,94 +32,275 @@ import torch
 from torch import Tensor
 
 import rosa_kernels as rk
-from rosa_kernels.testing import LAYOUTS, NASTY, Case, assert_within_bound, make_inputs, oracle
+from rosa_kernels.testing import (
+    LAYOUTS,
+    NASTY,
+    Case,
+    assert_within_bound,
+    make_inputs,
+    oracle,
+    uniform_pattern,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (BF16, F16, F32)
 # Tokens around vectors, panel lines and chunks.
 TOKENS = (1, 7, 8, 33, 64, 65, 130, 512)
 SMALL_PATTERNS = ("nnz=0", "corners", "one-full-row", "last-column-only", "powerlaw", "odd-tiles")
 SMALL_TOKENS = (8, 33, 130)
-# csr_add is csr_add_ on a clone, and has no kernels of its own.
-OPS = {"sddmm": "sddmm", "spmm": "spmm", "csr_add_": "csr_add", "csr_gather": "csr_gather"}
+OPS = ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_")
+PRODUCTS = ("sddmm", "spmm")
+IN_PLACE = ("csr_add_", "csr_scatter_")
+SIZES = ("small", "nasty", "large")
+# Hidden sizes at which operands in shared memory pass 48 KiB, 64 KiB and more.
+WIDTHS = (2048, 3072, 11008)
+WIDTH_TOKENS = (1, 2, 8)
+CALLS_IN_A_ROW = 4
+SAMPLED_ENTRIES, SAMPLED_ROWS = 4096, 96
+SMALL_PANELS, OVERLAP = {"ROSA_PANEL_MIB": "1"}, {"ROSA_EARLY_LAUNCH": "1"}
+# A CPU rehearses the large cases at an eighth of every edge.
+REHEARSAL = 8
+LOST = 3
 
 
-def skewed() -> rk.CsrPattern:
-    """Rows and columns of very unequal weight, over several tiles, some of them nearly empty."""
-    generator = torch.Generator().manual_seed(7)
-    rows = torch.rand(700, 1, generator=generator) ** 3
-    columns = torch.rand(1, 900, generator=generator) ** 3
-    return rk.CsrPattern.from_mask(torch.rand(700, 900, generator=generator) < 0.5 * rows * columns)
+@dataclass(frozen=True)
+class Problem:
+    """A case, and how it is called."""
+
+    name: str
+    op: str
+    pattern: rk.CsrPattern
+    tokens: int
+    dtype: torch.dtype
+    layout: str = "token-major"
+    variables: dict[str, str] = field(default_factory=dict)
+    sampled: bool = False
+
+    def __str__(self) -> str:
+        settings = "".join(f", {key}={value}" for key, value in self.variables.items())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}, {self.tokens} tokens, {dtype}, {self.layout}{settings}"
 
 
-def problems(small: bool) -> Iterator[tuple[str, rk.CsrPattern, int, torch.dtype, str]]:
-    """(name, pattern, tokens, dtype, layout) of every case."""
-    for name, build in {**NASTY, "skewed": skewed}.items():
-        if small and name not in SMALL_PATTERNS:
+def skewed(m: int, n: int, density: float) -> rk.CsrPattern:
+    """Rows and columns of very unequal weight: heavy tiles beside scattered entries."""
+    generator = torch.Generator().manual_seed(m + n)
+    score = torch.rand(m, n, generator=generator)
+    score *= torch.rand(m, 1, generator=generator) ** 3
+    score *= torch.rand(1, n, generator=generator) ** 3
+    kept = max(int(density * m * n), 1)
+    return rk.CsrPattern.from_mask(score > score.flatten().kthvalue(m * n - kept).values)
+
+
+def small_problems(op: str, nasty: bool) -> Iterator[Problem]:
+    """Patterns that have broken a sparse kernel before."""
+    for name, build in {**NASTY, "skewed": lambda: skewed(700, 900, 0.03)}.items():
+        if not nasty and name not in SMALL_PATTERNS:
             continue
         pattern = build()
         for dtype in DTYPES:
-            for tokens in SMALL_TOKENS if small else TOKENS:
-                yield name, pattern, tokens, dtype, "token-major"
-            if not small and pattern.nnz:
+            for tokens in (TOKENS if nasty else SMALL_TOKENS) if op in PRODUCTS else (1,):
+                yield Problem(name, op, pattern, tokens, dtype)
+            if nasty and pattern.nnz:
                 for layout in LAYOUTS:
-                    yield name, pattern, 65, dtype, layout
+                    if op not in IN_PLACE:
+                        yield Problem(name, op, pattern, 65, dtype, layout)
 
 
-def run(op: str, backend: str, pattern: rk.CsrPattern, inputs: dict[str, Tensor]) -> Tensor:
-    """One result, which a second call gives bit by bit."""
-    call = getattr(rk, op)
-    first, second = (call(pattern=pattern, backend=backend, **inputs) for _ in range(2))
-    assert torch.equal(first, second) or bool(first.isnan().any()), f"{op}: two runs differ"
-    return first.cpu()
+def large_problems(op: str, shrink: int) -> Iterator[Problem]:
+    """What small cases never reach, what is likeliest to break first."""
+    edge = 4096 // shrink
+    if op not in PRODUCTS:
+        pattern = skewed(11008 // shrink, edge, 0.006)
+        yield from (Problem("11008 x 4096", op, pattern, 1, d, sampled=True) for d in DTYPES)
+        return
+    if op == "spmm":
+        for width in WIDTHS:
+            pattern = uniform_pattern(1024 // shrink, width, 0.006)
+            for dtype in DTYPES:
+                for tokens in WIDTH_TOKENS:
+                    yield Problem(f"1024 x {width}", op, pattern, tokens, dtype, sampled=True)
+    real = skewed(edge, edge, 0.006)
+    calls = [
+        (8192, BF16, "token-major", {}),
+        (8192, BF16, "token-major", OVERLAP),
+        (8192, BF16, "token-major", SMALL_PANELS),
+        (8192, BF16, "token-major", SMALL_PANELS | OVERLAP),
+        (20_000, BF16, "token-major", {}),
+        (8192, F16, "token-major", OVERLAP),
+        (8192, BF16, "row-major", {}),
+        (2048, F32, "token-major", {}),
+        (65, BF16, "token-major", {}),  # fewer units of work than multiprocessors
+    ]
+    if op == "spmm":
+        calls = [(64, BF16, "token-major", {}), (512, BF16, "row-major", {}), *calls]
+    for tokens, dtype, layout, variables in calls:
+        tokens = max(tokens // shrink, 1)
+        yield Problem("4096 x 4096", op, real, tokens, dtype, layout, variables, sampled=True)
+    odd = skewed(edge + 37, 2 * edge + 91, 0.01)  # no edge is a whole tile
+    yield Problem("4133 x 8283", op, odd, 8200 // shrink, BF16, sampled=True)
+    block = rk.CsrPattern.from_mask(torch.ones(128, 256, dtype=torch.bool))
+    yield Problem("one full tile", op, block, 20_000 // shrink, BF16, sampled=True)
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """The kernels read these at every call."""
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+
+def inputs_of(problem: Problem, device: str) -> dict[str, Tensor]:
+    """The operands, on the device, in the problem's layout."""
+    m, n = problem.pattern.shape
+    case = Case(problem.op, m, n, problem.tokens, problem.pattern.density, problem.dtype)
+    made = make_inputs(case, problem.pattern, device)
+    return {key: LAYOUTS[problem.layout](x) if key in ("a", "b") else x for key, x in made.items()}
+
+
+def call(
+    problem: Problem, kernel: str, pattern: rk.CsrPattern, inputs: dict[str, Tensor]
+) -> Tensor:
+    """One result, with calls in a row that must give the same bits."""
+    op = getattr(rk, problem.op)
+
+    def once() -> Tensor:
+        mine = {k: x.clone() if problem.op in IN_PLACE else x for k, x in inputs.items()}
+        result = op(pattern=pattern, backend=kernel, **mine)
+        return mine["w"] if problem.op in IN_PLACE else result
+
+    with environment(problem.variables):
+        first, *others = [once() for _ in range(CALLS_IN_A_ROW if problem.sampled else 2)]
+    finite = first.isfinite()
+    for other in others:
+        assert torch.equal(torch.where(finite, first, 0), torch.where(finite, other, 0)), (
+            "calls with the same operands differ"
+        )
+    assert not problem.sampled or bool(finite.all()), "a result of finite operands is not finite"
+    return first
+
+
+def sample(
+    problem: Problem, pattern: rk.CsrPattern, inputs: dict[str, Tensor], got: Tensor
+) -> tuple[rk.CsrPattern, dict[str, Tensor], Tensor]:
+    """A part of a large problem, and of its result: some entries of sddmm, some rows of spmm."""
+    if not problem.sampled or problem.op not in PRODUCTS or pattern.nnz == 0:
+        return pattern, inputs, got
+    generator = torch.Generator().manual_seed(problem.tokens)
+    rows, cols = pattern.row_indices.long(), pattern.col_indices.long()
+    if problem.op == "sddmm":
+        some = torch.randperm(pattern.nnz, generator=generator)[:SAMPLED_ENTRIES].sort().values
+        some = some.to(got.device)
+        return rk.CsrPattern.from_coo(rows[some], cols[some], pattern.shape), inputs, got[some]
+    chosen = torch.randperm(pattern.shape[0], generator=generator)[:SAMPLED_ROWS].sort().values
+    place = torch.full((pattern.shape[0],), -1)
+    place[chosen] = torch.arange(len(chosen))
+    new_rows = place.to(got.device)[rows]
+    kept = new_rows >= 0
+    part = rk.CsrPattern.from_coo(new_rows[kept], cols[kept], (len(chosen), pattern.shape[1]))
+    return part, inputs | {"values": inputs["values"][kept]}, got[chosen.to(got.device)]
+
+
+def check(problem: Problem, kernel: str, device: str) -> None:
+    """Raises AssertionError if the kernel's result is wrong, what it refuses with otherwise."""
+    inputs, pattern = inputs_of(problem, device), problem.pattern.to(device)
+    got = call(problem, kernel, pattern, inputs)
+    part, operands, found = sample(problem, pattern, inputs, got)
+    exact = oracle(problem.op, part, operands)
+    assert_within_bound(problem.op, found, *exact, operands)
+
+
+def lost(device: str) -> str:
+    """Why the device takes no more work, or ""."""
+    if device == "cpu":
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def names_of(op: str, wanted: list[str], device: str) -> list[str]:
+    """The kernels of an op on this device that are asked for, by name or by backend."""
+    return [
+        kernel.name
+        for kernel in rk.kernels(op)
+        if device in kernel.devices
+        and kernel.backend not in ("reference", "dense")
+        and (not wanted or kernel.name in wanted or kernel.backend in wanted)
+        and (kernel.unavailable is None or bool(wanted))  # asked for by name, it says why not
+    ]
 
 
 def main() -> int:
-    """Check all; print what failed and a count per kernel; 1 if anything failed."""
+    """Check what was asked for; print what failed and a count per kernel."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="few and small cases")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="default: all")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["large", "nasty"])
     parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--budget", type=float, metavar="S", help="no case is begun after")
     arguments = parser.parse_args()
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: expected a CUDA device, got none")
-        return 1
-    passed: Counter[str] = Counter()
-    refused: Counter[str] = Counter()
-    failures: list[str] = []
-    for registered, op in OPS.items():
-        names = [
-            kernel.name
-            for kernel in rk.kernels(registered)
-            if device in kernel.devices and kernel.backend != "reference"
-        ]
-        for name, pattern, tokens, dtype, layout in problems(arguments.small):
-            case = Case(op, *pattern.shape, tokens, pattern.density, dtype)
-            inputs = {
-                key: LAYOUTS[layout](x) if key in ("a", "b") else x
-                for key, x in make_inputs(case, pattern, device).items()
-            }
-            on_cpu = {key: x.cpu() for key, x in inputs.items()}
-            exact = oracle(op, pattern, on_cpu)
-            on_device = pattern.to(device)
-            for kernel in names:
-                try:
-                    got = run(op, kernel, on_device, inputs)
-                    assert_within_bound(op, got, *exact, on_cpu)
-                except (AssertionError, RuntimeError, ValueError) as error:
-                    if "asked for explicitly" in str(error):  # it may refuse, with a reason
-                        refused[f"{op} {kernel}"] += 1
+        return 2
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"{where}, torch {torch.__version__}", flush=True)
+    end = time.monotonic() + (arguments.budget or float("inf"))
+    counts: dict[str, Counter[str]] = {}
+    for size in arguments.sizes:
+        for op in arguments.ops:
+            names = names_of(op, arguments.kernels, device)
+            problems = (
+                large_problems(op, REHEARSAL if device == "cpu" else 1)
+                if size == "large"
+                else small_problems(op, nasty=size == "nasty")
+            )
+            for problem in problems:
+                for kernel in names:
+                    count = counts.setdefault(f"{op} {kernel}", Counter())
+                    if time.monotonic() > end:
+                        count["not reached"] += 1
                         continue
-                    where = f"{op} {kernel}, {name}, {tokens} tokens, {dtype}, {layout}"
-                    failures.append(f"{where}: {error}")
-                    print(failures[-1], flush=True)
-                else:
-                    passed[f"{op} {kernel}"] += 1
-    for kernel in sorted(passed | refused):
-        print(f"{kernel}: {passed[kernel]} passed, {refused[kernel]} refused")
-    print(f"{passed.total()} passed, {len(failures)} failed")
-    if not passed:
-        print(f"expected kernels that run on {device}, got none")
-    return int(bool(failures) or not passed)
+                    case = f"{op} {kernel}, {problem}"
+                    if problem.sampled:  # of a hang, the last line says where
+                        print(f"at {case}", flush=True)
+                    try:
+                        check(problem, kernel, device)
+                    except AssertionError as error:
+                        count["incorrect"] += 1
+                        print(f"INCORRECT {case}: {error}", flush=True)
+                    except (RuntimeError, ValueError) as error:
+                        if "asked for explicitly" in str(error):  # it may refuse, with a reason
+                            count["refused"] += 1
+                        else:
+                            count["failed"] += 1
+                            print(f"FAILED {case}: {error}", flush=True)
+                    else:
+                        count["passed"] += 1
+                    reason = lost(device)
+                    if reason:
+                        print(f"{device} was lost at {case}: {reason}")
+                        return LOST
+    total: Counter[str] = Counter()
+    for kernel, count in counts.items():
+        print(f"{kernel}: {', '.join(f'{number} {what}' for what, number in count.items())}")
+        total += count
+    print(f"{total['passed']} passed, {total['incorrect']} incorrect, {total['failed']} failed")
+    if total["incorrect"]:
+        return 1
+    if not total["passed"]:
+        print(f"expected kernels that run on {device}, got none that served a case")
+    return 0 if total["passed"] and not total["failed"] else 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,269 @@
+"""A session of commands against a clock: each ends in an outcome, and the session ends in time.
+
+Every outcome is one of OUTCOMES. What time did not allow for is "not reached": a command that was
+never begun, or was stopped because the session's time was up. That says nothing about whether its
+results are right.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+OUTCOMES = ("ok", "skipped", "not reached", "failed", "incorrect")
+# What is left for stopping commands and writing the table of outcomes.
+_RESERVE_S = 3.0
+# A command that cannot do anything useful in so short a time is not begun.
+_SHORTEST_S = 1.0
+# A killed process is awaited so long. One that a driver holds may never end; it is left behind.
+_PATIENCE_S = 2.0
+_LINES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command to run.
+
+    Attributes:
+        name: what the table of outcomes calls it.
+        command: the program and its arguments.
+        limit_s: seconds after which it is stopped and has failed; None: only the session's end
+            stops it.
+        checks: whether it checks results: exit status 1 then means "incorrect".
+        wrong: a regular expression; a line of output that matches says "incorrect", even if the
+            command is stopped later on.
+        unsupported: a regular expression; if the command fails after such a line, it cannot run
+            here and counts as skipped.
+        environment: added to the session's.
+        show: how many of its last lines the terminal gets in any case; the log gets all.
+    """
+
+    name: str
+    command: Sequence[str | Path]
+    limit_s: float | None = None
+    checks: bool = False
+    wrong: str = ""
+    unsupported: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    show: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one task ended."""
+
+    name: str
+    outcome: str
+    seconds: float
+    reason: str = ""
+    lines: Sequence[str] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ran to its end and found nothing."""
+        return self.outcome == "ok"
+
+
+class Session:
+    """Runs tasks until its time is up, and keeps what became of them.
+
+    Args:
+        budget_s: seconds, all together.
+        log: gets every line.
+        cwd, environment: of the commands.
+    """
+
+    def __init__(
+        self, budget_s: float, log: IO[str], cwd: Path, environment: Mapping[str, str]
+    ) -> None:
+        self.steps: list[Step] = []
+        self._log, self._cwd, self._environment = log, cwd, dict(environment)
+        self._start = time.monotonic()
+        self._end = self._start + budget_s - _RESERVE_S
+        self._running: list[_Running] = []
+        self._lock = threading.Lock()
+        # Whatever hangs, in a command or in this process.
+        self._watchdog = threading.Timer(budget_s, self._overrun)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def left(self) -> float:
+        """Seconds until tasks are stopped."""
+        return self._end - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """To the terminal and the log."""
+        print(text, flush=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """To the log alone."""
+        with self._lock:
+            print(text, file=self._log, flush=True)
+
+    def skip(self, name: str, reason: str, outcome: str = "skipped") -> Step:
+        """Record a task that is not run."""
+        return self._keep(Step(name, outcome, 0.0, reason))
+
+    def run(self, task: Task) -> Step:
+        """Run one task."""
+        return self.together([task])[0]
+
+    def together(self, tasks: Sequence[Task]) -> list[Step]:
+        """Run tasks at the same time; the fault of one is not another's."""
+        if self.left() < _SHORTEST_S:
+            return [self.skip(task.name, "the time is up", "not reached") for task in tasks]
+        for task in tasks:
+            words = ("..." if "\n" in word else word for word in map(str, task.command))
+            self.note(f"\n== {task.name}: {' '.join(words)}")
+        begun = [
+            _Running(task, self._cwd, self._environment | dict(task.environment), self.note)
+            for task in tasks
+        ]
+        self._running = begun
+        found = [self._keep(running.finish(self._end)) for running in begun]
+        self._running = []
+        return found
+
+    def _keep(self, step: Step) -> Step:
+        self.steps.append(step)
+        self.say(_line(step))
+        return step
+
+    def finish(self) -> int:
+        """Print all outcomes; the exit status: 0 if all is well, 1 if anything is incorrect, 2 if
+        anything failed, 3 if something was not reached."""
+        self._watchdog.cancel()
+        seconds = time.monotonic() - self._start
+        self.say(f"\n== Outcomes after {seconds:.0f} s")
+        for step in self.steps:
+            self.say(_line(step))
+        found = {step.outcome for step in self.steps}
+        for status, outcome in ((1, "incorrect"), (2, "failed"), (3, "not reached")):
+            if outcome in found:
+                return status
+        return 0
+
+    def stop(self) -> None:
+        """Stop whatever runs; a later task is not begun."""
+        self._end = time.monotonic()
+        for running in self._running:
+            running.kill()
+
+    def _overrun(self) -> None:
+        done = {step.name for step in self.steps}
+        for running in self._running:
+            if running.task.name not in done:
+                self.steps.append(
+                    running.step("not reached", "it did not stop when it was told to")
+                )
+        self.stop()
+        status = self.finish()
+        sys.stdout.flush()
+        os._exit(status)  # a thread that hangs would keep the interpreter alive
+
+
+class _Running:
+    """A command under way, and the thread that reads what it says."""
+
+    def __init__(self, task: Task, cwd: Path, environment: Mapping[str, str], note) -> None:
+        self.task = task
+        self._note = note
+        self._begin = time.monotonic()
+        self._lines: list[str] = []
+        self._process: subprocess.Popen[str] | None = None
+        self._error = ""
+        try:
+            self._process = subprocess.Popen(
+                list(map(str, task.command)),
+                cwd=cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # so that its children end with it
+            )
+        except OSError as error:
+            self._error = str(error)
+            return
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            for line in output:
+                self._lines.append(line.rstrip("\n"))
+                self._note(f"[{self.task.name}] {self._lines[-1]}")
+
+    def kill(self) -> None:
+        """End it and its children; returns whether or not they do."""
+        if self._process is None:
+            return
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(_PATIENCE_S)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+
+    def finish(self, end: float) -> Step:
+        """Wait for its end, its limit or the session's."""
+        if self._process is None:
+            return self.step("failed", self._error)
+        limit = self.task.limit_s
+        own_end = end if limit is None else min(end, self._begin + limit)
+        try:
+            status: int | None = self._process.wait(max(own_end - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            status = None
+            self.kill()
+        # A grandchild may hold the pipe open: what it says is not waited for.
+        self._reader.join(_PATIENCE_S)
+        last = self._lines[-1] if self._lines else "nothing"
+        if self._said(self.task.wrong):
+            return self.step("incorrect", self._said(self.task.wrong))
+        if status != 0 and self._said(self.task.unsupported):
+            return self.step("skipped", self._said(self.task.unsupported))
+        if status is None and own_end < end:
+            return self.step("failed", f"not finished within {limit:.0f} s; its last words: {last}")
+        if status is None:
+            return self.step("not reached", f"stopped, the time is up; its last words: {last}")
+        if status == 0:
+            return self.step("ok")
+        if status == 1 and self.task.checks:
+            return self.step("incorrect", last)
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return self.step("failed", f"{how}; its last words: {last}")
+
+    def _said(self, pattern: str) -> str:
+        """The first line that matches, or nothing."""
+        if not pattern:
+            return ""
+        return next((line for line in self._lines if re.search(pattern, line)), "")
+
+    def step(self, outcome: str, reason: str = "") -> Step:
+        """The outcome, with the lines that the terminal gets."""
+        shown = self.task.show
+        if outcome in ("failed", "incorrect"):
+            shown = max(shown, _LINES_SHOWN)
+        for line in self._lines[-shown:] if shown else ():
+            print(f"    {line}", flush=True)
+        seconds = time.monotonic() - self._begin
+        return Step(self.task.name, outcome, seconds, reason, tuple(self._lines))
+
+
+def _line(step: Step) -> str:
+    reason = f": {step.reason[:300]}" if step.reason else ""
+    return f"{step.outcome:12}{step.seconds:6.0f} s  {step.name}{reason}"

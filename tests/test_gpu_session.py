@@ -1,0 +1,383 @@
+"""cpp/tools: sessions of commands against a clock, what they run on a GPU machine, and its checks.
+
+Commands here are small Python programs. The longest waits are for deadlines, two or three seconds.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import gpu
+import gpu_check
+import pytest
+import torch
+from session import Session, Step, Task
+
+import rosa_kernels as rk
+from rosa_kernels.backends import reference
+from rosa_kernels.registry import register
+
+ROOT = Path(__file__).resolve().parent.parent
+FOREVER = "import time; print('begun', flush=True); time.sleep(60)"
+
+
+def python(text: str, **options: object) -> Task:
+    """A task that runs a program."""
+    return Task(str(options.pop("name", "task")), [sys.executable, "-c", text], **options)
+
+
+def session(budget_s: float = 60.0) -> Session:
+    return Session(budget_s, io.StringIO(), ROOT, os.environ)
+
+
+def run(task: Task, budget_s: float = 60.0) -> tuple[Step, int]:
+    """A session of one task: how that ended, and the exit status."""
+    it = session(budget_s)
+    return it.run(task), it.finish()
+
+
+# -- outcomes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "outcome", "status"),
+    [
+        ("print('seen')", {}, "ok", 0),
+        ("raise SystemExit(3)", {}, "failed", 2),
+        ("raise SystemExit(1)", {}, "failed", 2),
+        ("raise SystemExit(1)", {"checks": True}, "incorrect", 1),
+        ("raise SystemExit(3)", {"checks": True}, "failed", 2),
+        ("import os; os.kill(os.getpid(), 11)", {"checks": True}, "failed", 2),
+        ("print('2 wrong')", {"wrong": "wrong$"}, "incorrect", 1),
+        ("print('unable'); raise SystemExit(1)", {"unsupported": "^unable"}, "skipped", 0),
+        ("print('unable')", {"unsupported": "^unable"}, "ok", 0),
+        (FOREVER, {"limit_s": 1.0, "checks": True}, "failed", 2),
+    ],
+)
+def test_how_a_command_ends(
+    text: str, options: dict[str, object], outcome: str, status: int
+) -> None:
+    step, got = run(python(text, **options))
+    assert (step.outcome, got) == (outcome, status)
+
+
+def test_a_program_that_is_missing_has_failed() -> None:
+    step, status = run(Task("absent", ["/no/such/program"]))
+    assert (step.outcome, status) == ("failed", 2)
+    assert "No such file" in step.reason
+
+
+def test_the_reason_has_the_last_words() -> None:
+    step, _ = run(python(FOREVER, limit_s=1.0))
+    assert step.reason == "not finished within 1 s; its last words: begun"
+
+
+def test_all_lines_are_in_the_log_and_few_on_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    log = io.StringIO()
+    it = Session(60, log, ROOT, os.environ)
+    it.run(python("for i in range(50): print('line', i)", show=2))
+    assert all(f"[task] line {i}\n" in log.getvalue() for i in range(50))
+    out = capsys.readouterr().out
+    assert "line 49" in out
+    assert "line 47" not in out
+    it.finish()
+
+
+# -- time --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checks", [True, False])
+def test_what_the_deadline_stops_was_not_reached(checks: bool) -> None:
+    """Not even a check is incorrect for that; what follows is not begun."""
+    it = session(5.0)
+    steps = [it.run(python(FOREVER, name=name, checks=checks)) for name in ("first", "second")]
+    assert [step.outcome for step in steps] == ["not reached"] * 2
+    assert steps[0].reason == "stopped, the time is up; its last words: begun"
+    assert steps[1].reason == "the time is up"
+    assert it.finish() == 3
+
+
+def test_what_was_found_wrong_before_the_deadline_is_incorrect() -> None:
+    task = python("print('FAILED x', flush=True); import time; time.sleep(60)", wrong="^FAILED")
+    step, status = run(task, 5.0)
+    assert (step.outcome, step.reason, status) == ("incorrect", "FAILED x", 1)
+
+
+def test_commands_of_a_group_run_at_once_and_fail_alone() -> None:
+    it = session()
+    meet = "import pathlib, sys, time\nme, other = map(pathlib.Path, sys.argv[1:])\nme.touch()\n"
+    meet += "while not other.exists(): time.sleep(0.01)"
+    folder = Path(it._cwd) / "build" / f"meeting-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        places = [folder / "a", folder / "b"]
+        tasks = [
+            Task(f"{i}", [sys.executable, "-c", meet, places[i], places[1 - i]], limit_s=30)
+            for i in (0, 1)
+        ]
+        steps = it.together([*tasks, python("raise SystemExit(9)", name="breaks")])
+    finally:
+        shutil.rmtree(folder)
+    assert [step.outcome for step in steps] == ["ok", "ok", "failed"]
+    it.finish()
+
+
+def test_children_end_with_a_command_and_strangers_do_not_hold_it() -> None:
+    """A grandchild in a session of its own survives the kill with the pipe in its hands."""
+    text = """
+        import subprocess, sys, time
+        child = subprocess.Popen(["sleep", "60"])
+        stranger = subprocess.Popen(["sleep", "20"], start_new_session=True)
+        print(child.pid, stranger.pid, flush=True)
+        time.sleep(60)
+    """
+    begin = time.monotonic()
+    step, _ = run(python(textwrap.dedent(text), limit_s=1.0))
+    assert time.monotonic() - begin < 18
+    child, stranger = map(int, step.lines[0].split())
+    try:
+        assert step.outcome == "failed"
+        state = Path(f"/proc/{child}/stat")
+        assert not state.exists() or ") Z " in state.read_text()  # killed; who reaps it is init
+    finally:
+        os.kill(stranger, 9)
+
+
+def test_a_session_ends_even_if_its_own_process_hangs() -> None:
+    program = f"""
+        import sys, time
+        sys.path.insert(0, {str(ROOT / "cpp/tools")!r})
+        from pathlib import Path
+        from session import Session, Task
+        it = Session(6.0, open("/dev/null", "w"), Path("."), {{}})
+        it.run(Task("quick", ["/bin/true"]))
+        time.sleep(60)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0
+    assert "== Outcomes after 6 s\nok " in done.stdout
+
+
+# -- what is run -------------------------------------------------------------------------------
+
+
+def test_make_gpu_needs_no_environment_of_its_own(tmp_path: Path) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("needs make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS")}
+
+    def commands(*arguments: str) -> list[str]:
+        done = subprocess.run(
+            # Under another make it would say which folder it enters.
+            [make, "-n", "--no-print-directory", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()
+
+    assert commands("gpu") == ["python3", "cpp/tools/gpu.py", "first"]
+    assert commands("gpu", "BUDGET=7")[2:] == ["first", "--budget", "7"]
+    assert commands("gpu-more", "GPU_ARGS=--out here")[2:] == ["more", "--out", "here"]
+
+
+def test_without_a_gpu_nothing_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "gpu_is_here", lambda: False)
+    monkeypatch.setattr(gpu, "stage", lambda: pytest.fail("began to build"))
+    assert gpu.main(["first", "--out", str(tmp_path / "out")]) == 2
+    assert "no CUDA device: nothing was built" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_is_looked_for_without_torch(tmp_path: Path) -> None:
+    """Importing it would take the second in which a machine without a GPU is to be told."""
+    text = "import sys, gpu; gpu.gpu_is_here(); raise SystemExit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT / "cpp" / "tools")
+    assert done.returncode == 0
+
+
+def test_every_cuda_kernel_belongs_to_a_family() -> None:
+    families = {(op, kernel) for ops, kernel in gpu.FAMILIES["cuda"].values() for op in ops}
+    registered = {
+        (k.op, k.name) for k in rk.kernels() if k.backend == "cuda" and k.op in gpu_check.OPS
+    }
+    assert families == registered
+    assert set(gpu.MEMCHECKED) <= set(gpu.FAMILIES["cuda"])
+
+
+def test_sources_are_staged_and_the_module_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu, "TREE", tmp_path / "tree")
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "rosa_kernels").rglob("*")}
+    gpu.stage()
+    gpu.stage()  # over an older one
+    tree = tmp_path / "tree"
+    assert (tree / "rosa_kernels" / "ops" / "rosa_linear.py").is_file()
+    assert (tree / "bench" / "masks").is_dir()
+    assert (tree / "cpp" / "tools" / "gpu_check.py").is_file()
+    assert not [*tree.rglob("*.so"), *(tree / "bench" / "results").rglob("*")]
+    after = {path: path.stat().st_mtime_ns for path in (ROOT / "rosa_kernels").rglob("*")}
+    assert {p: t for p, t in after.items() if "__pycache__" not in str(p)} == {
+        p: t for p, t in before.items() if "__pycache__" not in str(p)
+    }
+
+
+def test_kernels_that_fail_their_check_are_not_measured(tmp_path: Path) -> None:
+    class Outcomes:
+        """A session whose first two families fail, the second one for want of time."""
+
+        def left(self) -> float:
+            return 100.0
+
+        def say(self, text: str) -> None:
+            pass
+
+        def together(self, tasks: list[Task]) -> list[Step]:
+            self.tasks = tasks
+            found = ["incorrect", "not reached", "failed"]
+            return [Step(t.name, o, 1.0) for t, o in zip(tasks, found + ["ok"] * 9, strict=False)]
+
+        def run(self, task: Task) -> Step:
+            self.task = task
+            return Step(task.name, "ok", 1.0)
+
+    outcomes = Outcomes()
+    it = gpu.Run(outcomes, "cuda", 300.0, tmp_path)
+    gpu.check(it)
+    assert it.without == ["cuda/gather", "cuda/wgmma"]
+    assert it.bench("run", limit_s=50.0, name="measure")
+    command = list(outcomes.task.command)
+    assert command[command.index("--without") :] == ["--without", "cuda/gather", "cuda/wgmma"]
+    assert command[command.index("--time-budget") + 1] == "40"
+
+
+# -- gpu_check ---------------------------------------------------------------------------------
+
+
+def checked(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    sys.argv = ["gpu_check", "--device", "cpu", *arguments]
+    return gpu_check.main(), capsys.readouterr().out
+
+
+@pytest.fixture
+def faulty(sandbox: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Registers an sddmm kernel "faulty" that computes `change` of the right result."""
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+
+    def add(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        @register("sddmm", "faulty", devices={"cpu"}, dtypes=reference.FLOATS, priority=0)
+        def run(crow, col, a, b, out_dtype):
+            return change(reference.sddmm(crow, col, a, b, out_dtype))
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("ops", "kernel", "count"),
+    [
+        (["sddmm"], "cpu/portable", 54 + 11),
+        (["spmm"], "cpu/portable", 54 + 40),
+        (["csr_add_", "csr_gather", "csr_scatter_"], "cpu", 3 * (18 + 3)),
+    ],
+)
+def test_gpu_check_passes_right_kernels(
+    ops: list[str],
+    kernel: str,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [])
+    options = ("--sizes", "small", "large", "--ops", *ops, "--kernels", kernel)
+    status, out = checked(*options, capsys=capsys)
+    assert (status, out.splitlines()[-1]) == (0, f"{count} passed, 0 incorrect, 0 failed")
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_gpu_check_finds_wrong_results(
+    size: str, faulty: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundredth off in one of a hundred entries, as a wrong tile would be."""
+
+    def off(x: torch.Tensor) -> torch.Tensor:
+        x[50::100] *= 1.05
+        return x
+
+    faulty(off)
+    options = ("--sizes", size, "--ops", "sddmm", "--kernels", "faulty")
+    status, out = checked(*options, capsys=capsys)
+    assert status == 1
+    assert "INCORRECT sddmm faulty, " in out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x + torch.randn_like(x) * 1e-9, "calls with the same operands differ"),
+        (lambda x: torch.where(torch.arange(len(x)) % 97 == 5, torch.inf, x), "is not finite"),
+    ],
+)
+def test_gpu_check_looks_at_all_of_a_large_result(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    said: str,
+    faulty: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    faulty(change)
+    options = ("--sizes", "large", "--ops", "sddmm", "--kernels", "faulty")
+    status, out = checked(*options, capsys=capsys)
+    assert status == 1
+    assert said in out
+
+
+def test_gpu_check_tells_errors_from_wrong_results(
+    faulty: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("invalid argument")
+
+    faulty(fail)
+    options = ("--sizes", "small", "--ops", "sddmm", "--kernels", "faulty")
+    status, out = checked(*options, capsys=capsys)
+    assert status == 2
+    assert "FAILED sddmm faulty, " in out
+    assert "0 incorrect" in out
+
+
+def test_gpu_check_says_what_it_did_not_reach(
+    faulty: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    faulty(lambda x: x)
+    options = ("--sizes", "small", "--ops", "sddmm", "--kernels", "faulty", "--budget", "1e-9")
+    status, out = checked(*options, capsys=capsys)
+    assert status == 2
+    assert "sddmm faulty: 54 not reached" in out
+    assert "0 incorrect" in out
+
+
+def test_settings_of_a_call_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROSA_PANEL_MIB", "64")
+    monkeypatch.delenv("ROSA_EARLY_LAUNCH", raising=False)
+    with gpu_check.environment(gpu_check.SMALL_PANELS | gpu_check.OVERLAP):
+        assert (os.environ["ROSA_PANEL_MIB"], os.environ["ROSA_EARLY_LAUNCH"]) == ("1", "1")
+    assert os.environ["ROSA_PANEL_MIB"] == "64"
+    assert "ROSA_EARLY_LAUNCH" not in os.environ
