@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.report import Table
+from bench.report import Table, milliseconds
 from bench.results import Row, key
 
 VERDICTS = (
     "slower",
     "faster",
     "ambiguous",
+    "other timer",
     "same",
     "status changed",
     "only in base",
@@ -43,11 +44,15 @@ class Comparison(NamedTuple):
 
 
 def verdict(base: Row, new: Row, threshold: float) -> str:
-    """same | faster | slower | ambiguous for two timed rows.
+    """same | faster | slower | ambiguous | other timer for two timed rows.
 
     A change counts when the medians differ by more than `threshold` and the p20-p80 ranges do not
     overlap; if only the first holds the noise may explain it, and the verdict is "ambiguous".
+    Times of different timers say nothing about each other; old rows do not name theirs.
     """
+    timers = base["timer"], new["timer"]
+    if None not in timers and timers[0] != timers[1]:
+        return "other timer"
     if abs(new["median_s"] / base["median_s"] - 1) <= threshold:
         return "same"
     if new["p80_s"] < base["p20_s"]:
@@ -101,4 +106,4 @@ def tables(found: list[Comparison], *, show_same: bool = False) -> list[Table]:
 def _time(row: Row | None) -> str:
     if row is None:
         return "-"
-    return row["status"] if row["median_s"] is None else f"{row['median_s'] * 1e3:.3f}"
+    return row["status"] if row["median_s"] is None else milliseconds(row)

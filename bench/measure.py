@@ -6,19 +6,15 @@ import ctypes
 import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.clocks import HOST, Call, Clock, timer_of
 from bench.results import Row
-
-Call = Callable[[], Any]
-Clock = Callable[[Call, int], float]
 
 # A sample shorter than this is mostly the clock and the loop: such calls are timed in batches.
 _SHORTEST_SAMPLE_S = 200e-6
@@ -50,10 +46,11 @@ class Rule:
 
 @dataclass
 class Samples:
-    """Seconds per call, one entry per sample, in the order taken."""
+    """Seconds per call, one entry per sample, in the order taken, and the timer they are by."""
 
     seconds: list[float] = field(default_factory=list)
     calls_per_sample: int = 1
+    timer: str = HOST
 
     @property
     def spent(self) -> float:
@@ -86,6 +83,7 @@ def time_columns(samples: Samples) -> Row:
         "p20_s": p20,
         "p80_s": p80,
         "calls_per_sample": samples.calls_per_sample,
+        "timer": samples.timer,
     }
 
 
@@ -121,6 +119,7 @@ def interleaved(
             for _ in range(max(1, min(share, _IN_A_ROW))):
                 seconds = clock(calls[name], done.calls_per_sample)
                 done.seconds.append(seconds / done.calls_per_sample)
+            done.timer = timer_of(clock, calls[name])
             if _finished(done, rule, turn):
                 active.remove(name)
     return results
@@ -137,70 +136,6 @@ def _finished(done: Samples, rule: Rule, turn: int) -> bool:
     # A busy neighbour stalls every thread barrier by the same 8 ms: for a moment the samples agree
     # perfectly. Only agreement over several turns counts.
     return turn >= _ROUNDS and noise(done.seconds) < rule.noise
-
-
-# -- clocks: seconds that `count` calls in a row take ---------------------------------------------
-
-
-def cpu_clock(call: Call, count: int) -> float:
-    """Wall time by the monotonic high-resolution clock."""
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    return time.perf_counter() - start
-
-
-class CudaClock:
-    """Device time of every call by itself, by events on the current stream, from a cold L2 cache.
-
-    Before each call the device reads more than any L2 holds. It does not write: dirty lines would
-    be written back on the next call's time, 12 us for the 50 MiB of an H200. Reading takes 60 us
-    there (both estimated), in which the host enqueues the events and what the call launches: so
-    the host's time is not on the clock unless a call waits for the device or takes longer than
-    that. `host_clock` is for the host's time.
-    """
-
-    def __init__(self, device: str = "cuda", flush_bytes: int = 2**28) -> None:
-        # By default twice the largest L2 of today (H200: 50 MiB, B200: 126 MiB).
-        self._flush = torch.zeros(flush_bytes // 4, dtype=torch.float32, device=device)
-        self._sum = torch.zeros((), device=device)
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def __call__(self, call: Call, count: int) -> float:
-        while len(self._events) < count:
-            self._events.append((_event(), _event()))
-        pairs = self._events[:count]
-        for start, end in pairs:
-            torch.sum(self._flush, dim=0, out=self._sum)
-            start.record()
-            call()
-            end.record()
-        pairs[-1][1].synchronize()
-        return sum(start.elapsed_time(end) for start, end in pairs) / 1e3
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
-def host_clock(call: Call, count: int) -> float:
-    """Seconds that the host is busy with calls whose device work goes on behind its back.
-
-    The device starts idle. It may fall behind by a thousand launches before one blocks, which is
-    more than `count` short calls make.
-    """
-    torch.cuda.synchronize()
-    seconds = cpu_clock(call, count)
-    torch.cuda.synchronize()
-    return seconds
-
-
-@cache
-def clock_on(device: str, host: bool = False) -> Clock:
-    """What times calls on a device; `host`: what they cost the host, on any device."""
-    if device == "cpu":
-        return cpu_clock
-    return host_clock if host else CudaClock()
 
 
 # -- memory ---------------------------------------------------------------------------------------

@@ -46,7 +46,9 @@ def races(rows: Iterable[Row]) -> list[Race]:
         run = row["run_id"], row["device"]
         if row["op"] == "roof":
             roofs[run][row["kernel"]] = row
-        elif row["charge"] == (FROM_TOKEN_MAJOR if row["op"] in PRODUCTS else OP):
+            continue
+        charge = FROM_TOKEN_MAJOR if row["op"] in PRODUCTS else OP
+        if row["mode"] == "no_grad" and row["charge"] == charge:
             cases[*run, row["case"]].append(row)
     found = []
     for (*run, _), entries in cases.items():

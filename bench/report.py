@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from bench import baselines
+from bench.clocks import WITH_HOST
 from bench.contender import FROM_TOKEN_MAJOR, OP
 from bench.measure import noise
 from bench.results import Row
@@ -55,6 +56,16 @@ class Table:
 def timed(rows: Iterable[Row]) -> list[Row]:
     """The rows that have a time."""
     return [row for row in rows if row["status"] == "ok"]
+
+
+def milliseconds(row: Row, digits: int = 3) -> str:
+    """A row's median in ms; "+host" after it says that time of the host is in it."""
+    return f"{row['median_s'] * 1e3:.{digits}f}" + (WITH_HOST if with_host(row) else "")
+
+
+def with_host(row: Row) -> bool:
+    """Whether time of the host is in a device's time."""
+    return (row["timer"] or "").endswith(WITH_HOST)
 
 
 def is_overhead(row: Row) -> bool:
@@ -248,7 +259,7 @@ def losing_table(rows: list[Row], charge: str, limit: int | None = None) -> Tabl
         ["case", "peer", "ours ms", "peer ms", "ratio"],
     )
     for ratio in shown:
-        times = (f"{row['median_s'] * 1e3:.3f}" for row in ratio)
+        times = map(milliseconds, ratio)
         case, peer = ratio.ours["case"], ratio.peer["kernel"]
         table.rows.append([case, peer, *times, f"{ratio.value:.2f}"])
     return table
@@ -296,10 +307,10 @@ def case_table(rows: list[Row], charge: str, device: str) -> Table:
             [
                 case,
                 ours["backend"],
-                f"{ours['median_s'] * 1e3:.3f}",
+                milliseconds(ours),
                 f"{dense[0].value:.1f}" if dense else "-",
                 best.peer["kernel"] if best else "-",
-                f"{best.peer['median_s'] * 1e3:.3f}" if best else "-",
+                milliseconds(best.peer) if best else "-",
                 f"{best.value:.1f}" if best else "-",
             ]
         )

@@ -22,7 +22,8 @@ DEVICE_COLUMNS = (
 )
 CASE_COLUMNS = ("case", "op", "m", "n", "k", "density", "nnz", "dtype", "mask", "seed")
 KERNEL_COLUMNS = ("kernel", "backend", "mode", "charge", "status", "reason")
-TIME_COLUMNS = ("samples_s", "median_s", "p20_s", "p80_s", "calls_per_sample")
+# `timer` is one of bench/clocks.py; read as null from files that lack it.
+TIME_COLUMNS = ("samples_s", "median_s", "p20_s", "p80_s", "calls_per_sample", "timer")
 SIZE_COLUMNS = ("flops", "bytes", "output_bytes", "peak_bytes", "workspace_bytes", "max_err")
 # Of rows about a whole layer; null in others, and read as null from files that lack them.
 # `held_bytes` stays from one step to the next, weights and inputs included; `live_bytes` is the
@@ -82,7 +83,7 @@ def _parse(path: Path, text: str) -> Iterator[Row]:
                 raise ValueError(
                     f"expected schema_version {SCHEMA_VERSION}, got {row.get('schema_version')!r}"
                 )
-            row = dict.fromkeys(LAYER_COLUMNS) | row
+            row = dict.fromkeys(("timer", *LAYER_COLUMNS)) | row
             _check(row)
         except ValueError as error:  # json's own error is one
             raise ResultsError(f"{path}:{number}: {error}") from error

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from bench import measure
+from bench import clocks, measure
 from bench.cases import dtype_name
 from bench.contender import OP
 from bench.results import Row
@@ -30,7 +30,7 @@ def roof_rows(dtypes: Sequence[torch.dtype], rule: measure.Rule, device: str) ->
     source = torch.zeros(_COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = _GEMM_SIZE[device]
-    calls: dict[str, measure.Call] = {"copy": lambda: target.copy_(source)}
+    calls: dict[str, clocks.Call] = {"copy": lambda: target.copy_(source)}
     columns: dict[str, Row] = {"copy": {"kernel": "copy", "bytes": 2 * source.numel()}}
     for dtype in dtypes:
         x, name = torch.randn(size, size, device=device).to(dtype), dtype_name(dtype)
@@ -41,7 +41,7 @@ def roof_rows(dtypes: Sequence[torch.dtype], rule: measure.Rule, device: str) ->
         calls["read_l2"], columns["read_l2"] = _read_l2(device)
         calls["launch"], columns["launch"] = _launch(device)
     rows = []
-    for name, samples in measure.interleaved(calls, rule, measure.clock_on(device)).items():
+    for name, samples in measure.interleaved(calls, rule, clocks.clock_on(device)).items():
         if name == "launch":
             samples.seconds = [seconds / _LAUNCHES for seconds in samples.seconds]
             samples.calls_per_sample *= _LAUNCHES
@@ -50,7 +50,7 @@ def roof_rows(dtypes: Sequence[torch.dtype], rule: measure.Rule, device: str) ->
     return rows
 
 
-def _read_l2(device: str) -> tuple[measure.Call, Row]:
+def _read_l2(device: str) -> tuple[clocks.Call, Row]:
     """Our own kernel of 16-byte loads past L1; torch's sum where the build has none."""
     data = torch.zeros(_L2_BYTES // 4, device=device)
     columns = {"kernel": "read_l2", "bytes": _L2_BYTES * _L2_PASSES}
@@ -73,7 +73,7 @@ def _read_l2(device: str) -> tuple[measure.Call, Row]:
     return read_natively, {"backend": "cuda"} | columns
 
 
-def _launch(device: str) -> tuple[measure.Call, Row]:
+def _launch(device: str) -> tuple[clocks.Call, Row]:
     """Kernels that do (next to) nothing, one after the other on one stream."""
     columns = {"kernel": "launch"}
     if not hasattr(native._C, "cuda_launch_empty"):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench import measure, roofs
+from bench import clocks, measure, roofs
 from bench.cases import case_id, dtype_name
 from bench.check import Check
 from bench.contender import Contender, Problem, Run, Unsupported
@@ -45,27 +45,34 @@ def run_case(
     contenders: Sequence[Contender | LayerContender],
     rule: measure.Rule,
     device: str = "cpu",
+    timer: str = clocks.COLD,
 ) -> list[Row]:
     """Rows for all contenders of a case: every pair ends in a status, with the reason.
 
     A call is timed only after its result has passed the check, and the two charges of a peer are
-    checked separately: a conversion can be wrong too.
+    checked separately: a conversion can be wrong too. `timer` is for CUDA: "cold", "hot", "graph".
     """
     if isinstance(case, LayerCase):
-        found = run_layer_case(case, contenders, rule, device, _failure)
+        if timer == clocks.GRAPH:
+            return skipped(case, contenders, "a layer in training is not captured in a graph")
+        found = run_layer_case(case, contenders, rule, device, failure, timer=timer)
         entries = [
             _Entry(contender, contender.charges, columns)
             for contender, columns in zip(contenders, found, strict=True)
         ]
-        return _rows(_EMPTY | _case_columns(case), entries)
+        return _rows(_EMPTY | case_columns(case), entries)
     with quiet_torch():
-        return _run_case(case, contenders, rule, device)
+        return _run_case(case, contenders, rule, device, _timer(case, device, timer))
+
+
+def _timer(case: Case, device: str, asked: str) -> str:
+    return clocks.HOST if device == "cpu" or is_overhead(case) else asked
 
 
 def _run_case(
-    case: Case, contenders: Sequence[Contender], rule: measure.Rule, device: str
+    case: Case, contenders: Sequence[Contender], rule: measure.Rule, device: str, timer: str
 ) -> list[Row]:
-    base = _EMPTY | _case_columns(case)
+    base = _EMPTY | case_columns(case)
     entries = [
         _Entry(contender, charges)
         for contender in contenders
@@ -76,20 +83,19 @@ def _run_case(
         check = Check(problem)
     except Exception as error:  # the reason goes into every row of the case
         for entry in entries:
-            entry.columns = _failure(error)
+            entry.columns = failure(error)
         return _rows(base, entries)
     base["nnz"] = problem.pattern.nnz
     for entry in entries:
-        _examine(entry, problem, check)
+        _examine(entry, problem, check, timer)
     calls = {str(i): e.call for i, e in enumerate(entries) if e.call is not None}
     estimates = {str(i): e.estimate for i, e in enumerate(entries)}
-    clock = measure.clock_on(device, host=is_overhead(case))
     try:
-        timed = measure.interleaved(calls, rule, clock, estimates)
+        timed = measure.interleaved(calls, rule, clocks.clock_on(device, timer), estimates)
     except Exception as error:  # a contender that passed once and then fails takes all down
         for entry in entries:
             if entry.call is not None:
-                entry.columns |= _failure(error)
+                entry.columns |= failure(error)
         return _rows(base, entries)
     for i, samples in timed.items():
         entries[int(i)].columns |= measure.time_columns(samples)
@@ -101,9 +107,9 @@ def warm_up(contenders: Iterable[Contender | LayerContender], device: str) -> No
     for contender in contenders:
         if isinstance(contender, LayerContender):
             continue  # takes three steps on its own problem before its first sample
-        problem = Problem.of(Case(contender.op, 64, 64, 64, 0.05), device)
         # What fails here fails again in its row, which tells the reason.
         with quiet_torch(), contextlib.suppress(Exception):
+            problem = Problem.of(Case(contender.op, 64, 64, 64, 0.05), device)
             if contender.reject(problem) is None:
                 contender.prepare(problem, contender.charges[-1])()
 
@@ -122,7 +128,7 @@ def skipped(case: Case, contenders: Sequence[Contender | LayerContender], reason
         _Entry(contender, contender.charges, {"status": "unsupported", "reason": reason})
         for contender in contenders
     ]
-    return _rows(_EMPTY | _case_columns(case), entries)
+    return _rows(_EMPTY | case_columns(case), entries)
 
 
 def roof_rows(dtypes: Sequence[torch.dtype], rule: measure.Rule, device: str) -> list[Row]:
@@ -145,7 +151,7 @@ def lost(device: str) -> str | None:
     return None
 
 
-def _examine(entry: _Entry, problem: Problem, check: Check) -> None:
+def _examine(entry: _Entry, problem: Problem, check: Check, timer: str) -> None:
     """Reject, prepare, check and weigh a contender; leaves a call only if it may be timed."""
     contender = entry.contender
     reason = contender.reject(problem)
@@ -167,13 +173,13 @@ def _examine(entry: _Entry, problem: Problem, check: Check) -> None:
             # The first call may have built what is kept, such as a plan; the second shows what
             # every call needs.
             _, entry.columns["peak_bytes"], entry.estimate = _watched(call, problem.device)
-        entry.call = call
+        entry.call = clocks.captured(call) if timer == clocks.GRAPH else call
     except Unsupported as error:
         entry.columns |= {"status": "unsupported", "reason": str(error)}
     except AssertionError as error:
         entry.columns |= {"status": "incorrect", "reason": str(error)}
     except Exception as error:  # a peer may raise anything; the row says what
-        entry.columns |= _failure(error)
+        entry.columns |= failure(error)
 
 
 def _watched(call: Run, device: str) -> tuple[Tensor, int | None, float]:
@@ -182,7 +188,8 @@ def _watched(call: Run, device: str) -> tuple[Tensor, int | None, float]:
     return got, peak, time.perf_counter() - start
 
 
-def _failure(error: Exception) -> Row:
+def failure(error: Exception) -> Row:
+    """The columns of a row whose contender raised."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     oom = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         words in str(error).lower() for words in _OOM_TEXTS
@@ -207,7 +214,8 @@ def _rows(base: Row, entries: Sequence[_Entry]) -> list[Row]:
     ]
 
 
-def _case_columns(case: Case) -> Row:
+def case_columns(case: Case) -> Row:
+    """The columns that say which case a row is of."""
     return {
         "case": case_id(case),
         "op": case.op,

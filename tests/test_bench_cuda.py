@@ -1,7 +1,7 @@
 """The benchmark's CUDA side on machines without a GPU: torch.cuda is replaced where it is asked.
 
-What is shown is the logic: what is recorded, flushed, counted and skipped, in which order. That the
-numbers mean something only a GPU can show.
+What is shown is the logic: what is counted and skipped, in which order. That the numbers mean
+something only a GPU can show. The clocks are in test_bench_clocks.py.
 """
 
 from __future__ import annotations
@@ -21,72 +21,6 @@ from rosa_kernels.backends import native
 from rosa_kernels.testing import Case
 
 FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
-
-
-class Timeline:
-    """A device on which every flush takes 100 and every call `cost` milliseconds."""
-
-    def __init__(self) -> None:
-        self.now, self.log = 0.0, []
-
-    def event(self) -> SimpleNamespace:
-        event = SimpleNamespace(at=None)
-
-        def record() -> None:
-            event.at = self.now
-            self.log.append("event")
-
-        event.record = record
-        event.synchronize = lambda: self.log.append("wait")
-        event.elapsed_time = lambda end: end.at - event.at
-        return event
-
-    def flush(self, *arguments, **options) -> None:
-        self.now += 100
-        self.log.append("flush")
-
-    def call(self, cost: float):
-        def run() -> None:
-            self.now += cost
-            self.log.append("call")
-
-        return run
-
-
-@pytest.fixture
-def timeline(monkeypatch) -> Timeline:
-    timeline = Timeline()
-    monkeypatch.setattr(measure, "_event", timeline.event)
-    monkeypatch.setattr(torch, "sum", timeline.flush)
-    return timeline
-
-
-def test_every_call_is_timed_by_itself_from_a_cold_cache(timeline):
-    clock = measure.CudaClock("cpu", flush_bytes=64)
-    assert clock(timeline.call(cost=2.0), 3) == pytest.approx(3 * 2e-3)
-    assert timeline.log == ["flush", "event", "call", "event"] * 3 + ["wait"]
-    timeline.log.clear()
-    assert clock(timeline.call(cost=0.5), 2) == pytest.approx(2 * 0.5e-3)  # events are used again
-    assert timeline.log.count("event") == 4
-
-
-def test_short_calls_are_many_per_sample_each_of_them_cold(timeline):
-    clock = measure.CudaClock("cpu", flush_bytes=64)
-    calls = {"short": timeline.call(cost=0.005), "long": timeline.call(cost=3.0)}
-    timed = measure.interleaved(calls, measure.Rule(max_samples=5), clock)
-    assert timed["short"].calls_per_sample == 40
-    assert timed["long"].calls_per_sample == 1
-    assert timed["short"].seconds == pytest.approx([5e-6] * len(timed["short"].seconds))
-    assert timeline.log.count("flush") == timeline.log.count("call")
-
-
-def test_the_host_clock_leaves_the_device_out(monkeypatch):
-    log = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    assert measure.host_clock(lambda: log.append("call"), 2) < 0.1
-    assert log == ["wait", "call", "call", "wait"]
-    assert measure.clock_on("cuda", host=True) is measure.host_clock
-    assert measure.clock_on("cpu", host=True) is measure.cpu_clock
 
 
 def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
@@ -148,7 +82,7 @@ def gpu(monkeypatch) -> list[str]:
     """A GPU whose cases run on the CPU; returns the log of what ran."""
     ran: list[str] = []
 
-    def run_case(case, competing, rule, device):
+    def run_case(case, competing, rule, device, timer="cold"):
         ran.append(f"{device} {case.op}")
         return run_on_cpu(case, competing, rule)
 

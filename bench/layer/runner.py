@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench import clocks, measure
 from bench.layer.case import FWD_BWD, STEP_FUSED, Adapted, LayerCase, LayerProblem
 from bench.layer.check import Check
 from bench.layer.contenders import LayerContender, contenders
@@ -95,6 +95,7 @@ def run_case(
     device: str,
     failure: Callable[[Exception], Row],
     weigh: Weigh | None = None,
+    timer: str = clocks.COLD,
 ) -> list[Row]:
     """The columns of all contenders of a case beyond the case's own, in the order given.
 
@@ -113,7 +114,7 @@ def run_case(
         calls = {str(i): e.call for i, e in enumerate(entries) if e.call is not None}
         estimates = {str(i): e.estimate for i, e in enumerate(entries)}
         try:
-            timed = measure.interleaved(calls, rule, measure.clock_on(device), estimates)
+            timed = measure.interleaved(calls, rule, clocks.clock_on(device, timer), estimates)
         except Exception as error:  # one that passed once and then fails takes all down
             for entry in entries:
                 if entry.call is not None:

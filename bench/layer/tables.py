@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bench.layer.case import FWD_BWD, LAYER, MODEL, OPS, STEP
 from bench.layer.contenders import FULL, OURS, PEFT_REFERENCE, REFERENCE, SHIRA, SUPER_TUNING
-from bench.report import Table, geomean
+from bench.report import Table, geomean, milliseconds
 from bench.results import Row
 
 Group = dict[str, Row]  # kernel -> row
@@ -72,7 +72,7 @@ def _table(device: str, case: str, mode: str, group: Group) -> Table:
             [
                 name,
                 str(row["trainable"]),
-                f"{row['median_s'] * 1e3:.2f}",
+                milliseconds(row, 2),
                 spread,
                 _cell(ratio(group, name, REFERENCE, seconds)),
                 _cell(ratio(group, name, PEFT_REFERENCE, seconds)),
