@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench import baselines, targets
+from bench.clocks import WITH_HOST
+from bench.contender import OP
 from bench.races import Race, races
-from bench.report import PRODUCTS, Table, geomean, mask_kind
+from bench.report import OURS, PRODUCTS, Table, geomean, mask_kind, milliseconds, with_host
 from bench.results import Row
 
 _GROUP = "device, op, dtype, masks, density, tokens"
@@ -19,6 +21,8 @@ _GROUP = "device, op, dtype, masks, density, tokens"
 _BANDS = (0.002, 0.0045, 0.008, 0.015, 0.03, 1.0)
 # "auto" that is slower than one of our kernels by more than this took the wrong one.
 _WRONG = 1.05
+# A line of what has no time.
+_WIDEST = 120
 
 
 def band(density: float) -> str:
@@ -32,6 +36,77 @@ def band(density: float) -> str:
 
 def _band(density: float) -> int:
     return next(i for i, high in enumerate(_BANDS) if density <= high)
+
+
+def short_table(rows: Iterable[Row]) -> Table:
+    """What "auto" took, and how many times faster it is than the peers: a line a mask of SDDMM.
+
+    The other ops have a line a number of tokens: geometric means.
+    """
+    table = Table(
+        "auto, times faster than: dense (+ gather for SDDMM), cuSPARSE, the fastest other peer",
+        ["case", "auto took", "ms", "x dense", "x cuSPARSE", "x other", "fastest own", "ms"],
+    )
+    found = races(rows)
+    sddmm = [race for race in found if race.auto["op"] == "sddmm"]
+    for race in sddmm:
+        row, best = race.auto, race.best_own()
+        table.rows.append(
+            [
+                f"sddmm {row['mask']} {row['m']}x{row['n']} k{row['k']}",
+                row["backend"],
+                milliseconds(row),
+                *(_against([race], peer) for peer in ("dense", "cusparse")),
+                _against_others([race]),
+                *(("-", "-") if best is None else (best["backend"], milliseconds(best))),
+            ]
+        )
+    masked = [race for race in sddmm if mask_kind(race.auto["mask"]) == "real"]
+    groups: dict[str, list[Race]] = {f"geometric mean: sddmm, {len(masked)} real masks": masked}
+    for race in found:
+        row = race.auto
+        if row["op"] != "sddmm":
+            what = f" {mask_kind(row['mask'])} k{row['k']}" if row["op"] in PRODUCTS else ""
+            groups.setdefault(f"geometric mean: {row['op']}{what}", []).append(race)
+    for what, members in groups.items():
+        if members:
+            taken = _counts(Counter(race.auto["backend"] for race in members))
+            cells = [_against(members, peer) for peer in ("dense", "cusparse")]
+            mean = f"{geomean(race.auto['median_s'] for race in members) * 1e3:.3f}"
+            table.rows.append([what, taken, mean, *cells, _against_others(members), "", ""])
+    return table
+
+
+def untimed(rows: Iterable[Row]) -> list[str]:
+    """The cases that "auto" has no time in, and why; those that were not run are counted."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        if row["kernel"] == OURS and row["status"] != "ok" and row["charge"] == OP:
+            whose = "" if row["reason"].startswith("not run") else f"{row['case']}: "
+            found[f"{whose}{row['status']}, {row['reason']}"[:_WIDEST]] += 1
+    return [f"{count} x auto without a time: {reason}" for reason, count in found.items()]
+
+
+def _against(members: Sequence[Race], family: str) -> str:
+    """The geometric mean against a family of peers; marked if time of the host is in theirs."""
+    ratios = [ratio for race in members if (ratio := race.against(family)) is not None]
+    if not ratios:
+        return "-"
+    host = any(with_host(race.peers[family]) for race in members if family in race.peers)
+    return f"{geomean(ratios):.2f}" + (WITH_HOST if host else "")
+
+
+def _against_others(members: Sequence[Race]) -> str:
+    """The family that comes closest, beside dense and cuSPARSE."""
+    families = {family for race in members for family in race.peers} - {"dense", "cusparse"}
+    means = {
+        family: geomean(race.against(family) for race in members if family in race.peers)
+        for family in families
+    }
+    if not means:
+        return "-"
+    family = min(means, key=lambda name: means[name])
+    return f"{_against(members, family)} {family}"
 
 
 def tables(rows: Iterable[Row], limit: int | None = None) -> list[Table]:
@@ -94,7 +169,7 @@ def choices_table(found: Sequence[Race], limit: int | None = None) -> Table:
         ["case", "took", "ms", "better", "ms", "slower"],
     )
     for factor, auto, best in shown:
-        cells = [(row["backend"], f"{row['median_s'] * 1e3:.3f}") for row in (auto, best)]
+        cells = [(row["backend"], milliseconds(row)) for row in (auto, best)]
         table.rows.append([auto["case"], *cells[0], *cells[1], f"{factor:.2f}"])
     return table
 

@@ -74,6 +74,25 @@ def test_rows_of_one_run_only_and_changed_statuses_are_told():
     assert verdicts == {"a": "only in base", "b": "status changed", "c": "only in new"}
 
 
+def test_times_of_different_timers_are_not_compared():
+    for timers, verdict in (
+        (("cold", "graph"), "other timer"),
+        (("cold", "cold+host"), "other timer"),
+        (("cold", "cold"), "slower"),
+        ((None, "cold"), "slower"),  # rows from before timers were named
+    ):
+        base, new = (a_row(ms=i + 1.0, timer=timer) for i, timer in enumerate(timers))
+        (found,) = compare.compare([base], [new])
+        assert found.verdict == verdict
+        assert compare.tables([found])[0].rows[0][4] == verdict
+
+
+def test_a_time_with_the_hosts_in_it_is_marked():
+    assert report.milliseconds(a_row(ms=2.0, timer="cold+host")) == "2.000+host"
+    assert report.milliseconds(a_row(ms=2.0, timer="cold")) == "2.000"
+    assert report.milliseconds(a_row(ms=2.0), 1) == "2.0"
+
+
 # -- ratios and targets; all rows of a GPU are synthetic ------------------------------------------
 
 
@@ -204,6 +223,46 @@ def test_the_ratios_of_several_files_are_taken_together(tmp_path, capsys):
     assert "auto against the best of our own kernels" in out
     assert "Targets on one GPU" in out
     assert "SDDMM, generated masks, 0.3-2 %: x dense + gather" in out
+
+
+def test_the_short_table_has_a_line_a_real_mask_and_fits_a_screen():
+    rows = []
+    for name in ("first", "second"):
+        suite = cases.suite(name, device="cuda")
+        made = gpu_rows(suite)
+        lines = ratios.short_table(made).text().splitlines()
+        assert len(lines) <= 27
+        assert max(map(len, lines)) <= 140
+        rows += made
+    table = ratios.short_table(rows)
+    by_case = {line[0]: line[1:] for line in table.rows}
+    (q_proj,) = (line for case, line in by_case.items() if "real:14.q_proj" in case)
+    assert q_proj[0] == "cuda/tile"
+    assert float(q_proj[2]) > 1
+    assert "geometric mean: sddmm, 21 real masks" in by_case
+    assert "geometric mean: spmm real k8" in by_case
+    assert by_case["geometric mean: csr_add_"][2:5] == ["-", "-", "3.00 torch"]
+
+
+def test_the_short_table_marks_peers_with_the_hosts_time_and_tells_what_is_missing():
+    common = {"mask": "real:14.q_proj", "charge": FROM_TOKEN_MAJOR}
+    rows = [
+        on_gpu("a", "auto", 1.0, **common),
+        on_gpu("a", "dense", 3.0, **common),
+        on_gpu("a", "cusparse-fp32", 9.0, timer="cold+host", **common),
+        on_gpu("a", "cuda/tile panels=32", 0.1, mode="experiment", **common),
+        on_gpu("a", "cuda/wgmma", 1.1, backend="cuda/wgmma", **common),
+    ]
+    (line, _) = ratios.short_table(rows).rows
+    assert line[1:] == ["cuda/tile", "1.000", "3.00", "9.00+host", "-", "cuda/wgmma", "1.100"]
+    missing = [
+        failed("incorrect", case="b", charge=OP),
+        *(failed("unsupported", case=c, charge=OP) | {"reason": "not run: spent"} for c in "cd"),
+    ]
+    assert ratios.untimed(rows + missing) == [
+        "1 x auto without a time: b: incorrect, because",
+        "2 x auto without a time: unsupported, not run: spent",
+    ]
 
 
 def test_ratios_without_a_single_case_are_refused(tmp_path, capsys):

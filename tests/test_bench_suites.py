@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -84,6 +86,31 @@ def test_what_a_budget_cuts_off_is_what_says_least():
     assert {c.mask for c in rosa} >= {f"real:14.{kind}" for kind in masks.KINDS}
 
 
+def test_the_first_suite_is_one_layers_real_masks_and_then_one_uniform():
+    *real, last = cases.suite("first", device="cuda")
+    assert real[0].mask == "real:14.q_proj"
+    assert {c.mask for c in real} == {f"real:14.{kind}" for kind in masks.KINDS}
+    assert {(c.op, c.k, c.dtype) for c in real} == {("sddmm", 8192, torch.bfloat16)}
+    assert all(c.m * c.n >= targets.LEAST_SIZE for c in real)
+    assert last == dataclasses.replace(real[0], mask="uniform")
+    assert len(real) == 7
+
+
+def test_the_second_suite_has_the_rest_and_begins_with_a_case_of_every_op():
+    first, second = (cases.suite(name, device="cuda") for name in ("first", "second"))
+    sddmm = [c for c in second if c.op == "sddmm"]
+    assert len(sddmm) == 14
+    assert len({c.mask for c in [*first, *sddmm]} - {"uniform"}) == 21
+    assert not set(first) & set(second)
+    decoding = {(c.mask, c.k) for c in second if c.op == "spmm"}
+    assert decoding >= {(f"real:14.{kind}", k) for kind in masks.KINDS for k in (1, 8, 64)}
+    assert decoding >= {("uniform", k) for k in (1, 8, 64)}
+    assert {c.op for c in second[:10]} == {
+        *("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_")
+    }
+    assert {c.density for c in second if c.op == "csr_add_"} == {0.006}
+
+
 def test_a_cpu_never_gets_the_sizes_of_a_gpu():
     for suite in (cpu.tokens(0), cpu.llm(0)):
         for case in suite:
@@ -91,5 +118,5 @@ def test_a_cpu_never_gets_the_sizes_of_a_gpu():
 
 
 def test_an_unknown_suite_is_refused():
-    with pytest.raises(ValueError, match=r"suite: expected one of quick, rosa, .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"suite: expected one of quick, first, .*, got 'fast'"):
         cases.suite("fast")

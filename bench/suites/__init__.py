@@ -29,6 +29,16 @@ class Suite(NamedTuple):
 
 SUITES: dict[str, Suite] = {
     "quick": Suite("enough for every plot, in about three minutes a device", cpu.quick, cuda.quick),
+    "first": Suite(
+        "what to know of a GPU first: SDDMM on seven real masks; on a CPU a rehearsal of it",
+        cpu.first,
+        cuda.first,
+    ),
+    "second": Suite(
+        "what to know next: the other real masks, decoding, merging; on a CPU a rehearsal of it",
+        cpu.second,
+        cuda.second,
+    ),
     "rosa": Suite(
         "the 21 real masks, at their own shapes and replicated to those of models, beside uniform",
         cpu.rosa,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bench import masks
 from bench.overhead import overhead_cases
 from bench.suites.builders import (
@@ -43,6 +45,24 @@ def quick(seed: int) -> list[Case]:
         for op in PRODUCTS
     ]
     return cases
+
+
+def first(seed: int) -> list[Case]:
+    """What the suite has on a GPU, at the masks' own shapes and 256 tokens: a rehearsal."""
+    own = real(of_layer(14), None, (256,), F32, seed, ops=("sddmm",))
+    masked = [case for case in own if case.mask != "uniform"]
+    return [*masked, replace(masked[0], mask="uniform")]
+
+
+def second(seed: int) -> list[Case]:
+    """What the suite has on a GPU, less of it."""
+    other = real(("0.q_proj", "29.down_proj"), None, (256,), F32, seed, ops=("sddmm",))
+    return [
+        *real(("14.q_proj",), None, (1, 8, 64), F32, seed, ops=("spmm",)),
+        *elementwise(("q_proj",), (1024, 1024), (ROSA_DENSITY,), F32, seed),
+        *(case for case in other if case.mask != "uniform"),
+        *real(("14.gate_proj",), None, (1, 8, 64), F32, seed, ops=("spmm",)),
+    ]
 
 
 def rosa(seed: int) -> list[Case]:

@@ -6,6 +6,7 @@ float32 and float16 come in where a peer takes nothing else: cuSPARSE has no bfl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -41,6 +42,7 @@ _NATURAL: dict[str, Sequence[Shape]] = {
     "up_proj": (TALL, TALLER),
     "down_proj": (WIDE,),
 }
+_ONE_SHAPE = {kind: shapes[:1] for kind, shapes in _NATURAL.items()}
 
 
 def quick(seed: int) -> list[Case]:
@@ -54,6 +56,29 @@ def quick(seed: int) -> list[Case]:
         *sweep("sddmm", _BOTH, SQUARE, (2048,), _RATE, F32, seed),
         *sweep("sddmm", _BOTH, SQUARE, (8192,), (0.001, 0.003, 0.01, 0.05), BF16, seed),
         *_generated((8192,), _RATE, seed),
+    ]
+
+
+def first(seed: int) -> list[Case]:
+    """SDDMM on one layer's real masks, q_proj first; last, a uniform mask like that of q_proj."""
+    replicated = real(of_layer(14), _ONE_SHAPE, (8192,), BF16, seed, ops=("sddmm",))
+    masked = [case for case in replicated if case.mask != "uniform"]
+    return [*masked, replace(masked[0], mask="uniform")]
+
+
+def second(seed: int) -> list[Case]:
+    """First one mask of every other op, so that each has a number; then the other masks."""
+    other = [
+        case
+        for layer in (0, 29)
+        for case in real(of_layer(layer), _ONE_SHAPE, (8192,), BF16, seed, ops=("sddmm",))
+    ]
+    decoding = real(of_layer(14), _ONE_SHAPE, (1, 8, 64), BF16, seed, ops=("spmm",))
+    return [
+        *(case for case in decoding if case.mask == "real:14.q_proj"),
+        *elementwise(("q_proj", "uniform"), SQUARE, _RATE, BF16, seed),
+        *(case for case in other if case.mask != "uniform"),
+        *decoding,
     ]
 
 
