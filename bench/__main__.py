@@ -1,22 +1,34 @@
-"""Command line: python -m bench run | list | plot | report | ratios | calibrate | compare | env."""
+"""Command line: python -m bench run | stages | list | plot | report | ratios | calibrate | ..."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from bench import calibrate, compare, console, environment, ratios, report, results
+from bench import (
+    calibrate,
+    clocks,
+    compare,
+    console,
+    environment,
+    experiments,
+    ratios,
+    report,
+    results,
+    stages,
+)
 from bench.cases import SUITES, case_id, contenders, suite
 from bench.contender import Problem
 from bench.layer import tables as layer_tables
 from bench.layer.case import OPS as LAYER_OPS
 from bench.ours import ops
 from bench.report import Table
-from bench.run import UsageError, draw, run, summarise
+from bench.run import UsageError, draw, parts, run, summarise
 from rosa_kernels.testing import Case
 
 _OPS = ops()
@@ -53,6 +65,22 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+def _stages(args: argparse.Namespace) -> int:
+    if args.device == "auto":
+        args.device = _this_device()
+    end = time.monotonic() + (args.time_budget or float("inf"))
+    plan = [entry for part in parts(args) for entry in part.plan]
+    if args.bare:
+        stages.bare(args.device, plan)
+        return 0
+    base = environment.run_record(args.argv) | environment.device_record(args.device)
+    rows = stages.measure(args.device, plan, base, args.out, end)
+    for table in stages.tables(rows):
+        console.show(table)
+    print(f"\nWrote\n  {args.out}" if rows else "\nno kernel was timed")
+    return 0
+
+
 def _this_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -75,7 +103,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _ratios(args: argparse.Namespace) -> int:
     rows = [row for path in args.results for row in _select_run(path, args.run_id)]
-    found = [*ratios.tables(rows), *layer_tables.tables(rows)]
+    found = [*ratios.tables(rows), *experiments.tables(rows), *layer_tables.tables(rows)]
     if not found:
         names = ", ".join(map(str, args.results))
         raise UsageError(f"{names}: expected timed rows to compare, got none")
@@ -151,22 +179,51 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
+    def add_choice(sub: argparse.ArgumentParser) -> None:
+        """Which cases, on which devices, with which contenders."""
+        sub.add_argument(
+            "--suite", nargs="+", choices=list(SUITES), default=["quick"], metavar="SUITE"
+        )
+        sub.add_argument(
+            "--device",
+            choices=["auto", "cpu", "cuda"],
+            default="auto",
+            help="auto: CUDA, where there is a device; `run` measures the CPU too",
+        )
+        sub.add_argument(
+            "--ops", nargs="+", choices=_CHOICES, metavar="OP", help=", ".join(_CHOICES)
+        )
+        sub.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, see `list`")
+        sub.add_argument("--without", nargs="+", metavar="NAME", help="all but these")
+        sub.add_argument("--seed", type=int, default=0, metavar="N")
+        sub.add_argument(
+            "--experiments",
+            action="store_true",
+            help="on CUDA, our SDDMM kernels of tiles under other settings too",
+        )
+
     sub = add("run", run, "measure suites, print their tables, draw their plots")
-    sub.add_argument("--suite", nargs="+", choices=list(SUITES), default=["quick"], metavar="SUITE")
+    add_choice(sub)
     sub.add_argument(
         "--out", type=Path, default=Path("build/bench"), metavar="DIR", help="default: %(default)s"
     )
-    sub.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto: CUDA too, where there is a device",
-    )
     sub.add_argument("--threads", type=_positive(int), metavar="N", help="default: torch's")
-    sub.add_argument("--ops", nargs="+", choices=_CHOICES, metavar="OP", help=", ".join(_CHOICES))
-    sub.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, see `list`")
-    sub.add_argument("--without", nargs="+", metavar="NAME", help="all but these")
-    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument(
+        "--timer",
+        choices=clocks.DEVICE_TIMERS,
+        default=clocks.COLD,
+        help="on CUDA: caches flushed before every call, left as they are, or flushed and the call "
+        "replayed as a graph (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="on CUDA: have `auto` use the roofs measured at the start, and keep them there",
+    )
+    sub.add_argument(
+        "--stages", action="store_true", help="at the end, also what `stages` measures"
+    )
     sub.add_argument(
         "--cap", type=_positive(float), metavar="S", help="seconds of samples per contender"
     )
@@ -178,6 +235,22 @@ def _parser() -> argparse.ArgumentParser:
         "(quick: 200 a device)",
     )
     sub.add_argument("--no-plots", action="store_true")
+
+    sub = add("stages", _stages, "our kernels stage by stage, measured beside predicted")
+    add_choice(sub)
+    sub.add_argument(
+        "--time-budget", type=_positive(float), metavar="S", help="seconds; no case is begun after"
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/bench/stages.jsonl"),
+        metavar="FILE",
+        help="default: %(default)s",
+    )
+    sub.add_argument(
+        "--bare", action="store_true", help="call every kernel once and time nothing, for ncu"
+    )
 
     sub = add("list", _list, "the suites, or the cases and contenders of one")
     sub.add_argument("--suite", choices=list(SUITES))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from bench.results import ResultsError, Row
-from rosa_kernels.backends.machine import save_calibration
+from rosa_kernels.backends.machine import machine_of, save_calibration
 
 # Which rate a roof measures, and the column it is a rate of; launches are times.
 _RATES = {
@@ -39,3 +42,23 @@ def calibrate(rows: Iterable[Row], path: Path | None = None) -> tuple[Path, dict
     if not measured:
         raise ResultsError("calibrate: expected roofs that were measured on CUDA, got none")
     return save_calibration(name, measured, path), measured
+
+
+def adopt(rows: Iterable[Row], path: Path) -> None:
+    """Have `auto` and predictions use what the roofs measured, for the rest of this process."""
+    before = os.environ.get("ROSA_MACHINE")
+    try:
+        _, measured = calibrate(rows, path)
+        os.environ["ROSA_MACHINE"] = str(path)
+        machine_of.cache_clear()
+        machine_of(torch.cuda.current_device())  # refuses rates that cannot be
+    except Exception as error:  # costs the better rates, not the run
+        if before is None:
+            os.environ.pop("ROSA_MACHINE", None)
+        else:
+            os.environ["ROSA_MACHINE"] = before
+        machine_of.cache_clear()
+        path.unlink(missing_ok=True)  # what is refused here would be refused wherever it is named
+        print(f"calibrate: rates stay as they were: {error}")
+        return
+    print(f"Calibrated by {path}:", *(f"{rate} {value:.4g}" for rate, value in measured.items()))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from bench_rows import a_row, gpu_rows
 
 from bench import results
 from bench.__main__ import main
-from bench.calibrate import calibrate
-from rosa_kernels.backends.machine import RATES
+from bench.calibrate import adopt, calibrate
+from rosa_kernels.backends.machine import MEASURED, RATES, machine_of
 
 
 def test_rates_are_those_of_the_roofs(tmp_path: Path) -> None:
@@ -45,3 +48,38 @@ def test_a_cpu_run_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["calibrate", str(rows)])
     assert "expected roofs that were measured on CUDA, got none" in capsys.readouterr().err
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch):
+    """The machine that is asked for as device 0, without a calibration of its own."""
+    properties = SimpleNamespace(name="Synthetic GPU H200", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: properties)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
+    monkeypatch.setenv("ROSA_MACHINE", "")  # so that it is put back
+    machine_of.cache_clear()
+    yield properties.name
+    machine_of.cache_clear()
+
+
+def test_a_run_adopts_its_own_roofs(h200: str, tmp_path: Path) -> None:
+    assert machine_of(0).source["l2"] != MEASURED
+    rows = [row | {"device_name": h200} for row in gpu_rows([])]
+    adopt(rows, tmp_path / "machine.json")
+    assert os.environ["ROSA_MACHINE"] == str(tmp_path / "machine.json")
+    assert machine_of(0).source["l2"] == MEASURED
+    assert machine_of(0).l2 == 5e12
+
+
+def test_rates_that_cannot_be_are_not_adopted(
+    h200: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row | {"device_name": h200, "median_s": 1e3} for row in gpu_rows([])]
+    adopt(rows, tmp_path / "machine.json")
+    assert "rates stay as they were: expected hbm from" in capsys.readouterr().out
+    assert os.environ["ROSA_MACHINE"] == ""
+    assert not (tmp_path / "machine.json").exists()
+    assert machine_of(0).source["l2"] != MEASURED
+    adopt([], tmp_path / "machine.json")
+    assert "expected roofs that were measured on CUDA" in capsys.readouterr().out

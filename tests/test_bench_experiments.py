@@ -1,0 +1,108 @@
+"""Kernels under other settings: who sees the settings, and which tables the rows are in."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("numpy")
+
+from bench_rows import a_row
+
+from bench import __main__ as cli
+from bench import experiments, measure, races, report, results, runner
+from bench.contender import FROM_TOKEN_MAJOR, Contender, Problem
+from bench.layer.case import layer_case
+from bench.overhead import overhead_cases
+from rosa_kernels.testing import Case
+
+FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+CASE = Case("sddmm", 40, 24, 9, 0.1, torch.bfloat16)
+
+
+def test_every_kernel_of_tiles_is_tried_under_every_setting():
+    names = [contender.name for contender in experiments.contenders(CASE, "cuda")]
+    assert len(names) == len(set(names)) == 6
+    assert {"cuda/tile panels=32", "cuda/wgmma early", "cuda/tile panels=32 early"} <= set(names)
+    assert not experiments.contenders(CASE, "cpu")
+    assert not experiments.contenders(Case("spmm", 40, 24, 9, 0.1), "cuda")
+    (overhead,) = (case for case in overhead_cases() if case.op == "sddmm")
+    assert not experiments.contenders(overhead, "cuda")
+    assert not experiments.contenders(layer_case(64, 64, 32), "cuda")
+
+
+def test_the_settings_are_there_during_the_call_alone(monkeypatch):
+    seen = []
+    monkeypatch.setenv("ROSA_PANEL_MIB", "64")
+    monkeypatch.delenv("ROSA_EARLY_LAUNCH", raising=False)
+
+    def look() -> tuple[str | None, str | None]:
+        return os.environ.get("ROSA_PANEL_MIB"), os.environ.get("ROSA_EARLY_LAUNCH")
+
+    def prepare(problem: Problem, charge: str):
+        seen.append(("prepare", *look()))
+
+        def call():
+            seen.append(("call", *look()))
+            if len(seen) > 2:
+                raise RuntimeError("worn out")
+
+        return call
+
+    base = Contender("sddmm", "cuda/tile", "cuda", prepare, workspace=lambda problem: look())
+    settings = experiments.SETTINGS["panels=32 early"]
+    tried = experiments.under(base, "panels=32 early", settings)
+    assert (tried.name, tried.mode) == ("cuda/tile panels=32 early", "experiment")
+    call = tried.prepare(None, "op")
+    call()
+    assert look() == ("64", None)
+    with pytest.raises(RuntimeError, match="worn out"):
+        call()
+    assert look() == ("64", None)
+    assert seen == [("prepare", "64", None), ("call", "32", "1"), ("call", "32", "1")]
+    assert tried.workspace(None) == ("32", "1")
+
+
+def test_a_wrong_experiment_is_not_timed():
+    def wrong(problem: Problem, charge: str):
+        return lambda: torch.ones(problem.pattern.nnz, dtype=torch.bfloat16)
+
+    base = Contender("sddmm", "cuda/tile", "cuda", wrong, token_major=True)
+    rows = runner.run_case(CASE, [experiments.under(base, "early", {})], FAST)
+    assert {(row["kernel"], row["status"]) for row in rows} == {("cuda/tile early", "incorrect")}
+
+
+def test_experiments_are_neither_ours_nor_peers_and_have_their_table():
+    common = {"op": "sddmm", "charge": FROM_TOKEN_MAJOR, "device": "cuda"}
+    rows = [
+        a_row(**common, kernel="auto", backend="cuda/tile", ms=1.0),
+        a_row(**common, kernel="cuda/tile", backend="cuda/tile", ms=1.0),
+        a_row(**common, kernel="cuda/tile early", backend="cuda/tile", mode="experiment", ms=0.5),
+        a_row(**common, kernel="dense", ms=3.0),
+    ]
+    (race,) = races.races(rows)
+    assert race.best_own()["median_s"] == 1e-3
+    assert set(race.peers) == {"dense"}
+    assert [ratio.peer["kernel"] for ratio in report.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
+    (table,) = experiments.tables(rows)
+    assert table.columns[3:] == ["panels=32", "early", "panels=32 early"]
+    assert table.rows[0][1:] == ["cuda/tile", "1.000", "-", "0.500", "-"]
+    assert table.rows[1] == ["geometric mean", "cuda/tile", "", "-", "0.500", "-"]
+    assert not experiments.tables(rows[:2])
+
+
+def test_on_a_cpu_the_options_of_cuda_are_ignored_and_said_to_be(tmp_path, capsys):
+    options = ["--suite", "first", "--device", "cpu", "--cap", "0.001", "--time-budget", "1e-9"]
+    cuda = ["--experiments", "--timer", "graph", "--calibrate", str(tmp_path / "machine.json")]
+    out = ["--no-plots", "--out", str(tmp_path)]
+    assert cli.main(["run", *options, *cuda, *out]) == 0
+    said = capsys.readouterr().out
+    for option in ("--experiments", "--timer", "--calibrate"):
+        assert f"{option} is for CUDA and ignored on a CPU" in said
+    assert not (tmp_path / "machine.json").exists()
+    rows = [row for row in results.read(tmp_path / "results.jsonl") if row["op"] != "roof"]
+    assert {row["status"] for row in rows} == {"unsupported"}
+    assert all(row["reason"].startswith("not run: ") for row in rows)
+    assert "8 x auto without a time: unsupported, not run: the time budget" in said
