@@ -71,7 +71,7 @@ def _stages(args: argparse.Namespace) -> int:
     end = time.monotonic() + (args.time_budget or float("inf"))
     plan = [entry for part in parts(args) for entry in part.plan]
     if args.bare:
-        stages.bare(args.device, plan)
+        stages.bare(args.device, plan, end)
         return 0
     base = environment.run_record(args.argv) | environment.device_record(args.device)
     rows = stages.measure(args.device, plan, base, args.out, end)

@@ -60,9 +60,14 @@ def _line(row: Row) -> str:
     return f"{row['kernel']} {row['status'] if row['status'] != 'ok' else _us(row['call_us'])}"
 
 
-def bare(device: str, plan: Plan) -> None:
-    """Call every kernel once: nothing before it, no check, no profiler. For `ncu`."""
+def bare(device: str, plan: Plan, end: float) -> None:
+    """Call every kernel once: nothing before it, no check, no profiler. For `ncu`.
+
+    No case is begun after `end`: a profiler that is killed writes nothing.
+    """
     for case, contenders in _chosen(device, plan):
+        if time.monotonic() > end:
+            return
         problem = Problem.of(case, device)
         for contender in contenders:
             reason = contender.reject(problem)

@@ -17,7 +17,6 @@ it). It is no substitute for `pytest -m gpu`, which also tests streams, graphs, 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import time
@@ -55,8 +54,11 @@ SIZES = ("small", "nasty", "large")
 # Hidden sizes at which operands in shared memory pass 48 KiB, 64 KiB and more.
 WIDTHS = (2048, 3072, 11008)
 WIDTH_TOKENS = (1, 2, 8)
+TILES = ((128, 128), (128, 256))
 CALLS_IN_A_ROW = 4
 SAMPLED_ENTRIES, SAMPLED_ROWS = 4096, 96
+# Read by the kernels at every call; 0 is the default.
+DEFAULTS = {"ROSA_PANEL_MIB": "0", "ROSA_EARLY_LAUNCH": "0"}
 SMALL_PANELS, OVERLAP = {"ROSA_PANEL_MIB": "1"}, {"ROSA_EARLY_LAUNCH": "1"}
 # A CPU rehearses the large cases at an eighth of every edge.
 REHEARSAL = 8
@@ -74,10 +76,12 @@ class Problem:
     dtype: torch.dtype
     layout: str = "token-major"
     variables: dict[str, str] = field(default_factory=dict)
+    tile: tuple[int, int] | None = None  # of the plan, by default the device's
     sampled: bool = False
 
     def __str__(self) -> str:
         settings = "".join(f", {key}={value}" for key, value in self.variables.items())
+        settings += f", tiles {self.tile}" if self.tile else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name}, {self.tokens} tokens, {dtype}, {self.layout}{settings}"
 
@@ -137,24 +141,13 @@ def large_problems(op: str, shrink: int) -> Iterator[Problem]:
     for tokens, dtype, layout, variables in calls:
         tokens = max(tokens // shrink, 1)
         yield Problem("4096 x 4096", op, real, tokens, dtype, layout, variables, sampled=True)
+    for tile in TILES:  # whichever the device's own is
+        for tokens in (8192 // shrink, 65):
+            yield Problem("4096 x 4096", op, real, tokens, BF16, tile=tile, sampled=True)
     odd = skewed(edge + 37, 2 * edge + 91, 0.01)  # no edge is a whole tile
     yield Problem("4133 x 8283", op, odd, 8200 // shrink, BF16, sampled=True)
     block = rk.CsrPattern.from_mask(torch.ones(128, 256, dtype=torch.bool))
     yield Problem("one full tile", op, block, 20_000 // shrink, BF16, sampled=True)
-
-
-@contextlib.contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """The kernels read these at every call."""
-    before = {key: os.environ.get(key) for key in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key, None)
-            if value is not None:
-                os.environ[key] = value
 
 
 def inputs_of(problem: Problem, device: str) -> dict[str, Tensor]:
@@ -176,8 +169,8 @@ def call(
         result = op(pattern=pattern, backend=kernel, **mine)
         return mine["w"] if problem.op in IN_PLACE else result
 
-    with environment(problem.variables):
-        first, *others = [once() for _ in range(CALLS_IN_A_ROW if problem.sampled else 2)]
+    os.environ.update(DEFAULTS | problem.variables)
+    first, *others = [once() for _ in range(CALLS_IN_A_ROW if problem.sampled else 2)]
     finite = first.isfinite()
     for other in others:
         assert torch.equal(torch.where(finite, first, 0), torch.where(finite, other, 0)), (
@@ -211,6 +204,8 @@ def sample(
 def check(problem: Problem, kernel: str, device: str) -> None:
     """Raises AssertionError if the kernel's result is wrong, what it refuses with otherwise."""
     inputs, pattern = inputs_of(problem, device), problem.pattern.to(device)
+    if problem.tile is not None:
+        pattern.build_tile_plan(*problem.tile)
     got = call(problem, kernel, pattern, inputs)
     part, operands, found = sample(problem, pattern, inputs, got)
     exact = oracle(problem.op, part, operands)
