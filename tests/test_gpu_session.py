@@ -57,8 +57,9 @@ def run(task: Task, budget_s: float = 60.0) -> tuple[Step, int]:
         ("raise SystemExit(3)", {"checks": True}, "failed", 2),
         ("import os; os.kill(os.getpid(), 11)", {"checks": True}, "failed", 2),
         ("print('2 wrong')", {"wrong": "wrong$"}, "incorrect", 1),
-        ("print('unable'); raise SystemExit(1)", {"unsupported": "^unable"}, "skipped", 0),
-        ("print('unable')", {"unsupported": "^unable"}, "ok", 0),
+        ("print('unable'); raise SystemExit(1)", {"excuses": {"^unable": "skipped"}}, "skipped", 0),
+        ("print('unable')", {"excuses": {"^unable": "skipped"}}, "ok", 0),
+        (FOREVER, {"limit_s": 1.0}, "not reached", 3),
         (FOREVER, {"limit_s": 1.0, "checks": True}, "failed", 2),
     ],
 )
@@ -86,11 +87,12 @@ def test_all_lines_are_in_the_log_and_few_on_the_terminal(
     log = io.StringIO()
     it = Session(60, log, ROOT, os.environ)
     it.run(python("for i in range(50): print('line', i)", show=2))
+    it.run(python("raise SystemExit('why')"))
     assert all(f"[task] line {i}\n" in log.getvalue() for i in range(50))
-    out = capsys.readouterr().out
-    assert "line 49" in out
-    assert "line 47" not in out
     it.finish()
+    out = capsys.readouterr().out
+    assert out.index("why") < out.index("== Outcomes") < out.index("line 48") < out.index("line 49")
+    assert "line 47" not in out
 
 
 # -- time --------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def test_children_end_with_a_command_and_strangers_do_not_hold_it() -> None:
         time.sleep(60)
     """
     begin = time.monotonic()
-    step, _ = run(python(textwrap.dedent(text), limit_s=1.0))
+    step, _ = run(python(textwrap.dedent(text), limit_s=1.0, checks=True))
     assert time.monotonic() - begin < 18
     child, stranger = map(int, step.lines[0].split())
     try:
@@ -422,4 +424,5 @@ def test_gpu_check_says_what_it_did_not_reach(
     status, out = checked(*options, capsys=capsys)
     assert status == 2
     assert "sddmm faulty: 54 not reached" in out
+    assert "nothing was reached" in out
     assert "0 incorrect" in out

@@ -62,6 +62,16 @@ def test_long_rows(kernel: Served, dtype: torch.dtype) -> None:
     check(kernel, pattern, inputs_of("spmm", pattern, 9, dtype, kernel.device))
 
 
+@pytest.mark.parametrize("hidden", [2048, 3072, 11008])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_hidden_sizes_of_models(
+    hidden: int, tokens: int, kernel: Served, dtype: torch.dtype
+) -> None:
+    """Whose columns of b, kept in shared memory, pass what a kernel may have without leave."""
+    pattern = uniform_pattern(96, hidden, 0.004)
+    check(kernel, pattern, inputs_of("spmm", pattern, tokens, dtype, kernel.device))
+
+
 def test_float32_is_not_tf32(kernel: Served) -> None:
     """1 + 2**-12 has two bits more than TF32 holds, and its square needs them."""
     pattern = uniform_pattern(30, 64, 1.0)

@@ -74,6 +74,8 @@ NCU_METRICS = (
     "launch__registers_per_thread",
     "launch__occupancy_limit_shared_mem",
 )
+# What gpu_check says where this GPU, or the time, allowed for no case.
+NOTHING_CHECKED = {"got none that served a case": "skipped", "^nothing was reached": "not reached"}
 WARM_UP = """
 import torch
 print("torch", torch.__version__, "for CUDA", torch.version.cuda)
@@ -105,7 +107,7 @@ class Run:
             return False
         command = [sys.executable, "-m", "bench", *arguments, "--device", self.device]
         command += ["--time-budget", f"{limit_s * 0.8:.0f}"]
-        if self.without:
+        if self.without and "layer" not in arguments:  # which has no kernels by name
             command += ["--without", *self.without]
         task = Task(name, command, limit_s=limit_s, show=LINES_SHOWN)
         return self.session.run(task).ok
@@ -129,8 +131,12 @@ def gpu_is_here() -> bool:
 
 def environment() -> dict[str, str]:
     """What the steps run in: this Python and the staged sources, whatever the caller's settings."""
-    ignored = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "PYTHONPATH", "ROSA_BACKEND", "ROSA_MACHINE")
-    kept = {key: value for key, value in os.environ.items() if key not in ignored}
+    ignored = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "PYTHONPATH")
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ignored and not key.startswith("ROSA_")
+    }
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(TREE)}
 
 
@@ -198,6 +204,7 @@ def check(run: Run) -> None:
             limit_s=limit,
             checks=True,
             wrong="^INCORRECT ",
+            excuses=NOTHING_CHECKED,
         )
         for name, (ops, kernel) in families.items()
     ]
@@ -222,7 +229,8 @@ def profile(run: Run) -> None:
         *(sys.executable, "-m", "bench", "stages", "--suite", "first", "--device", "cuda"),
         *("--bare", "--time-budget", f"{max(run.session.left() - 10, 5):.0f}"),
     ]
-    run.session.run(Task("ncu", command, unsupported="No kernels were profiled|not supported"))
+    no_access = "No kernels were profiled|not supported|ERR_NVGPUCTRPERM"
+    run.session.run(Task("ncu", command, excuses={no_access: "skipped"}))
 
 
 def first(run: Run) -> None:
@@ -287,7 +295,7 @@ def _memcheck(run: Run) -> list[Task]:
                 limit_s=limit,
                 checks=True,
                 wrong=r"^INCORRECT |ERROR SUMMARY: [1-9]",
-                unsupported="Device not supported",
+                excuses={"Device not supported": "skipped", **NOTHING_CHECKED},
                 environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
         )

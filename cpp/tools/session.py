@@ -36,15 +36,14 @@ class Task:
     Attributes:
         name: what the table of outcomes calls it.
         command: the program and its arguments.
-        limit_s: seconds after which it is stopped and has failed; None: only the session's end
-            stops it.
-        checks: whether it checks results: exit status 1 then means "incorrect".
+        limit_s: seconds after which it is stopped; None: only the session's end stops it.
+        checks: whether it checks results. Exit status 1 then means "incorrect", and reaching its
+            limit that it failed: it hangs. Anything else that reaches its limit is "not reached".
         wrong: a regular expression; a line of output that matches says "incorrect", even if the
             command is stopped later on.
-        unsupported: a regular expression; if the command fails after such a line, it cannot run
-            here and counts as skipped.
+        excuses: outcomes by regular expressions: how it counts if it fails after such a line.
         environment: added to the session's.
-        show: how many of its last lines the terminal gets in any case; the log gets all.
+        show: how many of its last lines the terminal gets at the session's end; the log gets all.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Task:
     limit_s: float | None = None
     checks: bool = False
     wrong: str = ""
-    unsupported: str = ""
+    excuses: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     show: int = 0
 
@@ -66,6 +65,7 @@ class Step:
     seconds: float
     reason: str = ""
     lines: Sequence[str] = ()
+    show: int = 0
 
     @property
     def ok(self) -> bool:
@@ -140,13 +140,20 @@ class Session:
         return step
 
     def finish(self) -> int:
-        """Print all outcomes; the exit status: 0 if all is well, 1 if anything is incorrect, 2 if
-        anything failed, 3 if something was not reached."""
+        """Print all outcomes, last what tasks have to show.
+
+        Returns:
+            The exit status: 0 if all is well, 1 if anything is incorrect, 2 if anything failed, 3
+            if something was not reached.
+        """
         self._watchdog.cancel()
         seconds = time.monotonic() - self._start
         self.say(f"\n== Outcomes after {seconds:.0f} s")
         for step in self.steps:
             self.say(_line(step))
+        for step in self.steps:
+            if step.show:
+                print(f"\n== {step.name}", *step.lines[-step.show :], sep="\n", flush=True)
         found = {step.outcome for step in self.steps}
         for status, outcome in ((1, "incorrect"), (2, "failed"), (3, "not reached")):
             if outcome in found:
@@ -234,12 +241,14 @@ class _Running:
         last = self._lines[-1] if self._lines else "nothing"
         if self._said(self.task.wrong):
             return self.step("incorrect", self._said(self.task.wrong))
-        if status != 0 and self._said(self.task.unsupported):
-            return self.step("skipped", self._said(self.task.unsupported))
-        if status is None and own_end < end:
-            return self.step("failed", f"not finished within {limit:.0f} s; its last words: {last}")
-        if status is None:
+        for pattern, outcome in self.task.excuses.items():
+            if status != 0 and self._said(pattern):
+                return self.step(outcome, self._said(pattern))
+        if status is None and own_end == end:
             return self.step("not reached", f"stopped, the time is up; its last words: {last}")
+        if status is None:
+            outcome = "failed" if self.task.checks else "not reached"
+            return self.step(outcome, f"not finished within {limit:.0f} s; its last words: {last}")
         if status == 0:
             return self.step("ok")
         if status == 1 and self.task.checks:
@@ -254,14 +263,12 @@ class _Running:
         return next((line for line in self._lines if re.search(pattern, line)), "")
 
     def step(self, outcome: str, reason: str = "") -> Step:
-        """The outcome, with the lines that the terminal gets."""
-        shown = self.task.show
+        """The outcome; of a bad one, the terminal gets the last lines at once."""
         if outcome in ("failed", "incorrect"):
-            shown = max(shown, _LINES_SHOWN)
-        for line in self._lines[-shown:] if shown else ():
-            print(f"    {line}", flush=True)
+            for line in self._lines[-_LINES_SHOWN:]:
+                print(f"    {line}", flush=True)
         seconds = time.monotonic() - self._begin
-        return Step(self.task.name, outcome, seconds, reason, tuple(self._lines))
+        return Step(self.task.name, outcome, seconds, reason, tuple(self._lines), self.task.show)
 
 
 def _line(step: Step) -> str:

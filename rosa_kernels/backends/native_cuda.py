@@ -214,7 +214,7 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
         return None
 
     @lru_cache(maxsize=64)
-    def room(index: int, tile_cols: int) -> str | None:
+    def room(index: int, variant: str, tile_cols: int) -> str | None:
         if op == "sddmm":
             needed = module.cuda_sddmm_shared_bytes(_SDDMM[variant], tile_cols, index)
         else:
@@ -236,7 +236,9 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
             reason = device(max(call.place, 0))
             if reason is not None:
                 return reason
-        tiles = _TILES[variant] if variant is not None else None
+        if variant is None:
+            return None
+        tiles = _TILES[variant]
         if tiles is None:
             return None
         if op == "spmm" and call.other not in (None, call.dtype):
@@ -251,7 +253,9 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
             names = " or ".join(f"{r} x {c}" for r, c in sorted(tiles))
             return f"needs a plan of {names} tiles, got {got[0]} x {got[1]}"
         # Of a GPU that is named but not here nobody can ask; all that can be named have the room.
-        return room(max(call.place, 0), got[1]) if isinstance(call.place, int) else None
+        if not isinstance(call.place, int):
+            return None
+        return room(max(call.place, 0), variant, got[1])
 
     return reject
 
