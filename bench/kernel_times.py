@@ -86,8 +86,9 @@ class Profiler:
             return
         try:
             self._flush = Flush(device)
-            # Also starts the profiler's library, which takes seconds.
-            self._between = frozenset(name for name, _, _ in recorded(self._flush))
+            # The first one starts the profiler's library, which takes seconds, and may be empty.
+            for _ in range(2):
+                self._between |= {name for name, _, _ in recorded(self._flush)}
         except Exception as error:  # a machine that forbids profiling says so in many ways
             self.missing = f"torch.profiler failed: {type(error).__name__}: {error}".splitlines()[0]
             return
@@ -111,6 +112,7 @@ class Profiler:
 
 def recorded(run: Callable[[], object]) -> list[Event]:
     """What ran on the GPU while `run` was called."""
+    torch.cuda.synchronize()  # what was called before is not part of it
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import rosa_kernels as rk
 from bench import (
     calibrate,
     clocks,
@@ -18,6 +19,7 @@ from bench import (
     environment,
     experiments,
     measure,
+    ours,
     ratios,
     report,
     results,
@@ -28,6 +30,7 @@ from bench.cases import case_id, contenders, suite
 from bench.contender import Contender
 from bench.layer import tables as layer_tables
 from bench.layer.contenders import LayerContender
+from rosa_kernels import registry
 from rosa_kernels.testing import Case
 
 # quick has to stay under four minutes with its plots on two slow cores: three samples tell a factor
@@ -65,6 +68,12 @@ class Part:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, draw the plots; 1 if a device was lost on the way."""
     found = parts(args)
+    unwanted = {k.name for k in rk.kernels() if ours.row_name(k.name) in (args.without or ())}
+    with registry.withheld(unwanted):  # "auto" would take them under its own name
+        return _run(args, found)
+
+
+def _run(args: argparse.Namespace, found: Sequence[Part]) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     _say_what_is_for_cuda_alone(args, {part.device for part in found})
@@ -136,10 +145,7 @@ class _Session:
         rows: list[results.Row] = []
         for device, base in self._base.items():
             if device not in self.lost:
-                plan = [
-                    entry for part in self._parts if part.device == device for entry in part.plan
-                ]
-                rows += stages.measure(device, plan, base, self.stages_out, end)
+                rows += stages.measure(device, self._plan(device), base, self.stages_out, end)
                 self._look_after(device)
         return rows
 

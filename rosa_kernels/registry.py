@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -221,11 +221,30 @@ def register(
             raise ValueError(f"register: expected a new kernel name for {op}, got {kernel.name!r}")
         _kernels.setdefault(op, []).append(kernel)
         _kernels[op].sort(key=lambda k: -k.priority)
-        _selected.clear()
-        _plan_readers.clear()
+        _forget_choices()
         return run
 
     return add
+
+
+@contextmanager
+def withheld(names: Iterable[str]) -> Iterator[None]:
+    """Within it these kernels serve by name alone, in every thread: their results are in doubt."""
+    before = dict(_kernels)
+    unwanted = set(names)
+    for op, known in before.items():
+        _kernels[op] = [replace(k, on_request=True) if k.name in unwanted else k for k in known]
+    _forget_choices()
+    try:
+        yield
+    finally:
+        _kernels.update(before)
+        _forget_choices()
+
+
+def _forget_choices() -> None:
+    _selected.clear()
+    _plan_readers.clear()
 
 
 def kernels(op: str | None = None) -> tuple[Kernel, ...]:

@@ -14,7 +14,7 @@ pytest.importorskip("numpy")
 from bench_rows import a_row, failed
 
 from bench import __main__ as cli
-from bench import cases, check, measure, results, runner, suites
+from bench import cases, check, measure, ours, results, runner, suites
 from bench.contender import FROM_TOKEN_MAJOR, OP, Contender, Problem, Unsupported
 from rosa_kernels import registry
 from rosa_kernels.testing import Case
@@ -264,6 +264,20 @@ def test_a_newly_registered_kernel_competes_without_another_edit(monkeypatch):
         registry._selected.clear()
     found = [row for row in rows if row["kernel"] == "brandnew"]
     assert {row["status"] for row in found} == {"incorrect"}
+
+
+def test_auto_takes_another_kernel_for_one_that_is_left_out(tmp_path, capsys):
+    """A kernel whose results are in doubt must not run under the name of auto."""
+    case = cases.suite("first")[0]
+    taken = ours.selected(Problem.of(case)).name
+    options = ["run", "--suite", "first", "--device", "cpu", "--no-plots", "--cap", "0.01"]
+    options += ["--kernels", "auto", "--without", taken, "--out", str(tmp_path)]
+    assert cli.main([*options, "--time-budget", "30"]) == 0
+    rows = results.read(tmp_path / "results.jsonl")
+    served = {row["backend"] for row in rows if row["kernel"] == "auto"}
+    assert served
+    assert taken not in served
+    assert ours.selected(Problem.of(case)).name == taken  # and afterwards all is as before
 
 
 # -- measuring ------------------------------------------------------------------------------------

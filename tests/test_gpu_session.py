@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,15 +53,13 @@ def run(task: Task, budget_s: float = 60.0) -> tuple[Step, int]:
     [
         ("print('seen')", {}, "ok", 0),
         ("raise SystemExit(3)", {}, "failed", 2),
-        ("raise SystemExit(1)", {}, "failed", 2),
-        ("raise SystemExit(1)", {"checks": True}, "incorrect", 1),
-        ("raise SystemExit(3)", {"checks": True}, "failed", 2),
-        ("import os; os.kill(os.getpid(), 11)", {"checks": True}, "failed", 2),
+        ("raise ValueError", {"wrong": "^INCORRECT"}, "failed", 2),
+        ("import os; os.kill(os.getpid(), 11)", {}, "failed", 2),
         ("print('2 wrong')", {"wrong": "wrong$"}, "incorrect", 1),
         ("print('unable'); raise SystemExit(1)", {"excuses": {"^unable": "skipped"}}, "skipped", 0),
         ("print('unable')", {"excuses": {"^unable": "skipped"}}, "ok", 0),
         (FOREVER, {"limit_s": 1.0}, "not reached", 3),
-        (FOREVER, {"limit_s": 1.0, "checks": True}, "failed", 2),
+        (FOREVER, {"limit_s": 1.0, "ends_itself": True}, "failed", 2),
     ],
 )
 def test_how_a_command_ends(
@@ -77,8 +76,8 @@ def test_a_program_that_is_missing_has_failed() -> None:
 
 
 def test_the_reason_has_the_last_words() -> None:
-    step, _ = run(python(FOREVER, limit_s=1.0))
-    assert step.reason == "not finished within 1 s; its last words: begun"
+    step, _ = run(python(FOREVER, limit_s=4.0))
+    assert step.reason == "not finished within 4 s; its last words: begun"
 
 
 def test_all_lines_are_in_the_log_and_few_on_the_terminal(
@@ -98,11 +97,11 @@ def test_all_lines_are_in_the_log_and_few_on_the_terminal(
 # -- time --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checks", [True, False])
-def test_what_the_deadline_stops_was_not_reached(checks: bool) -> None:
-    """Not even a check is incorrect for that; what follows is not begun."""
-    it = session(5.0)
-    steps = [it.run(python(FOREVER, name=name, checks=checks)) for name in ("first", "second")]
+def test_what_the_deadline_stops_was_not_reached() -> None:
+    """Not even a check has failed for that; what follows is not begun."""
+    it = session(7.0)
+    check = {"ends_itself": True, "limit_s": 60.0}
+    steps = [it.run(python(FOREVER, name=name, **check)) for name in ("first", "second")]
     assert [step.outcome for step in steps] == ["not reached"] * 2
     assert steps[0].reason == "stopped, the time is up; its last words: begun"
     assert steps[1].reason == "the time is up"
@@ -111,7 +110,7 @@ def test_what_the_deadline_stops_was_not_reached(checks: bool) -> None:
 
 def test_what_was_found_wrong_before_the_deadline_is_incorrect() -> None:
     task = python("print('FAILED x', flush=True); import time; time.sleep(60)", wrong="^FAILED")
-    step, status = run(task, 5.0)
+    step, status = run(task, 7.0)
     assert (step.outcome, step.reason, status) == ("incorrect", "FAILED x", 1)
 
 
@@ -144,11 +143,11 @@ def test_children_end_with_a_command_and_strangers_do_not_hold_it() -> None:
         time.sleep(60)
     """
     begin = time.monotonic()
-    step, _ = run(python(textwrap.dedent(text), limit_s=1.0, checks=True))
+    step, _ = run(python(textwrap.dedent(text), limit_s=4.0))
     assert time.monotonic() - begin < 18
     child, stranger = map(int, step.lines[0].split())
     try:
-        assert step.outcome == "failed"
+        assert step.outcome == "not reached"
         state = Path(f"/proc/{child}/stat")
         assert not state.exists() or ") Z " in state.read_text()  # killed; who reaps it is init
     finally:
@@ -169,7 +168,7 @@ def test_a_session_ends_even_if_its_own_process_hangs() -> None:
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30
     )
     assert done.returncode == 0
-    assert "== Outcomes after 6 s\nok " in done.stdout
+    assert re.search(r"== Outcomes after \d+ s\nok ", done.stdout)
 
 
 # -- what is run -------------------------------------------------------------------------------
@@ -269,6 +268,8 @@ def test_kernels_that_fail_their_check_are_not_measured(tmp_path: Path) -> None:
     assert it.bench("run", limit_s=50.0, name="measure")
     command = list(outcomes.task.command)
     assert command[command.index("--without") :] == ["--without", "cuda/gather", "cuda/wgmma"]
+    assert outcomes.tasks[2].excuses[gpu.NO_SERVICE] == "skipped"  # wgmma, on another GPU
+    assert gpu.NO_SERVICE not in outcomes.tasks[1].excuses
     assert command[command.index("--time-budget") + 1] == "40"
 
 
@@ -291,7 +292,7 @@ def test_the_first_session_is_rehearsed_with_a_hang(
 
     monkeypatch.setattr(gpu, "stage", stage_with_a_hang)
     out = tmp_path / "out"
-    budget = 1.0
+    budget = 1.5
     begin = time.monotonic()
     status = gpu.main(
         ["first", "--device", "cpu", "--no-build", "--budget", str(budget), "--out", str(out)]
@@ -299,13 +300,13 @@ def test_the_first_session_is_rehearsed_with_a_hang(
     assert time.monotonic() - begin < 60 * budget + 1
     lines = capsys.readouterr().out.splitlines()
     table = lines[lines.index(next(line for line in lines if line.startswith("== Outcomes"))) :]
+    table = table[: table.index("")] if "" in table else table  # then what there is to show
     outcomes = {line[20:].strip().split(":")[0]: line.split("  ")[0] for line in table[1:]}
     assert outcomes["check copies cpu"] == "failed"
     # A slow machine may not reach the measurements; nothing is incorrect for that.
     assert set(outcomes.values()) <= {"ok", "failed", "skipped", "not reached"}
     assert status == 2
-    assert outcomes["check sddmm cpu"] == "ok"
-    assert "not finished within 15 s" in " ".join(table)
+    assert "not finished within 22 s" in " ".join(table)
     files = {path.name for path in out.iterdir()}
     assert files <= {"log.txt", "results.jsonl", "stages.jsonl", "machine.json", "ncu.csv"}
 
@@ -378,7 +379,7 @@ def test_gpu_check_finds_wrong_results(
     faulty(off)
     options = ("--sizes", size, "--ops", "sddmm", "--kernels", "faulty")
     status, out = checked(*options, capsys=capsys)
-    assert status == 1
+    assert status == 2
     assert "INCORRECT sddmm faulty, " in out
 
 
@@ -386,7 +387,7 @@ def test_gpu_check_finds_wrong_results(
     ("change", "said"),
     [
         (lambda x: x + torch.randn_like(x), "calls with the same operands differ"),
-        (lambda x: torch.where(torch.arange(len(x)) % 97 == 5, torch.inf, x), "is not finite"),
+        (lambda x: torch.where(torch.arange(len(x)) % 97 == 5, torch.inf, x), "a result of finite"),
     ],
 )
 def test_gpu_check_looks_at_all_of_a_large_result(
@@ -398,8 +399,8 @@ def test_gpu_check_looks_at_all_of_a_large_result(
     faulty(change)
     options = ("--sizes", "large", "--ops", "sddmm", "--kernels", "faulty")
     status, out = checked(*options, capsys=capsys)
-    assert status == 1
-    assert said in out
+    assert status == 2
+    assert f"INCORRECT sddmm faulty, 4096 x 4096, 256 tokens, bfloat16, token-major: {said}" in out
 
 
 def test_gpu_check_tells_errors_from_wrong_results(
@@ -412,17 +413,31 @@ def test_gpu_check_tells_errors_from_wrong_results(
     options = ("--sizes", "small", "--ops", "sddmm", "--kernels", "faulty")
     status, out = checked(*options, capsys=capsys)
     assert status == 2
-    assert "FAILED sddmm faulty, " in out
-    assert "0 incorrect" in out
+    assert "FAILED sddmm faulty, corners, 8 tokens, bfloat16, token-major: invalid" in out
+    assert "0 passed, 0 incorrect" in out
 
 
 def test_gpu_check_says_what_it_did_not_reach(
     faulty: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     faulty(lambda x: x)
-    options = ("--sizes", "small", "--ops", "sddmm", "--kernels", "faulty", "--budget", "1e-9")
+    options = ("--sizes", "small", "--ops", "sddmm", "--kernels", "faulty", "--until", "0")
     status, out = checked(*options, capsys=capsys)
     assert status == 2
-    assert "sddmm faulty: 54 not reached" in out
-    assert "nothing was reached" in out
-    assert "0 incorrect" in out
+    assert "not reached: sddmm, small cases from nnz=0, 8 tokens, bfloat16, token-major on" in out
+    assert "0 incorrect, 0 failed\nnothing was reached\n" in out
+
+
+def test_gpu_check_fails_for_a_kernel_that_cannot_run(
+    sandbox: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its build may be broken; refusing every case is another thing."""
+    monkeypatch.setattr(sys, "argv", [])
+    options = {"devices": {"cpu"}, "dtypes": reference.FLOATS, "priority": 0}
+    register("sddmm", "broken", unavailable="is not built", **options)(lambda *arguments: None)
+    register("sddmm", "choosy", reject=lambda call: "not today", **options)(lambda *arguments: None)
+    chosen = ("--sizes", "small", "--ops", "sddmm", "--kernels")
+    status, out = checked(*chosen, "broken", capsys=capsys)
+    assert (status, "FAILED sddmm broken is not built" in out) == (2, True)
+    status, out = checked(*chosen, "choosy", capsys=capsys)
+    assert (status, "54 refused" in out, "no kernel served a case" in out) == (2, True, True)

@@ -87,6 +87,18 @@ def test_auto_takes_the_best_that_can(probe: Probe) -> None:
     assert log == ["good"]
 
 
+def test_withheld_kernels_serve_by_name_alone(probe: Probe) -> None:
+    log: list[str] = []
+    probe("quick", log, priority=1000)
+    probe("sound", log, priority=999)
+    gather()
+    with registry.withheld(["quick"]):
+        gather()
+        gather(backend="quick")
+    gather()
+    assert log == ["quick", "sound", "quick", "quick"]
+
+
 def test_precedence(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Argument, then use_backend (the innermost), then ROSA_BACKEND, then the best supported."""
     log: list[str] = []

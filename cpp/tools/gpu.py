@@ -24,7 +24,8 @@ import shutil
 import signal
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,10 +57,13 @@ FAMILIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
 # Those whose memory accesses are the least like plain loops.
 MEMCHECKED = ("sddmm cuda/tile", "sddmm cuda/wgmma", "spmm cuda/gather", "spmm cuda/tile")
 
-# Shares of the budget. What a step leaves goes to the measurements.
-BUILD_SHARE, CHECK_SHARE, NCU_SHARE, TEST_SHARE, LAYER_SHARE = 0.4, 0.25, 0.1, 0.3, 0.35
-# A check stops itself so long before it is stopped: its own end says what was not reached.
-CHECK_MARGIN_S = 10.0
+# Of the layer suite: a case has 34 contenders otherwise, more than there is time for.
+LAYERS = ("rosa", "lora", "peft-lora", "peft-supra", "full")
+
+# Shares of the budget, as limits. Time that a step does not use goes to the measurements.
+BUILD_SHARE, CHECK_SHARE, NCU_SHARE, TEST_SHARE, LAYER_SHARE = 0.65, 0.25, 0.13, 0.3, 0.25
+# Checks and ncu stop themselves so long before they are stopped, to say what they found.
+CHECK_MARGIN_S, NCU_MARGIN_S = 12.0, 20.0
 SHORTEST_MEASUREMENT_S = 15.0
 LINES_SHOWN = 45
 
@@ -74,8 +78,12 @@ NCU_METRICS = (
     "launch__registers_per_thread",
     "launch__occupancy_limit_shared_mem",
 )
-# What gpu_check says where this GPU, or the time, allowed for no case.
-NOTHING_CHECKED = {"got none that served a case": "skipped", "^nothing was reached": "not reached"}
+# What gpu_check says where time allowed for no case; and where a kernel is for another GPU.
+NO_TIME, NO_SERVICE = "^nothing was reached", "^no kernel served a case"
+FOR_SOME_GPUS = ("cuda/wgmma",)
+# What sanitizer and profiler say where the machine does not let them work.
+NO_SANITIZER = "Device not supported|terminated before first instrumented API call|Unable to"
+NO_PROFILER = "ERR_NVGPUCTRPERM|No kernels were profiled|not supported"
 WARM_UP = """
 import torch
 print("torch", torch.__version__, "for CUDA", torch.version.cuda)
@@ -107,7 +115,7 @@ class Run:
             return False
         command = [sys.executable, "-m", "bench", *arguments, "--device", self.device]
         command += ["--time-budget", f"{limit_s * 0.8:.0f}"]
-        if self.without and "layer" not in arguments:  # which has no kernels by name
+        if self.without and "layer" not in arguments:  # whose contenders have other names
             command += ["--without", *self.without]
         task = Task(name, command, limit_s=limit_s, show=LINES_SHOWN)
         return self.session.run(task).ok
@@ -187,29 +195,48 @@ def build(run: Run) -> bool:
     return built.ok
 
 
-def check(run: Run) -> None:
-    """Every family of kernels in a process of its own; what fails is not measured afterwards."""
-    limit = run.share(CHECK_SHARE)
-    tool = TREE / "cpp" / "tools" / "gpu_check.py"
-    families = FAMILIES[run.device]
-    tasks = [
-        Task(
-            f"check {name}",
-            [
-                *(sys.executable, "-W", "ignore", tool, "--device", run.device),
-                *("--sizes", "large", "small"),
-                *("--budget", f"{max(limit - CHECK_MARGIN_S, 1):.0f}"),
-                *("--ops", *ops, "--kernels", kernel),
-            ],
-            limit_s=limit,
-            checks=True,
-            wrong="^INCORRECT ",
-            excuses=NOTHING_CHECKED,
+def checks(
+    run: Run, names: Iterable[str], limit_s: float, *, under: Sequence[str] = ()
+) -> list[Task]:
+    """gpu_check for families of kernels, each in a process of its own, side by side."""
+    names = list(names)
+    tasks = []
+    for name in names:
+        ops, kernel = FAMILIES[run.device][name]
+        excuses = {NO_TIME: "not reached"}
+        if kernel in FOR_SOME_GPUS:
+            excuses[NO_SERVICE] = "skipped"
+        command = [
+            *(*under, sys.executable, "-W", "ignore", TREE / "cpp" / "tools" / "gpu_check.py"),
+            *("--device", run.device, "--ops", *ops, "--kernels", kernel),
+            *("--until", f"{time.monotonic() + max(limit_s - CHECK_MARGIN_S, 1):.1f}"),
+            *("--sizes", *(("small",) if under else ("large", "small"))),
+        ]
+        tasks.append(
+            Task(
+                f"{'memcheck' if under else 'check'} {name}",
+                command,
+                limit_s=limit_s,
+                ends_itself=True,
+                wrong="^INCORRECT |ERROR SUMMARY: [1-9]",
+                excuses=excuses | ({NO_SANITIZER: "skipped"} if under else {}),
+                environment=threads_for(len(names)),
+            )
         )
-        for name, (ops, kernel) in families.items()
-    ]
-    for step, (ops, kernel) in zip(run.session.together(tasks), families.values(), strict=True):
-        # The suite that follows is of sddmm: a name that it has not would be refused there.
+    return tasks
+
+
+def threads_for(processes: int) -> dict[str, str]:
+    """An equal share of the cores for each of some processes; each would take all."""
+    return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
+
+
+def check(run: Run) -> None:
+    """Every family of kernels; what fails is not measured afterwards."""
+    families = FAMILIES[run.device]
+    steps = run.session.together(checks(run, families, run.share(CHECK_SHARE)))
+    for step, (ops, kernel) in zip(steps, families.values(), strict=True):
+        # The next suite is of sddmm. It would refuse the name of a kernel that sddmm lacks.
         if step.outcome in ("failed", "incorrect") and "sddmm" in ops:
             run.without.append(kernel)
     if run.without:
@@ -223,14 +250,19 @@ def profile(run: Run) -> None:
         run.session.skip("ncu", "ncu was not found" if run.device == "cuda" else run.device)
         return
     command = [
-        *(ncu, "--clock-control", "none", "--csv", "--log-file", run.out / "ncu.csv"),
+        *(ncu, "--clock-control", "none", "--csv", "--metrics", ",".join(NCU_METRICS)),
         *("--kernel-name-base", "demangled", "--kernel-name", "regex:rosa::cuda"),
-        *("--metrics", ",".join(NCU_METRICS)),
         *(sys.executable, "-m", "bench", "stages", "--suite", "first", "--device", "cuda"),
-        *("--bare", "--time-budget", f"{max(run.session.left() - 10, 5):.0f}"),
+        # It prints at the end: what is killed leaves nothing.
+        *("--bare", "--time-budget", f"{max(run.session.left() - NCU_MARGIN_S, 1):.0f}"),
+        *(("--without", *run.without) if run.without else ()),
     ]
-    no_access = "No kernels were profiled|not supported|ERR_NVGPUCTRPERM"
-    run.session.run(Task("ncu", command, excuses={no_access: "skipped"}))
+    step = run.session.run(Task("ncu", command, excuses={NO_PROFILER: "skipped"}))
+    rows = [line for line in step.lines if line.startswith('"')]
+    if rows:
+        (run.out / "ncu.csv").write_text("\n".join(rows) + "\n")
+    elif step.ok:
+        run.session.skip("ncu.csv", "ncu counted nothing", "failed")
 
 
 def first(run: Run) -> None:
@@ -247,59 +279,47 @@ def first(run: Run) -> None:
 
 def more(run: Run) -> None:
     """GPU tests beside memcheck; the remaining masks, decoding, copies; the layer."""
-    run.session.together([*_tests(run), *_memcheck(run)])
-    for suite, kept_for_later in (("second", run.share(LAYER_SHARE)), ("layer", 0.0)):
-        run.bench(
-            *("run", "--suite", suite, "--no-plots", "--out", run.out),
-            limit_s=run.session.left() - kept_for_later,
-            name=f"measure {suite}",
-        )
-
-
-def _tests(run: Run) -> list[Task]:
-    if run.device != "cuda" or not has("pytest") or not has("hypothesis"):
-        run.session.skip("GPU tests", "they need pytest, hypothesis and a GPU")
-        return []
-    # The versions on this machine are not ours: neither their warnings nor their age count.
-    lenient = ("-W", "default", "-o", "minversion=7.0", "-p", "no:cacheprovider")
-    parallel = ("-n", str(min(8, os.cpu_count() or 1))) if has("xdist") else ()
-    # Without those that have nothing on a GPU but take long to collect.
-    ignored = ("--ignore-glob=*test_train_*", "--ignore-glob=*test_bench*")
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *lenient, *parallel, *ignored]
     limit = run.share(TEST_SHARE)
-    return [Task("GPU tests", command, limit_s=limit, checks=True, wrong=r"\bFAILED\b")]
-
-
-def _memcheck(run: Run) -> list[Task]:
     sanitizer = program("compute-sanitizer")
-    if sanitizer is None or run.device != "cuda":
-        run.session.skip("memcheck", "it needs compute-sanitizer and a GPU")
-        return []
-    limit = run.share(TEST_SHARE)
     tasks = []
-    for name in MEMCHECKED:
-        ops, kernel = FAMILIES["cuda"][name]
-        command = [
+    if run.device != "cuda" or not has("pytest") or not has("hypothesis"):
+        run.session.skip("GPU tests", "they need a GPU, pytest and hypothesis")
+    else:
+        tasks.append(gpu_tests(limit))
+    if run.device != "cuda" or sanitizer is None:
+        run.session.skip("memcheck", "it needs a GPU and compute-sanitizer")
+    else:
+        memcheck = (
             *(sanitizer, "--tool=memcheck", "--error-exitcode=86"),
             "--report-api-errors=no",  # torch asks for things that may fail
             "--kernel-name=kernel_substring=rosa",  # torch's own kernels take most of the time
-            *("--padding", "1024"),  # makes small overruns visible, unless torch pools memory
-            *(sys.executable, TREE / "cpp" / "tools" / "gpu_check.py", "--sizes", "small"),
-            *("--budget", f"{max(limit - CHECK_MARGIN_S, 1):.0f}"),
-            *("--ops", *ops, "--kernels", kernel),
-        ]
-        tasks.append(
-            Task(
-                f"memcheck {name}",
-                command,
-                limit_s=limit,
-                checks=True,
-                wrong=r"^INCORRECT |ERROR SUMMARY: [1-9]",
-                excuses={"Device not supported": "skipped", **NOTHING_CHECKED},
-                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
+            *("--padding", "1024"),  # makes small overruns visible
         )
-    return tasks
+        tasks += checks(run, MEMCHECKED, limit, under=memcheck)
+    if tasks:
+        run.session.together(tasks)
+    left = run.session.left
+    suite = ("run", "--no-plots", "--out", run.out, "--suite")
+    run.bench(*suite, "second", limit_s=left() - run.share(LAYER_SHARE), name="measure second")
+    run.bench(*suite, "layer", "--kernels", *LAYERS, limit_s=left(), name="measure layer")
+
+
+def gpu_tests(limit_s: float) -> Task:
+    """Those that pytest marks gpu, in parallel where it can."""
+    # The versions on this machine are not ours: neither their warnings nor their age count.
+    lenient = ("-W", "default", "-o", "minversion=7.0", "-p", "no:cacheprovider")
+    # Without those that have nothing on a GPU but take long to collect.
+    chosen = ("-m", "gpu", "--ignore-glob=*test_train_*", "--ignore-glob=*test_bench*")
+    workers = min(8, os.cpu_count() or 1) if has("xdist") else 1
+    parallel = ("-n", str(workers)) if workers > 1 else ()
+    options = ("-v", "--continue-on-collection-errors", *lenient, *chosen, *parallel)
+    return Task(
+        "GPU tests",
+        [sys.executable, "-m", "pytest", *options],
+        limit_s=limit_s,
+        wrong=r"\bFAILED\b",
+        environment=threads_for(2 * workers),
+    )
 
 
 SESSIONS: dict[str, tuple[float, Callable[[Run], None]]] = {"first": (5, first), "more": (4, more)}

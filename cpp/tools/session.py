@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -37,10 +37,10 @@ class Task:
         name: what the table of outcomes calls it.
         command: the program and its arguments.
         limit_s: seconds after which it is stopped; None: only the session's end stops it.
-        checks: whether it checks results. Exit status 1 then means "incorrect", and reaching its
-            limit that it failed: it hangs. Anything else that reaches its limit is "not reached".
-        wrong: a regular expression; a line of output that matches says "incorrect", even if the
-            command is stopped later on.
+        ends_itself: whether it stops well before its limit, so that it hangs, and has failed, when
+            it is stopped there. Anything else was then "not reached".
+        wrong: a regular expression; a line of output that matches, and nothing else, says
+            "incorrect", even if the command is stopped later on.
         excuses: outcomes by regular expressions: how it counts if it fails after such a line.
         environment: added to the session's.
         show: how many of its last lines the terminal gets at the session's end; the log gets all.
@@ -49,7 +49,7 @@ class Task:
     name: str
     command: Sequence[str | Path]
     limit_s: float | None = None
-    checks: bool = False
+    ends_itself: bool = False
     wrong: str = ""
     excuses: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -164,7 +164,7 @@ class Session:
         """Stop whatever runs; a later task is not begun."""
         self._end = time.monotonic()
         for running in self._running:
-            running.kill()
+            running.kill(patience_s=0.0)
 
     def _overrun(self) -> None:
         done = {step.name for step in self.steps}
@@ -182,7 +182,9 @@ class Session:
 class _Running:
     """A command under way, and the thread that reads what it says."""
 
-    def __init__(self, task: Task, cwd: Path, environment: Mapping[str, str], note) -> None:
+    def __init__(
+        self, task: Task, cwd: Path, environment: Mapping[str, str], note: Callable[[str], None]
+    ) -> None:
         self.task = task
         self._note = note
         self._begin = time.monotonic()
@@ -215,13 +217,13 @@ class _Running:
                 self._lines.append(line.rstrip("\n"))
                 self._note(f"[{self.task.name}] {self._lines[-1]}")
 
-    def kill(self) -> None:
-        """End it and its children; returns whether or not they do."""
+    def kill(self, patience_s: float = _PATIENCE_S) -> None:
+        """End it and its children, without waiting for those that a driver holds."""
         if self._process is None:
             return
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(_PATIENCE_S)
+            self._process.wait(patience_s)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             pass
 
@@ -247,12 +249,10 @@ class _Running:
         if status is None and own_end == end:
             return self.step("not reached", f"stopped, the time is up; its last words: {last}")
         if status is None:
-            outcome = "failed" if self.task.checks else "not reached"
+            outcome = "failed" if self.task.ends_itself else "not reached"
             return self.step(outcome, f"not finished within {limit:.0f} s; its last words: {last}")
         if status == 0:
             return self.step("ok")
-        if status == 1 and self.task.checks:
-            return self.step("incorrect", last)
         how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
         return self.step("failed", f"{how}; its last words: {last}")
 

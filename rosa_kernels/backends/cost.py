@@ -23,7 +23,7 @@ Model = Callable[[Call], Estimate | None]
 _SECTOR = 32
 # Columns that a pack reads together.
 _SECTOR_INDICES = 16
-# Panels of one chunk of tokens: cpp/src/cuda/sddmm.cu.
+# Panels of one chunk of tokens: cpp/src/cuda/device.cu.
 _PANEL_BYTES = 128 << 20
 # How much longer than predicted a kernel may take: the GEMM's rate is the best known of all; ours
 # are trusted more once this kind of device was calibrated.

@@ -42,8 +42,8 @@ using Type = T;
 #define ROSA_SHARED(name, ...) \
   auto& name = ::rosa::simt::static_shared<::rosa::cuda::Type<__VA_ARGS__>>([] {})
 
-// The next launch may use all shared memory of the device. A fresh process is emulated by every
-// launch: on a GPU the leave lasts.
+// The next launch may use all shared memory of the device. On a GPU the permission lasts; here every
+// launch is as the first of a process.
 template <auto kKernel>
 void allow_shared_memory() {
   ::rosa::simt::allow_shared_memory();
@@ -147,12 +147,12 @@ class DeviceGuard {
 
 #endif
 
-// Runs a kernel, a template argument so that each has its own record of leaves.
+// Runs a kernel. It is a template argument so that each has its own record of permissions.
 template <auto kKernel, class... Args>
 void launch(const Grid& grid, Args... args) {
-  // Without leave a block has 48 KiB, static and dynamic shared memory together. How much of that
-  // is static only the compiler knows (12 to 19 KiB of spmm_staged), so every kernel that takes a
-  // size of its own asks, however small that is.
+  // Without permission a block has 48 KiB, static and dynamic shared memory together. Only the
+  // compiler knows how much of that is static (12 to 19 KiB of spmm_staged). So every kernel with
+  // dynamic shared memory asks, however small it is.
   if (grid.shared_bytes > 0) allow_shared_memory<kKernel>();
   start<kKernel>(grid, args...);
 }

@@ -29,7 +29,7 @@ struct TileShape {
   static constexpr int kWarpEdge = 64;
   static constexpr int kWarpsAcross = kCols / kWarpEdge;
   static constexpr int kThreads = kRows / kWarpEdge * kWarpsAcross * 32;
-  // Of a multiprocessor, whose registers do for 256 threads of 255.
+  // A multiprocessor has registers for 256 threads of 255 each.
   static constexpr int kMostBlocks = 256 / kThreads;
   static constexpr int kStageBytes = (kRows + kCols) * kLineBytes;
   // Accumulators pass through shared memory, 8 floats of padding against bank conflicts.

@@ -51,7 +51,7 @@ using Kernel = const void*;
 // One process's runtime, whose tests write and read it between their calls.
 struct Runtime {
   std::mutex mutex;
-  int optin_bytes = 232448;                     // what a block may have with leave
+  int optin_bytes = 232448;                     // what a block may have with permission
   std::map<Kernel, size_t> static_bytes;        // of kernels, 0 by default
   std::map<std::pair<Kernel, int>, int> limit;  // by kernel and device, once set
   int limits_set = 0, attributes_read = 0, launches = 0;

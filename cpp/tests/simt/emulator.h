@@ -45,7 +45,7 @@ uint64_t seed();
 void set_blocks_at_once(int blocks);
 
 constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
-// Of its static part; of both parts together where the kernel has no leave to use more.
+// Of its static part; of both parts together where a launch may not use more.
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxGridYZ = 65535;

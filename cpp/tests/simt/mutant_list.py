@@ -342,7 +342,7 @@ SDDMM_MUTANTS = [
 
 SPMM_MUTANTS = [
     Mutant(
-        "launch: no leave for static and dynamic shared memory together",
+        "launch: no permission for static and dynamic shared memory together",
         PLATFORM,
         "if (grid.shared_bytes > 0) allow",
         "if (grid.shared_bytes > 48 * 1024) allow",

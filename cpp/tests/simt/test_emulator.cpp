@@ -510,12 +510,12 @@ void test_limits() {
   ROSA_CHECK(contains(nested, "cannot launch another"), nested);
 }
 
-// Static and dynamic shared memory count together, as on a device: 48 KiB unless a launch has leave
-// for more, which holds for that launch alone; never more than the device has.
-void test_leave_for_shared_memory() {
+// Static and dynamic shared memory count together, as on a device: 48 KiB unless a launch is
+// allowed more, which holds for that launch alone; never more than the device has.
+void test_permission_for_shared_memory() {
   constexpr int64_t kStatic = 16 * 1024, kDefault = 48 * 1024;
-  const auto outcome = [](bool leave, int64_t dynamic_bytes) -> std::string {
-    if (leave) simt::allow_shared_memory();
+  const auto outcome = [](bool allowed, int64_t dynamic_bytes) -> std::string {
+    if (allowed) simt::allow_shared_memory();
     try {
       simt::launch(dim3(1), dim3(32), dynamic_bytes, [] {
         ROSA_SHARED(array, char[kStatic]);
@@ -526,12 +526,12 @@ void test_leave_for_shared_memory() {
     }
     return "";
   };
-  const auto refuses = [&](bool leave, int64_t dynamic_bytes, const char* part) {
-    const std::string error = outcome(leave, dynamic_bytes);
+  const auto refuses = [&](bool allowed, int64_t dynamic_bytes, const char* part) {
+    const std::string error = outcome(allowed, dynamic_bytes);
     ROSA_CHECK(contains(error, part), std::to_string(dynamic_bytes) + ": " + error);
   };
-  const auto serves = [&](bool leave, int64_t dynamic_bytes) {
-    const std::string error = outcome(leave, dynamic_bytes);
+  const auto serves = [&](bool allowed, int64_t dynamic_bytes) {
+    const std::string error = outcome(allowed, dynamic_bytes);
     ROSA_CHECK(error.empty(), std::to_string(dynamic_bytes) + ": " + error);
   };
   serves(false, kDefault - kStatic);
@@ -711,7 +711,7 @@ int main(int argc, char** argv) {
   test_misuse_of_collectives();
   test_misuse_of_memory();
   test_limits();
-  test_leave_for_shared_memory();
+  test_permission_for_shared_memory();
   test_after_failures();
   if (kSanitizer != Sanitizer::kThread) test_missing_barriers();  // it would see more
   expect_caught(kMisdeeds, argv[0]);
