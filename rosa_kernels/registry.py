@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from rosa_kernels.tile_plan import PlanSizes
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 AUTO = "auto"
 # Like "auto", with the promise that dense operands hold neither Inf nor NaN.
@@ -274,6 +276,15 @@ def check_backend(name: str) -> str:
     return name
 
 
+def _constant_when_traced(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does to a function.
+
+    That imports torch._dynamo, which takes a second: nobody who does not compile should wait.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, ops run on backend `name` ("cpu", "cpu/avx2", "reference", "auto", ...).
@@ -290,7 +301,7 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _ambient() -> str:
     name = _requested.get()
     if name is not None:
@@ -331,7 +342,7 @@ def related(op: str, backend: str) -> str:
     return backend.split("/", 1)[0]
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def reads_plan(op: str, device: str, backend: str) -> bool:
     """Whether a kernel that `backend` may mean for `op` on such a device wants the tile plan."""
     key = (op, device, backend)

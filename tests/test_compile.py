@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rosa_kernels as rk
-from rosa_kernels import CsrPattern
+from rosa_kernels import CsrPattern, registry
 from rosa_kernels.ops.csr_transpose import transpose_tensors
 from rosa_kernels.testing import assert_accurate, uniform_pattern
 
@@ -38,6 +38,17 @@ def compiled(op: str, **options: object) -> tuple[Callable[..., Tensor], Compile
         return getattr(rk, op)(pattern=pattern, **inputs)
 
     return torch.compile(call, fullgraph=True, backend=counter, **options), counter
+
+
+def test_constants_are_marked_as_torch_marks_them() -> None:
+    """By hand, since torch's own decorator imports the compiler."""
+
+    def function() -> None: ...
+
+    marked = vars(torch.compiler.assume_constant_result(function))
+    assert marked
+    for constant in (registry._ambient, registry.reads_plan):
+        assert vars(constant) == marked
 
 
 # -- opcheck -------------------------------------------------------------------------------------
