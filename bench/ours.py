@@ -8,7 +8,7 @@ import rosa_kernels as rk
 from bench import baselines
 from bench.contender import FROM_TOKEN_MAJOR, OP, Contender, Problem, Run
 from bench.workspace import workspace_bytes
-from rosa_kernels import registry
+from rosa_kernels.kernel import AUTO_FINITE
 from rosa_kernels.testing import Case
 
 # Past this many multiply-adds the oracle, which is written to be read, takes longer than all other
@@ -27,7 +27,7 @@ def contenders(case: Case, device: str = "cpu") -> list[Contender]:
     kernels = [kernel for kernel in rk.kernels(case.op) if device in kernel.devices]
     choices = ["auto"]
     if device == "cuda" and any(kernel.finite_only for kernel in kernels):
-        choices.append(registry.AUTO_FINITE)
+        choices.append(AUTO_FINITE)
     return [
         *(_contender(case.op, name, "auto") for name in choices),
         *(_contender(case.op, kernel.name, kernel.backend) for kernel in kernels),

@@ -7,6 +7,7 @@ import torch  # noqa: F401  isort: skip
 from rosa_kernels import backends as _backends  # registers the kernels  # noqa: F401
 from rosa_kernels import nn
 from rosa_kernels.explain import Explanation, explain
+from rosa_kernels.kernel import Kernel
 from rosa_kernels.nn import RosaLinear
 from rosa_kernels.ops import (
     csr_add,
@@ -19,7 +20,7 @@ from rosa_kernels.ops import (
     spmm,
 )
 from rosa_kernels.pattern import CsrPattern
-from rosa_kernels.registry import Kernel, kernels, register, use_backend
+from rosa_kernels.registry import kernels, register, use_backend
 from rosa_kernels.tile_plan import TilePlan
 
 __version__ = "0.1.0"

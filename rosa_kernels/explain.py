@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rosa_kernels import registry
+from rosa_kernels import choice, registry
 from rosa_kernels.backends.machine import MACHINES, Machine, machine_of
+from rosa_kernels.choice import Candidate
+from rosa_kernels.kernel import Call, Kernel
 from rosa_kernels.pattern import CsrPattern
-from rosa_kernels.registry import Call, Candidate, Kernel
 from rosa_kernels.tile_plan import HEAVY_FILL, PlanSizes, default_tile
 
 # csr_add is csr_add_ on a clone.
@@ -128,15 +129,16 @@ def explain(
         kind,
         dtype,
         shape,
-        place=place,
+        device=place,
         nnz=pattern.nnz,
         plan=_plan_sizes(kernels_of, pattern, kind, machine, backend),
-        other=values_dtype or dtype,
+        values_dtype=values_dtype or dtype,
         in_place=(in_place,) * {"sddmm": 2, "spmm": 1}.get(op, 0),
-        exact=registry.gemm_is_exact(kind, dtype),
+        exact=choice.gemm_is_exact(kind, dtype),
     )
-    found = registry.candidates(kernels_of, call, backend)
-    best = registry.best_of(found)
+    elsewhere = isinstance(place, str)  # what this build and machine lack says nothing then
+    found = choice.candidates(kernels_of, call, backend, anywhere=elsewhere)
+    best = choice.choose_fastest(found)
     where = machine.name if machine else kind
     if machine and not machine.calibrated:
         where += " (rates partly estimated)"

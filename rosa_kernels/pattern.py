@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rosa_kernels import registry
+from rosa_kernels import choice
+from rosa_kernels.kernel import Call
 from rosa_kernels.tile_plan import HEAVY_FILL, TilePlan, default_tile
 
 if TYPE_CHECKING:
@@ -247,7 +248,7 @@ class CsrPattern:
         self.check_unchanged()
         crow, col = self.crow_indices.cpu(), self.col_indices.cpu()
         m, n = self.shape
-        kernel = registry.select("tile_plan", registry.Call("cpu", torch.int32, (m, n)))
+        kernel = choice.select("tile_plan", Call("cpu", torch.int32, (m, n)))
         with torch.inference_mode(False):
             start = time.perf_counter()
             header, blob = kernel.run(crow, col, n, tile_rows, tile_cols, heavy_fill)

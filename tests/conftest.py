@@ -207,6 +207,6 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("ROSA_BACKEND", raising=False)
     monkeypatch.setattr(registry, "_kernels", {op: [*ks] for op, ks in registry._kernels.items()})
-    monkeypatch.setattr(registry, "_selected", {})
+    monkeypatch.setattr(registry, "chosen", {})
     monkeypatch.setattr(registry, "_plan_readers", {})
     monkeypatch.setattr(registry, "_known_backends", set())

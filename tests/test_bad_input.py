@@ -44,8 +44,8 @@ def no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def select(op: str, *_: object) -> None:
         raise AssertionError(f"bad input reached the choice of a kernel for {op}")
 
-    monkeypatch.setattr("rosa_kernels.registry.select", select)
-    monkeypatch.setattr("rosa_kernels.registry.settled", select)
+    monkeypatch.setattr("rosa_kernels.choice.select", select)
+    monkeypatch.setattr("rosa_kernels.choice.cached_kernel", select)
 
 
 def refuse(

@@ -261,7 +261,7 @@ def test_a_newly_registered_kernel_competes_without_another_edit(monkeypatch):
     try:
         rows = runner.run_case(SMALL["sddmm"], cases.contenders(SMALL["sddmm"]), FAST)
     finally:
-        registry._selected.clear()
+        registry.chosen.clear()
     found = [row for row in rows if row["kernel"] == "brandnew"]
     assert {row["status"] for row in found} == {"incorrect"}
 

@@ -13,7 +13,8 @@ pytest.importorskip("numpy")
 from bench import __main__ as cli
 from bench import kernel_times, stages
 from bench.contender import Contender, Problem
-from rosa_kernels.registry import Candidate, Estimate
+from rosa_kernels.choice import Candidate
+from rosa_kernels.kernel import Estimate
 from rosa_kernels.testing import Case
 
 TILE = (

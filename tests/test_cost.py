@@ -8,7 +8,7 @@ import torch
 from rosa_kernels import CsrPattern
 from rosa_kernels.backends import cost
 from rosa_kernels.backends.machine import MACHINES
-from rosa_kernels.registry import Call, Estimate
+from rosa_kernels.kernel import Call, Estimate
 from rosa_kernels.testing import uniform_pattern
 from rosa_kernels.tile_plan import PlanSizes
 
@@ -52,7 +52,7 @@ def test_more_work_takes_longer(model: cost.Model) -> None:
     assert seconds(model, k=16384) > base
     assert seconds(model, sizes(8192)) >= base
     assert seconds(model, dtype=torch.float32) > base
-    assert seconds(model, place="A100") > base
+    assert seconds(model, device="A100") > base
     more = sizes(nnz=200_000)
     assert seconds(model, more) >= base
 
@@ -60,8 +60,8 @@ def test_more_work_takes_longer(model: cost.Model) -> None:
 @pytest.mark.parametrize("model", EVERY, ids=NAMES)
 def test_no_idea(model: cost.Model) -> None:
     """On a CPU, or of a call that says too little."""
-    assert model(call_of(model, device="cpu")) is None
-    assert model(call_of(model, place=None)) is None
+    assert model(call_of(model, device_type="cpu")) is None
+    assert model(call_of(model, device=None)) is None
     assert model(call_of(model, nnz=None)) is None
     tiles = model in (cost.sddmm_tile, cost.sddmm_wgmma, cost.spmm_tile)
     assert (model(call_of(model)._replace(plan=None)) is None) == tiles

@@ -12,7 +12,7 @@ from torch import Tensor
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
 from rosa_kernels.backends import dense, slabs
-from rosa_kernels.registry import Call
+from rosa_kernels.kernel import Call
 from rosa_kernels.testing import assert_accurate, uniform_pattern
 from rosa_kernels.tile_plan import SLABS, PlanSizes
 
@@ -115,22 +115,22 @@ def call_of(op: str, **changes: object) -> Call:
     [
         ({}, None),
         ({"plan": None}, "needs the pattern's tile plan, to know on the host where slabs"),
-        ({"plan": None, "device": "cpu"}, None),
+        ({"plan": None, "device_type": "cpu"}, None),
         ({"exact": False, "dtype": torch.float32}, "multiplies float32 in full precision only"),
         ({"shape": (2**20, 2**15, 2**20)}, "works in at most 32 slabs of 67108864 bytes, got"),
     ],
 )
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
 def test_what_it_rejects(op: str, changes: dict[str, object], reason: str | None) -> None:
-    got = KERNELS[op].reason(call_of(op, **{"other": changes.get("dtype"), **changes}))
+    got = KERNELS[op].reason(call_of(op, **{"values_dtype": changes.get("dtype"), **changes}))
     assert got == reason if reason is None else got.startswith(reason)
 
 
 def test_it_rounds_no_values() -> None:
     """float32 values beside a 16-bit b: on CUDA the GEMM would have to take them rounded."""
-    wide = call_of("spmm", other=torch.float32)
+    wide = call_of("spmm", values_dtype=torch.float32)
     assert "takes values of b's dtype" in KERNELS["spmm"].reason(wide)
-    assert KERNELS["spmm"].reason(wide._replace(device="cpu")) is None
+    assert KERNELS["spmm"].reason(wide._replace(device_type="cpu")) is None
     assert KERNELS["sddmm"].reason(wide) is None
 
 

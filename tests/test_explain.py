@@ -7,8 +7,8 @@ import torch
 from conftest import inputs_of
 
 import rosa_kernels as rk
-from rosa_kernels import CsrPattern, registry
-from rosa_kernels.registry import Call, Estimate
+from rosa_kernels import CsrPattern, choice, registry
+from rosa_kernels.kernel import Call, Estimate
 from rosa_kernels.testing import uniform_pattern
 
 pytestmark = pytest.mark.usefixtures("sandbox")
@@ -142,7 +142,7 @@ def timed(op: str, name: str, seconds: float, uncertainty: float = 0.0, **option
 
 
 def chosen(op: str = "csr_gather", backend: str = "auto") -> str:
-    return registry.select(op, Call("cpu", torch.float32, (3, 4)), backend).name
+    return choice.select(op, Call("cpu", torch.float32, (3, 4)), backend).name
 
 
 def test_the_shortest_time_wins_over_priority() -> None:
@@ -202,17 +202,17 @@ def test_a_choice_is_made_once_per_call(pattern: CsrPattern) -> None:
     assert first.shape == (37, 33, 53)
     assert second.shape == (37, 7, 53)
     assert first.nnz == pattern.nnz
-    assert first.other == torch.float32
+    assert first.values_dtype == torch.float32
     assert first.in_place == (False, False)
     assert first.exact
 
 
 def test_the_memory_of_choices_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_MOST_SELECTED", 10)
+    monkeypatch.setattr(choice, "_MOST_CHOSEN", 10)
     timed("csr_gather", "timed", 1.0)
     for n in range(100):
-        registry.select("csr_gather", Call("cpu", torch.float32, (3, n)))
-    assert len(registry._selected) <= 10
+        choice.select("csr_gather", Call("cpu", torch.float32, (3, n)))
+    assert len(registry.chosen) <= 10
 
 
 def test_it_knows_torchs_settings(pattern: CsrPattern) -> None:

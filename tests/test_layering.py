@@ -19,9 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED: dict[str, set[str]] = {
     "rosa_kernels.strides": set(),
     "rosa_kernels.tile_plan": set(),
-    "rosa_kernels.registry": {"rosa_kernels.tile_plan"},
-    "rosa_kernels.pattern": {"rosa_kernels.registry", "rosa_kernels.tile_plan"},
+    "rosa_kernels.kernel": {"rosa_kernels.tile_plan"},
+    "rosa_kernels.registry": {"rosa_kernels.kernel"},
+    "rosa_kernels.choice": {"rosa_kernels.kernel", "rosa_kernels.registry"},
+    "rosa_kernels.pattern": {
+        "rosa_kernels.choice",
+        "rosa_kernels.kernel",
+        "rosa_kernels.tile_plan",
+    },
     "rosa_kernels.backends": {
+        "rosa_kernels.choice",
+        "rosa_kernels.kernel",
         "rosa_kernels.pattern",
         "rosa_kernels.registry",
         "rosa_kernels.strides",
@@ -39,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.backends.cost",
         "rosa_kernels.backends.machine",
         "rosa_kernels.backends.native",
+        "rosa_kernels.kernel",
         "rosa_kernels.registry",
         "rosa_kernels.strides",
         "rosa_kernels.tile_plan",
@@ -48,10 +57,12 @@ ALLOWED: dict[str, set[str]] = {
     "rosa_kernels.backends.cost": {
         "rosa_kernels.backends.machine",
         "rosa_kernels.backends.slabs",
-        "rosa_kernels.registry",
+        "rosa_kernels.kernel",
         "rosa_kernels.tile_plan",
     },
     "rosa_kernels.ops": {
+        "rosa_kernels.choice",
+        "rosa_kernels.kernel",
         "rosa_kernels.pattern",
         "rosa_kernels.registry",
         "rosa_kernels.strides",
@@ -59,6 +70,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "rosa_kernels.explain": {
         "rosa_kernels.backends.machine",
+        "rosa_kernels.choice",
+        "rosa_kernels.kernel",
         "rosa_kernels.pattern",
         "rosa_kernels.registry",
         "rosa_kernels.tile_plan",
@@ -72,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     "rosa_kernels": {
         "rosa_kernels.backends",
         "rosa_kernels.explain",
+        "rosa_kernels.kernel",
         "rosa_kernels.nn",
         "rosa_kernels.ops",
         "rosa_kernels.pattern",

@@ -12,7 +12,7 @@ from conftest import inputs_of
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern, registry
 from rosa_kernels.backends import native, native_cuda
-from rosa_kernels.registry import Call
+from rosa_kernels.kernel import Call
 from rosa_kernels.testing import uniform_pattern
 from rosa_kernels.tile_plan import HEADER
 
@@ -137,8 +137,8 @@ def test_the_backend_takes_its_best_variant(pattern: CsrPattern) -> None:
         ({}, {"plan": (128, 128)}, "needs a plan of 128 x 256 tiles, got 128 x 128"),
         ({}, {"dtype": torch.float32}, "takes dtypes bfloat16, float16, got float32"),
         ({}, {"dtype": torch.float64}, "takes dtypes bfloat16, float16, got float64"),
-        ({}, {"place": "A100"}, "runs on compute capability 9.0 alone, got 8.0"),
-        ({"cuda_unsupported": "no code"}, {"place": "H200"}, None),
+        ({}, {"device": "A100"}, "runs on compute capability 9.0 alone, got 8.0"),
+        ({"cuda_unsupported": "no code"}, {"device": "H200"}, None),
     ],
 )
 def test_what_a_call_is_rejected_for(
@@ -148,7 +148,7 @@ def test_what_a_call_is_rejected_for(
     (kernel,) = [k for k in rk.kernels("sddmm") if k.name == "fake/wgmma"]
     tile = changes.pop("plan", (128, 256))
     plan = tile and uniform_pattern(9, 9, 0.5).make_tile_plan(*tile, 0.01).sizes
-    call = Call("cpu", torch.bfloat16, (9, 9, 9), place=0, nnz=40, plan=plan)
+    call = Call("cpu", torch.bfloat16, (9, 9, 9), device=0, nnz=40, plan=plan)
     got = kernel.reason(call._replace(**changes), "fake/wgmma")
     assert (got is None) if reason is None else got.startswith(reason)
 
@@ -359,6 +359,6 @@ def test_gradients_run_where_the_forward_did(pattern: CsrPattern) -> None:
     rk.sddmm(pattern, **inputs, backend="fake/wgmma").sum().backward()
     assert [call[0] for call in module.named("cuda_sddmm")] == [2]
     assert [call[0] for call in module.named("cuda_spmm")] == [0, 0]
-    assert registry.related("sddmm", "fake/wgmma") == "fake/wgmma"
-    assert registry.related("spmm", "fake/tile") == "fake"
-    assert registry.related("spmm", "cpu/portable") == "cpu/portable"
+    assert registry.backend_for_gradient("sddmm", "fake/wgmma") == "fake/wgmma"
+    assert registry.backend_for_gradient("spmm", "fake/tile") == "fake"
+    assert registry.backend_for_gradient("spmm", "cpu/portable") == "cpu/portable"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import rosa_kernels as rk
-from rosa_kernels import registry
-from rosa_kernels.registry import Call
+from rosa_kernels import choice, registry
+from rosa_kernels.kernel import Call
 from rosa_kernels.testing import uniform_pattern
 
 pytestmark = pytest.mark.usefixtures("sandbox")
@@ -163,8 +163,8 @@ def test_the_backend_takes_its_best_variant(probe: Probe) -> None:
     log: list[str] = []
     probe("family", log, variant="old", priority=5, unavailable="is not built")
     probe("family", log, variant="new", priority=3)
-    assert registry.select("csr_gather", CALL, "family").name == "family/new"
-    assert registry.select("csr_gather", CALL, "family/new").variant == "new"
+    assert choice.select("csr_gather", CALL, "family").name == "family/new"
+    assert choice.select("csr_gather", CALL, "family/new").variant == "new"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_an_explicit_backend_without_the_op_says_so(probe: Probe) -> None:
 
 def test_when_nothing_fits_every_candidate_says_why() -> None:
     with pytest.raises(RuntimeError, match="expected a kernel to serve this call") as raised:
-        registry.select("sddmm", Call("xpu", torch.float32, (1, 1, 1)))
+        choice.select("sddmm", Call("xpu", torch.float32, (1, 1, 1)))
     for kernel in rk.kernels("sddmm"):
         assert f"{kernel.name} runs on" in str(raised.value)
 
@@ -215,8 +215,8 @@ def test_a_choice_that_depends_on_the_shape_is_made_anew(probe: Probe) -> None:
     probe("small", [], priority=9999, reject=lambda c: "too big" if max(c.shape) > 4 else None)
     small = Call("cpu", torch.float32, (4, 4))
     for _ in range(2):
-        assert registry.select("csr_gather", CALL).name != "small"
-        assert registry.select("csr_gather", small).name == "small"
+        assert choice.select("csr_gather", CALL).name != "small"
+        assert choice.select("csr_gather", small).name == "small"
 
 
 def test_a_new_kernel_is_seen_by_calls_already_cached(probe: Probe) -> None:
@@ -229,20 +229,20 @@ def test_a_new_kernel_is_seen_by_calls_already_cached(probe: Probe) -> None:
 def test_a_choice_that_holds_for_every_shape_is_made_once(probe: Probe) -> None:
     """Ops then need not even describe the call. What cannot serve such tensors has no say in it."""
 
-    def settled() -> str | None:
-        kernel = registry.settled("csr_gather", "cpu", torch.float32, "auto")
+    def cached() -> str | None:
+        kernel = choice.cached_kernel("csr_gather", "cpu", torch.float32, "auto")
         return None if kernel is None else kernel.name
 
-    assert settled() is None
+    assert cached() is None
     probe("elsewhere", [], priority=9999, devices={"cuda"}, reject=lambda call: "no")
     gather()
-    assert settled() == "cpu"
+    assert cached() == "cpu"
     probe("picky", [], priority=9999, reject=lambda call: "no")
     gather()
-    assert settled() is None
+    assert cached() is None
     probe("plain", [], priority=99999)
     gather()
-    assert settled() == "plain"
+    assert cached() == "plain"
 
 
 def test_a_reason_that_takes_a_driver_is_found_out_when_asked(probe: Probe) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from rosa_kernels.backends.machine import Machine, machine_of
 from rosa_kernels.backends.slabs import slab_edges
-from rosa_kernels.registry import Call, Estimate
+from rosa_kernels.kernel import Call, Estimate
 from rosa_kernels.tile_plan import PlanSizes
 
 Model = Callable[[Call], Estimate | None]
@@ -40,9 +40,9 @@ _SAMPLE_SECONDS = 1e-6
 
 
 def _machine(call: Call) -> Machine | None:
-    if call.device != "cuda" or call.place is None or call.nnz is None:
+    if call.device_type != "cuda" or call.device is None or call.nnz is None:
         return None
-    return machine_of(call.place)
+    return machine_of(call.device)
 
 
 def _estimate(machine: Machine, stages: dict[str, float]) -> Estimate:
@@ -204,7 +204,7 @@ def _spmm_operands(machine: Machine, call: Call) -> tuple[float, float]:
     """Packing b into rows where it is not read in place, and what every kernel moves at least."""
     m, n, k = call.shape
     size = call.dtype.itemsize
-    values = (call.other or call.dtype).itemsize
+    values = (call.values_dtype or call.dtype).itemsize
     cols = call.plan.active_cols if call.plan else n
     sectors = call.plan.col_sectors if call.plan else -(-n // _SECTOR_INDICES)
     pack = 0.0
@@ -247,7 +247,7 @@ def spmm_gather(call: Call) -> Estimate | None:
     parts = max(min(math.sqrt(67 * nnz / max(n, 1) / max(groups, 1)), machine.multiprocessors), 1)
     parts = max(min(parts, machine.multiprocessors / max(groups, 1)), 1)
     products = nnz * k * size / 2 / (_STAGED_PRODUCTS * machine.multiprocessors)
-    indices = groups * nnz * (4 + (call.other or call.dtype).itemsize) / machine.l2
+    indices = groups * nnz * (4 + (call.values_dtype or call.dtype).itemsize) / machine.l2
     return _estimate(
         machine,
         {

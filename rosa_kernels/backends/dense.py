@@ -13,10 +13,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from rosa_kernels import registry
+from rosa_kernels import choice
 from rosa_kernels.backends import cost
 from rosa_kernels.backends.slabs import MOST_SLAB_BYTES, SLAB_BYTES, slab_edges, slabs_of
-from rosa_kernels.registry import Call, register
+from rosa_kernels.kernel import Call
+from rosa_kernels.registry import register
 from rosa_kernels.strides import empty_like_order, gemm_operand
 from rosa_kernels.tile_plan import SLABS
 
@@ -45,14 +46,9 @@ def _no_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _kernel(op: str, w: Tensor) -> registry.Kernel:
-    call = Call(w.device.type, w.dtype, tuple(w.shape), place=w.get_device())
-    return registry.select(op, call)
-
-
 def _reject(call: Call, row_bytes: int) -> str | None:
     rows = call.shape[0]
-    if call.device == "cuda" and call.plan is None:
+    if call.device_type == "cuda" and call.plan is None:
         return (
             "needs the pattern's tile plan, to know on the host where slabs of rows begin: touch "
             "pattern.tile_plan before torch.compile or graph capture"
@@ -72,9 +68,9 @@ def _reject_sddmm(call: Call) -> str | None:
 
 
 def _reject_spmm(call: Call) -> str | None:
-    if call.device == "cuda" and call.other not in (None, call.dtype):
-        return f"would round {call.other} values to {call.dtype}: takes values of b's dtype"
-    return _reject(call, _spmm_row_bytes(call.shape[1], call.dtype, call.device))
+    if call.device_type == "cuda" and call.values_dtype not in (None, call.dtype):
+        return f"would round {call.values_dtype} values to {call.dtype}: takes values of b's dtype"
+    return _reject(call, _spmm_row_bytes(call.shape[1], call.dtype, call.device_type))
 
 
 def _spmm_row_bytes(n: int, dtype: torch.dtype, device: str) -> int:
@@ -111,7 +107,7 @@ def sddmm(
             if slab.first == slab.last:
                 continue
             products = _product(left[slab.begin : slab.end], right)
-            gather = _kernel("csr_gather_slab", products)
+            gather = choice.kernel_on_matrix("csr_gather_slab", products)
             at = crow[slab.begin : slab.end + 1]
             gather.run(products, at, col, slab.first, out[slab.first : slab.last])
             del products  # or the next slab's would be allocated beside it
@@ -149,7 +145,7 @@ def spmm(
                 c[rows] = 0
                 continue
             dense = right.new_zeros(slab.end - slab.begin, n)
-            scatter = _kernel("csr_scatter_slab_", dense)
+            scatter = choice.kernel_on_matrix("csr_scatter_slab_", dense)
             at = crow[slab.begin : slab.end + 1]
             scatter.run(dense, at, col, slab.first, values[slab.first : slab.last])
             # The products, in float32 at least, take as much again at most.

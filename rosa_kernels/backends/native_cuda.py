@@ -26,7 +26,8 @@ from rosa_kernels.backends.native import (
     matrix_of,
     vector_of,
 )
-from rosa_kernels.registry import Call, register
+from rosa_kernels.kernel import Call
+from rosa_kernels.registry import register
 from rosa_kernels.strides import empty_like_order
 from rosa_kernels.tile_plan import HEADER
 
@@ -228,12 +229,12 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
         )
 
     def reject(call: Call) -> str | None:
-        if isinstance(call.place, str):
-            major, minor = machine_of(call.place).capability
+        if isinstance(call.device, str):
+            major, minor = machine_of(call.device).capability
             if variant == "wgmma" and (major, minor) != (9, 0):
                 return f"runs on compute capability 9.0 alone, got {major}.{minor}"
-        elif call.place is not None:
-            reason = device(max(call.place, 0))
+        elif call.device is not None:
+            reason = device(max(call.device, 0))
             if reason is not None:
                 return reason
         if variant is None:
@@ -241,8 +242,8 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
         tiles = _TILES[variant]
         if tiles is None:
             return None
-        if op == "spmm" and call.other not in (None, call.dtype):
-            return f"takes values of b's dtype {call.dtype}, got {call.other}"
+        if op == "spmm" and call.values_dtype not in (None, call.dtype):
+            return f"takes values of b's dtype {call.dtype}, got {call.values_dtype}"
         if call.plan is None:
             return (
                 "needs the pattern's tile plan, which torch.compile and graph capture do not "
@@ -253,9 +254,9 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
             names = " or ".join(f"{r} x {c}" for r, c in sorted(tiles))
             return f"needs a plan of {names} tiles, got {got[0]} x {got[1]}"
         # Of a GPU that is named but not here nobody can ask; all that can be named have the room.
-        if not isinstance(call.place, int):
+        if not isinstance(call.device, int):
             return None
-        return room(max(call.place, 0), variant, got[1])
+        return room(max(call.device, 0), variant, got[1])
 
     return reject
 

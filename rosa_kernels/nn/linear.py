@@ -70,7 +70,7 @@ class RosaLinear(nn.Module):
         template = copy.copy(linear)
         template._parameters = {**linear._parameters, "weight": None, "bias": None}
         self._template = (template,)
-        self._looked_at: tuple[Tensor, str] = (self.weight, "")
+        self._write_check: tuple[Tensor, str] = (self.weight, "")
         self._look_at_weight()
         # While S sits in the weight, which make_resident must have allowed: where, and what was
         # there before.
@@ -179,9 +179,9 @@ class RosaLinear(nn.Module):
         if name is not None:
             self.adapter(name)
         self._refuse_while_merged("set_adapter")
-        self._park()
+        self._restore_weight()
         self.active_adapter = name
-        self._settle()
+        self._insert_sparse()
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter; if it was the active one, none is."""
@@ -197,11 +197,11 @@ class RosaLinear(nn.Module):
         """:meth:`RosaAdapter.set_pattern`: a new `values` parameter, unknown to any optimizer."""
         self._refuse_while_merged("set_pattern")
         adapter = self.adapter(adapter_name)
-        self._park()
+        self._restore_weight()
         try:
             adapter.set_pattern(pattern, values, self.weight.device)
         finally:
-            self._settle()
+            self._insert_sparse()
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -242,9 +242,9 @@ class RosaLinear(nn.Module):
         """Why S cannot be written into the weight, if it cannot."""
         if self._is_fsdp_managed_module:
             return "the weight is sharded by FSDP"
-        if self._looked_at[0] is not self.weight:
+        if self._write_check[0] is not self.weight:
             self._look_at_weight()
-        return self._looked_at[1]
+        return self._write_check[1]
 
     def _look_at_weight(self) -> None:
         """Remembered for the weight: it would cost every forward 3 us, and does not compile."""
@@ -257,7 +257,7 @@ class RosaLinear(nn.Module):
             reason = "other processes share the weight's memory"
         elif overlaps_itself(weight):
             reason = "elements of the weight share memory"
-        self._looked_at = weight, reason
+        self._write_check = weight, reason
 
     def _matrix(self) -> Tensor:
         """The weight as the (m, n) matrix it stands for, whatever way it is stored."""
@@ -265,7 +265,7 @@ class RosaLinear(nn.Module):
 
     # -- S inside the weight -----------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def _insert_sparse(self) -> None:
         """Put the active adapter's S into the weight if it may be there and is not."""
         if not self._may_reside or self._resident is not None or self._merged is not None:
             return
@@ -275,7 +275,7 @@ class RosaLinear(nn.Module):
             self._resident = pattern, originals
             self.sync()
 
-    def _park(self) -> None:
+    def _restore_weight(self) -> None:
         """Take S out of the weight: the bits that were there before come back."""
         if self._resident is not None:
             csr_scatter_(self._matrix().detach(), *self._resident, backend=_ANY)
@@ -289,8 +289,8 @@ class RosaLinear(nn.Module):
         pattern, originals = self._resident
         adapter = self.adapter()
         if adapter.pattern is not pattern:  # the adapter itself was given or has loaded another
-            self._park()
-            self._settle()
+            self._restore_weight()
+            self._insert_sparse()
             return
         assert adapter.values is not None
         merged = originals.to(adapter.values.dtype) + adapter.values
@@ -362,7 +362,7 @@ class RosaLinear(nn.Module):
             raise ValueError(
                 f"RosaLinear.merge: expected finite weights, got NaN or Inf from adapter {name!r}"
             )
-        self._park()
+        self._restore_weight()
         self._kept = self.weight.detach().to("cpu", copy=True) if keep_base else None
         self.weight.detach().copy_(merged)
         self._merged = name
@@ -379,7 +379,7 @@ class RosaLinear(nn.Module):
             raise RuntimeError("RosaLinear.unmerge: expected a merged adapter, got none")
         self.weight.detach().copy_(self.base_weight())
         self._merged = self._kept = None
-        self._settle()
+        self._insert_sparse()
 
     def to_linear(self, adapter_name: str | None = None) -> nn.Module:
         """The plain layer this one stands for, with W itself or an adapter's merged weight."""
@@ -403,10 +403,11 @@ class RosaLinear(nn.Module):
     # -- movement and storage ----------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> RosaLinear:
-        self._park()  # rounding W + S to another dtype is not what S and a rounded W would give
+        # Rounding W + S to another dtype is not what S and a rounded W would give.
+        self._restore_weight()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._look_at_weight()
-        self._settle()
+        self._insert_sparse()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RosaLinear:
@@ -418,7 +419,7 @@ class RosaLinear(nn.Module):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_looked_at": None, "_may_reside": False, "_resident": None}
+        state = {**self.__dict__, "_write_check": None, "_may_reside": False, "_resident": None}
         if self._resident is not None:  # no optimizer's hook will know what is pickled
             weight = nn.Parameter(self.base_weight(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
@@ -430,7 +431,7 @@ class RosaLinear(nn.Module):
 
     def leave_residency(self) -> None:
         """Take S out of the weight for good: what :func:`make_resident` did is undone here."""
-        self._park()
+        self._restore_weight()
         self._may_reside = False
 
     def _save_to_state_dict(
@@ -442,7 +443,7 @@ class RosaLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._refuse_while_merged("load_state_dict")
-        self._park()
+        self._restore_weight()
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
@@ -460,4 +461,4 @@ _NOT_KEPT = (
 
 def _settle_after_load(layer: RosaLinear, _: Any) -> None:
     layer._look_at_weight()  # assign=True replaces it
-    layer._settle()
+    layer._insert_sparse()

@@ -82,7 +82,7 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
             path, reason = SCATTER, "another module shares the weight"
         elif path != SEPARATE:
             layer._may_reside = True
-            layer._settle()
+            layer._insert_sparse()
             path, reason = RESIDENT, ""
         paths[name] = f"{path}: {reason}" if reason else path
     return Residency(layers, paths, hook)
@@ -106,12 +106,12 @@ def base_weights(model: nn.Module) -> Iterator[None]:
         layer._refuse_while_merged("base_weights")
     parked = [layer for layer in layers if layer._resident is not None]  # and not by an outer one
     for layer in parked:
-        layer._park()
+        layer._restore_weight()
     try:
         yield
     finally:
         for layer in parked:
-            layer._settle()
+            layer._insert_sparse()
 
 
 def _layers(model: nn.Module) -> dict[str, RosaLinear]:

@@ -1,50 +1,58 @@
-"""From an op's flat arguments to the kernel that serves them."""
+"""From an op's flat arguments to the kernel that serves them: one call in every op."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rosa_kernels import registry
+from rosa_kernels import choice, registry
+from rosa_kernels.kernel import Call
 from rosa_kernels.ops.csr_transpose import transpose_tensors
 from rosa_kernels.pattern import CsrPattern
-from rosa_kernels.registry import Call, Kernel
 from rosa_kernels.strides import readable_in_place
 from rosa_kernels.tile_plan import sizes_of
 
 
-def kernel_of_copies(op: str, w: Tensor, backend: str) -> Kernel:
-    """The kernel for an op on a dense matrix that touches it at the pattern alone."""
-    kernel = registry.settled(op, w.device.type, w.dtype, backend)
-    if kernel is None:
-        call = Call(w.device.type, w.dtype, tuple(w.shape), place=w.get_device())
-        kernel = registry.select(op, call, backend)
-    return kernel
+def run_on_matrix(op: str, w: Tensor, backend: str, *args: Any) -> Any:
+    """Run the kernel that serves csr_add_, csr_gather or csr_scatter_ on w and the arguments."""
+    return choice.kernel_on_matrix(op, w, backend).run(w, *args)
 
 
-def kernel_of_product(
+def run_product(
     op: str,
-    shape: tuple[int, ...],
-    nnz: int,
-    plan: list[Tensor],
+    indices: tuple[Tensor, Tensor],
     dense: tuple[Tensor, ...],
-    other: torch.dtype,
+    values_dtype: torch.dtype,
+    plan: list[Tensor],
     backend: str,
-) -> Kernel:
-    """The kernel for sddmm or spmm on these dense operands where it depends on more than dtype."""
+    *args: Any,
+) -> Tensor:
+    """Run the kernel that serves sddmm or spmm, on the indices and further arguments.
+
+    `dense` and `values_dtype` are what it is chosen by, unless one is known to serve all.
+    """
     b = dense[-1]
-    call = Call(
-        b.device.type,
-        b.dtype,
-        shape,
-        place=b.get_device(),
-        nnz=nnz,
-        plan=sizes_of(plan[0]) if plan else None,
-        other=other,
-        in_place=tuple(map(readable_in_place, dense)),
-        exact=registry.gemm_is_exact(b.device.type, b.dtype),
-    )
-    return registry.select(op, call, backend)
+    kernel = choice.cached_kernel(op, b.device.type, b.dtype, backend)
+    if kernel is None:
+        crow, col = indices
+        rows = crow.shape[0] - 1
+        call = Call(
+            b.device.type,
+            b.dtype,
+            (rows, b.shape[1], b.shape[0]) if op == "sddmm" else (rows, *b.shape),
+            device=b.get_device(),
+            nnz=col.shape[0],
+            plan=sizes_of(plan[0]) if plan else None,
+            values_dtype=values_dtype,
+            in_place=tuple(map(readable_in_place, dense)),
+            exact=choice.gemm_is_exact(b.device.type, b.dtype),
+        )
+        kernel = choice.select(op, call, backend)
+    if kernel.reads_plan:
+        return kernel.run(*indices, *args, plan)
+    return kernel.run(*indices, *args)
 
 
 def plan_tensors(op: str, pattern: CsrPattern, backend: str) -> list[Tensor]:
@@ -69,7 +77,7 @@ def backward_tensors(pattern: CsrPattern, backend: str) -> list[Tensor]:
     That gradient is an spmm, for whichever op it is.
     """
     tensors = transpose_tensors(pattern)
-    backend = registry.related("spmm", backend)
+    backend = registry.backend_for_gradient("spmm", backend)
     if registry.reads_plan("spmm", pattern.device_type, backend):
         tensors += plan_tensors("spmm", pattern.T, backend)
     return tensors

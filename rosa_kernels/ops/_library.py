@@ -10,6 +10,9 @@ from torch import Tensor
 
 # Held for the life of the process: torch unregisters the ops when the library is collected.
 _LIBRARY = torch.library.Library("rosa", "DEF")
+# Every op that is defined, by name. A backward takes other modules' ops from here: that of sddmm
+# calls spmm, and that of spmm calls sddmm.
+OPS: dict[str, Any] = {}
 
 
 def define(
@@ -35,7 +38,7 @@ def define(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rosa::{name}", fake, lib=_LIBRARY)
-    op = getattr(torch.ops.rosa, name).default
+    op = OPS[name] = getattr(torch.ops.rosa, name).default
 
     if gradient is not None:
 
@@ -64,7 +67,7 @@ def call(op: Any, differentiate: bool, *args: Any) -> Any:
     return below_autograd(op, *args)
 
 
-def unobserved() -> bool:
+def is_plain_eager() -> bool:
     """Whether nothing traces or counts ops, so that Python may call what they would run.
 
     For ops of many arguments, which cost 15-30 us to hand through the dispatcher.

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from rosa_kernels import registry
 from rosa_kernels.ops import _dispatch, _library, _validate
-from rosa_kernels.ops.csr_gather import csr_gather_op
 from rosa_kernels.pattern import CsrPattern
 
 
@@ -79,7 +78,7 @@ def _check(op: str, w: Tensor, pattern: CsrPattern, values: Tensor) -> None:
 
 
 def _run_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str) -> None:
-    _dispatch.kernel_of_copies("csr_add_", w, backend).run(w, crow, col, values, alpha)
+    _dispatch.run_on_matrix("csr_add_", w, backend, crow, col, values, alpha)
     torch.autograd.graph.increment_version(w)
 
 
@@ -116,7 +115,7 @@ class _CsrAdd(torch.autograd.Function):
         crow, col = ctx.saved_tensors
         grad_values = None
         if ctx.needs_input_grad[3]:
-            gathered = csr_gather_op(grad, crow, col, ctx.backend)
+            gathered = _library.OPS["csr_gather"](grad, crow, col, ctx.backend)
             grad_values = gathered.to(ctx.values_dtype) * ctx.alpha
         grad_w = grad if ctx.needs_input_grad[0] else None
         return grad_w, None, None, grad_values, None, None

@@ -33,7 +33,7 @@ def csr_gather(w: Tensor, pattern: CsrPattern, *, backend: str | None = None) ->
 
 
 def _run(w: Tensor, crow: Tensor, col: Tensor, backend: str) -> Tensor:
-    return _dispatch.kernel_of_copies("csr_gather", w, backend).run(w, crow, col)
+    return _dispatch.run_on_matrix("csr_gather", w, backend, crow, col)
 
 
 def _fake(w: Tensor, crow: Tensor, col: Tensor, backend: str) -> Tensor:
@@ -49,11 +49,9 @@ class _CsrGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from rosa_kernels.ops.csr_add import csr_add_op
-
         crow, col = ctx.saved_tensors
         zero = grad.new_zeros(ctx.shape)
-        return csr_add_op(zero, crow, col, grad, 1.0, ctx.backend), None, None, None
+        return _library.OPS["csr_add"](zero, crow, col, grad, 1.0, ctx.backend), None, None, None
 
 
 csr_gather_op = _library.define(

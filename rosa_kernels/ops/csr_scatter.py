@@ -37,7 +37,7 @@ def csr_scatter_(
 
 
 def _run(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, backend: str) -> None:
-    _dispatch.kernel_of_copies("csr_scatter_", w, backend).run(w, crow, col, values)
+    _dispatch.run_on_matrix("csr_scatter_", w, backend, crow, col, values)
     torch.autograd.graph.increment_version(w)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rosa_kernels import registry
+from rosa_kernels import choice
+from rosa_kernels.kernel import Call
 from rosa_kernels.ops import _library, _validate
 from rosa_kernels.pattern import CsrPattern
 
@@ -43,8 +44,8 @@ def or_transpose(
 
 
 def _run(crow: Tensor, col: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    call = registry.Call(col.device.type, torch.int32, (crow.numel() - 1, n))
-    return registry.select("csr_transpose", call).run(crow, col, n)
+    call = Call(col.device.type, torch.int32, (crow.numel() - 1, n))
+    return choice.select("csr_transpose", call).run(crow, col, n)
 
 
 def _fake(crow: Tensor, col: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rosa_kernels import registry
+from rosa_kernels import choice, registry
+from rosa_kernels.kernel import AUTO
 from rosa_kernels.ops import _dispatch, _library
 from rosa_kernels.ops import _rosa_linear_checks as _checks
 from rosa_kernels.ops.sddmm import sddmm_op
@@ -79,7 +80,9 @@ def rosa_linear(
         path = _MERGED if merged else _SCATTER if scatter else _SEPARATE
         indices = [pattern.crow_indices, pattern.col_indices]
         if differentiate or path == _SEPARATE:
-            plan = _dispatch.plan_tensors("sddmm", pattern, registry.related("sddmm", backend))
+            plan = _dispatch.plan_tensors(
+                "sddmm", pattern, registry.backend_for_gradient("sddmm", backend)
+            )
         if path == _SEPARATE and differentiate and x.requires_grad:
             transpose = _dispatch.backward_tensors(pattern, backend)
     args = (
@@ -98,7 +101,7 @@ def rosa_linear(
         path,
         backend,
     )
-    if not _library.unobserved():
+    if not _library.is_plain_eager():
         y, _ = rosa_linear_op(*args)
     elif differentiate:
         y, _ = _RosaLinear.apply(*args)  # type: ignore[no-untyped-call]
@@ -132,7 +135,7 @@ def _run(
         y = torch.nn.functional.linear(flat, w, None if bias is None else bias.to(dtype))
     if path == _SEPARATE:
         crow, col = indices
-        spmm_backend = registry.related("spmm", backend)
+        spmm_backend = registry.backend_for_gradient("spmm", backend)
         y += spmm_op(crow, col, transpose, plan, values, flat.t(), spmm_backend).t()
     if lora_a is None or lora_b is None:
         h = x.new_empty(0)
@@ -185,10 +188,10 @@ def _weight_for_product(
 
     def kernel(op: str) -> Any:
         # A backend is asked for by those who care about products; "dense" has no others.
-        named = registry.related(op, backend)
+        named = registry.backend_for_gradient(op, backend)
         if not any(kernel.named_by(named) for kernel in registry.kernels(op)):
-            named = registry.AUTO
-        return _dispatch.kernel_of_copies(op, weight, named).run
+            named = AUTO
+        return choice.kernel_on_matrix(op, weight, named).run
 
     # The kernels, not the ops: the weight is as it was once this returns, and a higher version
     # would invalidate what autograd saved of it.
@@ -223,7 +226,7 @@ class _RosaLinear(torch.autograd.Function):
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
         args = (x, weight, bias, values, lora_a, lora_b, dropout_mask, indices, transpose, plan)
-        forward = _run if _library.unobserved() else rosa_linear_op
+        forward = _run if _library.is_plain_eager() else rosa_linear_op
         y, h = _library.below_autograd(forward, *args, *settings)
         *_, path, _ = settings
         for_x, _, for_bias, for_values, for_a, for_b, *_ = ctx.needs_input_grad
@@ -263,7 +266,7 @@ class _RosaLinear(torch.autograd.Function):
         rest = saved[8:]
         first, second = ctx.sizes[0], sum(ctx.sizes)
         indices, transpose, plan = rest[:first], rest[first:second], rest[second:]
-        backward = _run_backward if _library.unobserved() else rosa_linear_backward_op
+        backward = _run_backward if _library.is_plain_eager() else rosa_linear_backward_op
         gradients = _library.below_autograd(
             backward,
             grad,
@@ -328,7 +331,7 @@ def _run_backward(
         assert flat is not None
         assert values is not None
         crow, col = indices
-        sddmm_backend = registry.related("sddmm", backend)
+        sddmm_backend = registry.backend_for_gradient("sddmm", backend)
         grad_values = sddmm_op(crow, col, [], plan, dy.t(), flat.t(), values.dtype, sddmm_backend)
     if for_bias:
         assert bias is not None
@@ -342,7 +345,7 @@ def _run_backward(
             assert values is not None
             crow_t, col_t, permutation, *plan_t = transpose
             values_t = values.index_select(0, permutation)
-            spmm_backend = registry.related("spmm", backend)
+            spmm_backend = registry.backend_for_gradient("spmm", backend)
             dx += spmm_op(crow_t, col_t, [], plan_t, values_t, dy.t(), spmm_backend).t()
         if g is not None and lora_a is not None:
             if lora_a.dim() == 1:

@@ -10,7 +10,6 @@ from torch import Tensor
 from rosa_kernels import registry
 from rosa_kernels.ops import _dispatch, _library, _validate
 from rosa_kernels.ops.csr_transpose import or_transpose
-from rosa_kernels.ops.spmm import spmm_op
 from rosa_kernels.pattern import CsrPattern
 
 
@@ -75,15 +74,10 @@ def _run(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    kernel = registry.settled("sddmm", a.device.type, a.dtype, backend)
-    if kernel is None:
-        shape = (*a.shape, b.shape[0])
-        kernel = _dispatch.kernel_of_product(
-            "sddmm", shape, col.shape[0], plan, (a, b), out_dtype, backend
-        )
-    if kernel.reads_plan:
-        return kernel.run(crow, col, a, b, out_dtype, plan)
-    return kernel.run(crow, col, a, b, out_dtype)
+    indices = crow, col
+    return _dispatch.run_product(
+        "sddmm", indices, (a, b), out_dtype, plan, backend, a, b, out_dtype
+    )
 
 
 def _fake(
@@ -118,14 +112,14 @@ class _Sddmm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         crow, col, a, b, *rest = ctx.saved_tensors
         plan, transpose = rest[: ctx.plan_size], rest[ctx.plan_size :]
-        backend = registry.related("spmm", ctx.backend)
+        backend = registry.backend_for_gradient("spmm", ctx.backend)
         grad_a = grad_b = None
         if ctx.needs_input_grad[4]:
-            grad_a = spmm_op(crow, col, transpose, plan, grad, b, backend)
+            grad_a = _library.OPS["spmm"](crow, col, transpose, plan, grad, b, backend)
         if ctx.needs_input_grad[5]:
             crow_t, col_t, permutation, plan_t = or_transpose(crow, col, b.shape[0], transpose)
             grad_t = grad.index_select(0, permutation)
-            grad_b = spmm_op(crow_t, col_t, [], plan_t, grad_t, a, backend)
+            grad_b = _library.OPS["spmm"](crow_t, col_t, [], plan_t, grad_t, a, backend)
         return None, None, None, None, grad_a, grad_b, None, None
 
 

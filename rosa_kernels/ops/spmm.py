@@ -58,15 +58,8 @@ def _run(
     b: Tensor,
     backend: str,
 ) -> Tensor:
-    kernel = registry.settled("spmm", b.device.type, b.dtype, backend)
-    if kernel is None:
-        shape = (crow.shape[0] - 1, *b.shape)
-        kernel = _dispatch.kernel_of_product(
-            "spmm", shape, col.shape[0], plan, (b,), values.dtype, backend
-        )
-    if kernel.reads_plan:
-        return kernel.run(crow, col, values, b, plan)
-    return kernel.run(crow, col, values, b)
+    indices = crow, col
+    return _dispatch.run_product("spmm", indices, (b,), values.dtype, plan, backend, values, b)
 
 
 def _fake(
@@ -98,18 +91,18 @@ class _Spmm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from rosa_kernels.ops.sddmm import sddmm_op
-
         crow, col, values, b, *rest = ctx.saved_tensors
         plan, transpose = rest[: ctx.plan_size], rest[ctx.plan_size :]
         grad_values = grad_b = None
         if ctx.needs_input_grad[4]:
-            backend = registry.related("sddmm", ctx.backend)
-            grad_values = sddmm_op(crow, col, transpose, plan, grad, b, values.dtype, backend)
+            backend = registry.backend_for_gradient("sddmm", ctx.backend)
+            grad_values = _library.OPS["sddmm"](
+                crow, col, transpose, plan, grad, b, values.dtype, backend
+            )
         if ctx.needs_input_grad[5]:
             crow_t, col_t, permutation, plan_t = or_transpose(crow, col, b.shape[0], transpose)
             values_t = values.index_select(0, permutation)
-            backend = registry.related("spmm", ctx.backend)
+            backend = registry.backend_for_gradient("spmm", ctx.backend)
             grad_b = spmm_op(crow_t, col_t, [], plan_t, values_t, grad, backend)
         return None, None, None, None, grad_values, grad_b, None
 

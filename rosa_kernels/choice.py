@@ -1,0 +1,123 @@
+"""The choice: which kernel serves a call, and why the others do not."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosa_kernels import registry
+from rosa_kernels.kernel import AUTO, Call, Estimate, Kernel
+
+# Choices remembered. Where token counts keep changing, 4096 of them are about 2 MB.
+_MOST_CHOSEN = 4096
+
+
+class Candidate(NamedTuple):
+    """A kernel in a choice: why it cannot serve, or else the time predicted where it is."""
+
+    kernel: Kernel
+    reason: str | None
+    estimate: Estimate | None
+
+
+def gemm_is_exact(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch.mm keeps float32 arithmetic for such operands, or for float32 on a CPU."""
+    if device == "cuda":
+        matmul = torch.backends.cuda.matmul
+        if dtype == torch.float16:
+            return not matmul.allow_fp16_accumulation
+        return dtype != torch.float32 or matmul.fp32_precision != "tf32"
+    mkldnn: Any = torch.backends.mkldnn  # whose stub has no matmul
+    return mkldnn.matmul.fp32_precision in ("none", "ieee")
+
+
+def candidates(
+    op: str, call: Call, backend: str = AUTO, *, anywhere: bool = False
+) -> list[Candidate]:
+    """Every kernel that `backend` may mean, best first where times are not predicted.
+
+    `anywhere`: also those that this build and machine lack.
+    """
+    found = []
+    for kernel in registry.kernels(op):
+        if kernel.named_by(backend):
+            reason = kernel.reason(call, backend, anywhere=anywhere)
+            estimate = kernel.cost(call) if reason is None and kernel.cost is not None else None
+            found.append(Candidate(kernel, reason, estimate))
+    return found
+
+
+def choose_fastest(found: list[Candidate]) -> Candidate | None:
+    """The kernel to take, or None if none can serve.
+
+    The first that can serve, by priority. If its time is predicted, all whose time is compete, by
+    the upper end of their uncertainty: a dense product runs as fast as measured on any mask, a
+    sparse kernel's time depends on the mask in ways a model may miss. So near ties go to the dense
+    one, and losing to it, which any user could have called, costs at most what is uncertain.
+    """
+    serving = [candidate for candidate in found if candidate.reason is None]
+    if not serving or serving[0].estimate is None:
+        return serving[0] if serving else None
+    return min(
+        (c for c in serving if c.estimate is not None),
+        key=lambda c: c.estimate.at_worst,  # type: ignore[union-attr]
+    )
+
+
+def cached_kernel(op: str, device_type: str, dtype: torch.dtype, backend: str) -> Kernel | None:
+    """The kernel for all calls of this device type and dtype, if one is known to serve them all."""
+    return registry.chosen.get((op, backend, device_type, dtype))
+
+
+def select(op: str, call: Call, backend: str = AUTO) -> Kernel:
+    """The best kernel that serves `call`; with an explicit `backend`, one of that backend.
+
+    Raises:
+        RuntimeError: none can; the message gives every candidate's reason.
+    """
+    kernel = cached_kernel(op, call.device_type, call.dtype, backend)
+    if kernel is not None:
+        return kernel
+    key = (op, backend, call)
+    kernel = registry.chosen.get(key)
+    if kernel is None:
+        found = candidates(op, call, backend)
+        best = choose_fastest(found)
+        if best is None:
+            detail = "; ".join(f"{c.kernel.name} {c.reason}" for c in found)
+            who = "a kernel" if backend == AUTO else f"backend {backend!r}, asked for explicitly,"
+            raise RuntimeError(
+                f"{op}: expected {who} to serve this call, got none that can: "
+                f"{detail or 'it has no such op'}"
+            )
+        kernel = best.kernel
+        if len(registry.chosen) >= _MOST_CHOSEN:
+            registry.chosen.clear()
+        if _holds_for_all(kernel, found, call, backend):
+            registry.chosen[op, backend, call.device_type, call.dtype] = kernel
+        else:
+            registry.chosen[key] = kernel
+    return kernel
+
+
+def kernel_on_matrix(op: str, w: Tensor, backend: str = AUTO) -> Kernel:
+    """The kernel for an op that touches a dense matrix at the pattern alone.
+
+    Raises:
+        RuntimeError: none can serve.
+    """
+    kernel = cached_kernel(op, w.device.type, w.dtype, backend)
+    if kernel is None:
+        kernel = select(op, Call(w.device.type, w.dtype, tuple(w.shape), w.get_device()), backend)
+    return kernel
+
+
+def _holds_for_all(kernel: Kernel, found: list[Candidate], call: Call, backend: str) -> bool:
+    """Whether `kernel` would be chosen for every call of this device type and dtype."""
+    for candidate in found:
+        other = candidate.kernel
+        if other.fixed_reason(call, backend) is None:
+            return other is kernel and other.reject is None and other.cost is None
+    return False
