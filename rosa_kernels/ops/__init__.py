@@ -9,8 +9,8 @@ The route of one op, ``rk.sddmm(pattern, a, b)``, from Python to SIMD and CUDA:
 4. ``choice.py`` finds it, among what ``registry.py`` knows; ``kernel.py`` says what a kernel is.
 5. ``backends/native.py`` (CPU) or ``native_cuda.py`` allocates and hands addresses to ``_C``.
 6. ``cpp/bindings/module.cpp`` makes views of them (``rosa/views.h``).
-7. ``cpp/src/cpu/sddmm.cpp`` shares out the work; ``cpp/src/cpu/isa/workers.h`` does it, compiled
-   for each instruction set.
+7. ``cpp/src/cpu/sddmm.cpp`` shares out the work; ``cpp/src/cpu/isa/sddmm.h`` does it, compiled for
+   each instruction set.
 8. ``cpp/src/cuda/sddmm.cu`` launches the kernels of ``pack.cuh`` and ``sddmm_*.cuh``.
 """
 

@@ -1,4 +1,5 @@
-#include "cpu/isa/workers.h"
+#include "cpu/isa/sddmm.h"
+#include "cpu/isa/spmm.h"
 
 namespace rosa::cpu {
 
