@@ -71,7 +71,7 @@ class RosaLinear(nn.Module):
         template._parameters = {**linear._parameters, "weight": None, "bias": None}
         self._template = (template,)
         self._write_check: tuple[Tensor, str] = (self.weight, "")
-        self._look_at_weight()
+        self._check_weight()
         # While S sits in the weight, which make_resident must have allowed: where, and what was
         # there before.
         self._may_reside = False
@@ -80,7 +80,7 @@ class RosaLinear(nn.Module):
         self._merged: str | None = None
         self._kept: Tensor | None = None
         self.train(linear.training)
-        self.register_load_state_dict_post_hook(_settle_after_load)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_insert_sparse_after_load)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_linear(
@@ -243,10 +243,10 @@ class RosaLinear(nn.Module):
         if self._is_fsdp_managed_module:
             return "the weight is sharded by FSDP"
         if self._write_check[0] is not self.weight:
-            self._look_at_weight()
+            self._check_weight()
         return self._write_check[1]
 
-    def _look_at_weight(self) -> None:
+    def _check_weight(self) -> None:
         """Remembered for the weight: it would cost every forward 3 us, and does not compile."""
         weight, reason = self.weight, ""
         if type(weight) is not nn.Parameter:
@@ -406,7 +406,7 @@ class RosaLinear(nn.Module):
         # Rounding W + S to another dtype is not what S and a rounded W would give.
         self._restore_weight()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._look_at_weight()
+        self._check_weight()
         self._insert_sparse()
         return self
 
@@ -415,7 +415,7 @@ class RosaLinear(nn.Module):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         new.leave_residency()  # no optimizer's hook knows the copy
-        new._look_at_weight()
+        new._check_weight()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -427,7 +427,7 @@ class RosaLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._look_at_weight()
+        self._check_weight()
 
     def leave_residency(self) -> None:
         """Take S out of the weight for good: what :func:`make_resident` did is undone here."""
@@ -459,6 +459,6 @@ _NOT_KEPT = (
 )
 
 
-def _settle_after_load(layer: RosaLinear, _: Any) -> None:
-    layer._look_at_weight()  # assign=True replaces it
+def _insert_sparse_after_load(layer: RosaLinear, _: Any) -> None:
+    layer._check_weight()  # assign=True replaces it
     layer._insert_sparse()
