@@ -2,6 +2,7 @@
 # its headers and venv module, a C++ compiler, make and git; the rest comes from the index.
 #
 #   make            build into the checkout
+#   make check      for the editing loop: CPU kernels, ops and layer, in under two minutes
 #   make test       native tests (CUDA kernels in an emulator, too), then pytest
 #   make bench      the quick benchmark suite, on the GPU as well where there is one
 #   make demo       RoSA on SmolLM2-135M and generated data: minutes on a CPU, into build/demo
@@ -42,8 +43,14 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: test build bench demo lint format sanitize asan tsan mutants cuda-all gpu gpu-more clean
+.PHONY: check test build bench demo lint format sanitize asan tsan mutants cuda-all gpu gpu-more clean
 .DELETE_ON_ERROR:
+
+# Neither emulated kernels nor torch.compile, and of the instruction sets the one that users get.
+check: build
+	ctest --test-dir $(BUILD) $(CTEST_FLAGS) --label-exclude 'simt|cuda|install'
+	python -m pytest -q -m "not slow and not emulated and not compiled" \
+	  -k "not portable and not avx2" tests/ops tests/nn tests/test_layering.py
 
 test: build
 	ctest --test-dir $(BUILD) $(CTEST_FLAGS) $(CTEST_ARGS)

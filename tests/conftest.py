@@ -121,6 +121,8 @@ def served(op: str) -> list[object]:
                 absent["cuda"] = "needs a CUDA device"  # once, and not for each of a dozen kernels
                 continue
             marks = [pytest.mark.gpu] if device == "cuda" else []
+            if kernel.backend == "simt":
+                marks.append(pytest.mark.emulated)
             if kernel.unavailable is not None:
                 marks.append(pytest.mark.skip(reason=kernel.unavailable))
             value = Served(op, kernel.name, device, kernel.run, kernel.dtypes, kernel.finite_only)

@@ -309,7 +309,7 @@ def gpu_tests(limit_s: float) -> Task:
     # The versions on this machine are not ours: neither their warnings nor their age count.
     lenient = ("-W", "default", "-o", "minversion=7.0", "-p", "no:cacheprovider")
     # Without those that have nothing on a GPU but take long to collect.
-    chosen = ("-m", "gpu", "--ignore-glob=*test_train_*", "--ignore-glob=*test_bench*")
+    chosen = ("-m", "gpu", "--ignore=tests/train", "--ignore=tests/bench")
     workers = min(8, os.cpu_count() or 1) if has("xdist") else 1
     parallel = ("-n", str(workers)) if workers > 1 else ()
     options = ("-v", "--continue-on-collection-errors", *lenient, *chosen, *parallel)

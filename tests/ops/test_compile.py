@@ -15,6 +15,7 @@ from rosa_kernels import CsrPattern, registry
 from rosa_kernels.ops.csr_transpose import transpose_tensors
 from rosa_kernels.testing import assert_accurate, uniform_pattern
 
+pytestmark = pytest.mark.compiled
 DIFFERENTIABLE = ("sddmm", "spmm", "csr_add", "csr_gather")
 FLAT = torch.ops.rosa
 

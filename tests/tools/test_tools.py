@@ -10,7 +10,7 @@ import pytest
 import resource_report
 from resource_report import Kernel
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(path: Path, text: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rosa_train.config import ARGUMENTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALPHABET = string.ascii_lowercase + string.digits + " =:."
 
 

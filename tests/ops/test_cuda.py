@@ -281,7 +281,7 @@ print({k.unavailable is not None for k in rk.kernels("sddmm") if k.backend == "c
 """,
         ],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,

@@ -52,7 +52,7 @@ def test_native_and_reference_agree(nasty: CsrPattern, tile: tuple[int, int], fi
 
 def test_python_knows_the_header_of_the_kernels() -> None:
     """Field by field, in their order."""
-    source = Path(__file__).parent.parent / "cpp/include/rosa/tile_plan.h"
+    source = Path(__file__).parents[2] / "cpp/include/rosa/tile_plan.h"
     if not source.is_file():
         pytest.skip("needs the C++ sources")
     text = source.read_text()

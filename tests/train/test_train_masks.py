@@ -286,7 +286,7 @@ def test_the_same_masks_on_every_rank(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(tmp_path)],
-            cwd=here.parent,
+            cwd=here.parents[1],
             stderr=subprocess.PIPE,
             text=True,
         )
