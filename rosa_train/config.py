@@ -167,7 +167,7 @@ class DataArguments:
 
 @dataclass
 class MethodArguments:
-    """What trains: a name of `rosa_train.methods.METHODS`, its size, and its masks."""
+    """What trains: a name of `rosa_train.METHODS`, its size, and its masks."""
 
     method: str = field(default="rosa", metadata={"help": "full, lora, lora+, spa or rosa."})
     rank: int | None = field(default=None, metadata={"help": "Rank of the low-rank branch."})

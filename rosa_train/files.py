@@ -1,4 +1,4 @@
-"""Files, and folders of them, that are replaced as a whole or not at all."""
+"""Folders of files that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from rosa_kernels.files import fsync
 
 
 @contextmanager
@@ -44,31 +46,6 @@ def replacing(
         fsync(directory.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A draft to write, which becomes the file at `path` when all went well, on the disk first."""
-    path = Path(path)
-    # A process killed here leaves it behind: ".<name>.<8 hexadecimal digits>".
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield draft
-        draft.chmod(0o644)  # safetensors makes files that only their owner may read
-        fsync(draft)
-        draft.replace(path)
-        fsync(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace_files(folder: Path, directory: Path, last: str, stale: str | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rosa_train.robust_pca import rpca
+from rosa_kernels.masks.robust_pca import rpca
 
 HEIGHT, WIDTH, FRAMES = 48, 72, 40
 # Where each person's feet are in frame 0, pixels a frame, and grey value.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
-from rosa_train.targets import find_targets
+from rosa_kernels.masks.targets import find_targets
 
 Batch = dict[str, Tensor]
 VOCABULARY = 61

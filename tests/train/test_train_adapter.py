@@ -26,11 +26,11 @@ from train_models import (
 )
 
 import rosa_kernels as rk
-from rosa_train import adapter as adapter_module
+from rosa_kernels.masks.targets import find_targets, target_shapes
 from rosa_train import files
-from rosa_train.adapter import load_adapter, save_adapter
-from rosa_train.budget import allocate
-from rosa_train.model import (
+from rosa_train.adapters import save as adapter_module
+from rosa_train.adapters.save import load_adapter, save_adapter
+from rosa_train.adapters.switch import (
     adapter_spec,
     attach,
     rosa_modules,
@@ -38,7 +38,7 @@ from rosa_train.model import (
     set_masks,
     trainable_parameters,
 )
-from rosa_train.targets import find_targets, target_shapes
+from rosa_train.methods.budget import allocate
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -149,7 +149,7 @@ def test_modules_to_save_of_active_and_other_adapters(saved, tmp_path):
 
 
 def test_saving_does_not_mind_residency_and_merging(tmp_path):
-    from rosa_train.export import merge
+    from rosa_train.adapters.merge import merge
 
     model = make_llama()
     give(model)

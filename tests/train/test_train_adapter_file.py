@@ -24,8 +24,8 @@ from train_models import (
 )
 
 import rosa_kernels as rk
-from rosa_train.adapter import load_adapter, save_adapter
-from rosa_train.model import (
+from rosa_train.adapters.save import load_adapter, save_adapter
+from rosa_train.adapters.switch import (
     adapter_names,
     rosa_modules,
 )

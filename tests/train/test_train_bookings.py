@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from rosa_train.bookings import (
+from rosa_train.data.examples import parse_template
+from rosa_train.data.records import read_records
+from rosa_train.demo.booking_data import (
     COMPLETION_TEMPLATE,
     PROMPT_TEMPLATE,
     generate,
     write,
 )
-from rosa_train.data import parse_template
-from rosa_train.records import read_records
 
 WORDS = re.findall(r"\w+", "one two three four five six seven eight nine ten eleven twelve")
 NUMBERS = {word: value for value, word in enumerate(WORDS, 1)}

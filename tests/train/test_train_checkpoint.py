@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from train_runs import arguments, sizes, write_all
 
-from rosa_train import checkpoint
-from rosa_train.checkpoint import State, checkpoints, clean, read_state, save
-from rosa_train.train import train
+from rosa_train.run import checkpoint
+from rosa_train.run.checkpoint import State, checkpoints, clean, read_state, save
+from rosa_train.run.train import train
 
 
 class Weights(nn.Module):
@@ -234,7 +234,7 @@ def test_a_digest_tells_models_apart() -> None:
 def test_a_checkpoint_holds_a_usable_adapter(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from rosa_train.adapter import load_adapter
+    from rosa_train.adapters.save import load_adapter
 
     source = write_all(tmp_path / "source")
     settings = sizes("rosa") | {"max_steps": 5, "save_steps": 5}

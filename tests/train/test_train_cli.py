@@ -14,7 +14,7 @@ import torch
 from train_runs import ROOT, arguments, write_all
 
 from rosa_train import __main__ as cli
-from rosa_train.commandline import parse_run
+from rosa_train.cli.parse import parse_run
 from rosa_train.config import flat
 
 pytest.importorskip("transformers")
@@ -186,7 +186,7 @@ def test_generate_takes_a_plain_model(world: Path, capsys) -> None:
 def test_export_makes_a_model_of_its_own(world: Path, tmp_path: Path, capsys) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rosa_train.trained import load, locate
+    from rosa_train.run.load import load, locate
 
     code, out, _ = run(capsys, "export", world / "run", tmp_path / "merged")
     assert (code, out) == (0, f"Wrote {tmp_path / 'merged'}\n")
@@ -210,7 +210,8 @@ def test_plot_draws_a_run(world: Path, tmp_path: Path, capsys) -> None:
 
 def test_fetch_hands_its_arguments_on(monkeypatch, capsys) -> None:
     monkeypatch.setattr(
-        "rosa_train.smollm2.fetch_smollm2", lambda directory, *, wheel: f"{directory} of {wheel}"
+        "rosa_train.demo.smollm2.fetch_smollm2",
+        lambda directory, *, wheel: f"{directory} of {wheel}",
     )
     assert run(capsys, "fetch-smollm2", "d", "--wheel", "w")[:2] == (0, "Wrote d of w\n")
 
@@ -360,7 +361,7 @@ def test_failures_are_one_message(world, monkeypatch, capsys, error, code, tail)
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("rosa_train.train.train", fail)
+    monkeypatch.setattr("rosa_train.run.train.train", fail)
     found, _, err = run(capsys, "train", *options(world))
     assert (found, err) == (
         code,
@@ -372,18 +373,18 @@ def test_failures_are_one_message(world, monkeypatch, capsys, error, code, tail)
 
 
 def test_bugs_keep_their_traceback(world, monkeypatch) -> None:
-    monkeypatch.setattr("rosa_train.train.train", lambda *_: {}["missing"])
+    monkeypatch.setattr("rosa_train.run.train.train", lambda *_: {}["missing"])
     with pytest.raises(KeyError):
         cli.main(["train", *options(world)])
 
 
 def test_interrupts_have_their_exit_status(world, monkeypatch, capsys) -> None:
-    from rosa_train.interrupt import Interrupted
+    from rosa_train.run.signals import Interrupted
 
     def stop(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr("rosa_train.train.train", stop)
+    monkeypatch.setattr("rosa_train.run.train.train", stop)
     raised: KeyboardInterrupt = Interrupted("SIGTERM after step 3: saved", 143)
     assert run(capsys, "train", *options(world)) == (
         143, "", "rosa_train train: SIGTERM after step 3: saved\n",

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from train_runs import ROOT, write_all
 
-from rosa_train import compare as comparing
-from rosa_train.commandline import parse_run
-from rosa_train.compare import compare, matched_budget
-from rosa_train.compare_report import table
-from rosa_train.interrupt import Interrupted
+from rosa_train.cli.parse import parse_run
+from rosa_train.report import compare as comparing
+from rosa_train.report.compare import compare, matched_budget
+from rosa_train.report.comparison import table
+from rosa_train.run.signals import Interrupted
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")

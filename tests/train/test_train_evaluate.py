@@ -9,17 +9,17 @@ import pytest
 import torch
 from train_runs import write_all
 
-from rosa_train.batching import IGNORED, pad
 from rosa_train.config import DataArguments
-from rosa_train.data import Example
-from rosa_train.evaluate import (
+from rosa_train.data.collate import IGNORED, pad
+from rosa_train.data.dataset import Rows, load_rows
+from rosa_train.data.examples import Example
+from rosa_train.run.evaluate import (
     eval_mode,
     evaluate_loss,
     generate_exact_match,
     target_count,
     target_loss,
 )
-from rosa_train.rows import Rows, load_rows
 
 transformers = pytest.importorskip("transformers")
 

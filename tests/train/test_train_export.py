@@ -22,15 +22,15 @@ from train_models import (
 
 import rosa_kernels as rk
 from rosa_kernels import RosaLinear
-from rosa_train.export import export_merged, merge, merged_adapter, unload, unmerge
-from rosa_train.files import replacing
-from rosa_train.model import (
+from rosa_train.adapters.merge import export_merged, merge, merged_adapter, unload, unmerge
+from rosa_train.adapters.switch import (
     delete_adapter,
     disable_adapter,
     rosa_modules,
     set_adapter,
     set_masks,
 )
+from rosa_train.files import replacing
 
 
 @pytest.fixture(params=MODELS)

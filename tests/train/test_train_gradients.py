@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from rosa_kernels import RosaLinear
-from rosa_train.gradients import add_weight_gradients, base_weight, frozen_for_scoring
-from rosa_train.masks import build_masks
-from rosa_train.targets import find_targets, target_shapes
+from rosa_kernels.masks.build import build_masks
+from rosa_kernels.masks.gradients import add_weight_gradients, base_weight, frozen_for_scoring
+from rosa_kernels.masks.targets import find_targets, target_shapes
 
 
 def a_tenth(targets: dict[str, nn.Module]) -> dict[str, int]:

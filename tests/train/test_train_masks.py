@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
-from rosa_train.masks import build_masks, load_masks, save_masks
-from rosa_train.targets import find_targets, target_shapes
+from rosa_kernels.masks.build import build_masks
+from rosa_kernels.masks.mask_files import load_masks, save_masks
+from rosa_kernels.masks.targets import find_targets, target_shapes
 
 
 class Stack(nn.Module):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosa_train.budget import Allocation, allocate, parse_budget, spread
-from rosa_train.methods import METHODS, Method, method_named
+from rosa_train.methods.budget import Allocation, allocate, parse_budget, spread
+from rosa_train.methods.method import METHODS, Method, method_named
 
 SHAPES = {"layers.0.q_proj": (32, 32), "layers.0.up_proj": (48, 32), "layers.1.q_proj": (32, 32)}
 ELEMENTS = 32 * 32 * 2 + 48 * 32

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rosa_train.metrics import Metrics, PeakMemory, cut, read, summary, write_file
+from rosa_train.run.metrics import Metrics, PeakMemory, cut, read, summary, write_file
 
 
 def test_lines_are_written_once_and_read_back(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rosa_train import plot
+from rosa_train.report import plot
 
 pytest.importorskip("matplotlib")
 

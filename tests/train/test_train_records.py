@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosa_train.records import read_records
+from rosa_train.data.records import read_records
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from train_runs import Runs, arguments, sizes, write_all
 
-from rosa_train import metrics
-from rosa_train.checkpoint import checkpoints, read_state
-from rosa_train.train import train
+from rosa_train.run import metrics
+from rosa_train.run.checkpoint import checkpoints, read_state
+from rosa_train.run.train import train
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

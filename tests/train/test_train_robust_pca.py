@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from docs.figures.rpca_frames import FRAMES, video
-from rosa_train.robust_pca import rpca
+from rosa_kernels.masks.robust_pca import rpca
 
 float64 = torch.float64
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from train_runs import arguments
 
-from rosa_train.batching import IGNORED
-from rosa_train.data import Example
-from rosa_train.rows import Rows, split_of
+from rosa_train.data.collate import IGNORED
+from rosa_train.data.dataset import Rows, split_of
+from rosa_train.data.examples import Example
 
 
 def example(prompt: int, completion: int, at: int = 0) -> Example:
@@ -83,10 +83,10 @@ def test_a_dataset_name_is_read_as_such(monkeypatch: pytest.MonkeyPatch) -> None
         asked.update(options, source=source)
         return []
 
-    monkeypatch.setattr("rosa_train.rows.read_records", read)
-    monkeypatch.setattr("rosa_train.rows.encode", lambda *_, **__: EXAMPLES)
-    monkeypatch.setattr("rosa_train.rows.pad_token_id", lambda _: 0)
-    from rosa_train.rows import load_rows
+    monkeypatch.setattr("rosa_train.data.dataset.read_records", read)
+    monkeypatch.setattr("rosa_train.data.dataset.encode", lambda *_, **__: EXAMPLES)
+    monkeypatch.setattr("rosa_train.data.dataset.pad_token_id", lambda _: 0)
+    from rosa_train.data.dataset import load_rows
 
     changes = {"train_file": None, "dataset_name": "gsm8k:main[test]", "max_train_examples": 5}
     _, data, _, _ = arguments(Path("m"), Path("o"), **changes)

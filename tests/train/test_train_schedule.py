@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from rosa_train.methods import METHODS
-from rosa_train.schedule import learning_rate_factor, plan
+from rosa_train.methods.method import METHODS
+from rosa_train.methods.schedule import learning_rate_factor, plan
 
 
 def test_the_linear_schedule() -> None:

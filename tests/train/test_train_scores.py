@@ -21,18 +21,19 @@ from torch import Tensor, nn
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern, RosaLinear
-from rosa_train import scores
-from rosa_train.gradients import base_weight
-from rosa_train.masks import SCORES, build_masks
-from rosa_train.robust_pca import rpca
-from rosa_train.scores import (
+from rosa_kernels.masks import scores
+from rosa_kernels.masks.build import build_masks
+from rosa_kernels.masks.gradients import base_weight
+from rosa_kernels.masks.robust_pca import rpca
+from rosa_kernels.masks.scores import (
+    SCORES,
     count_tokens,
     forwards,
     give_scores,
     groups_within,
     random_scores,
 )
-from rosa_train.targets import find_targets, target_shapes
+from rosa_kernels.masks.targets import find_targets, target_shapes
 
 
 def scored(model: nn.Module, score: str, data: list, memory_bytes: int | None) -> dict[str, Tensor]:

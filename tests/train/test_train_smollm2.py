@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from rosa_train import smollm2
-from rosa_train.smollm2 import fetch_smollm2
+from rosa_train.demo import smollm2
+from rosa_train.demo.smollm2 import fetch_smollm2
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from train_models import (
     make_llama,
 )
 
-from rosa_train.targets import find_targets, target_shapes
+from rosa_kernels.masks.targets import find_targets, target_shapes
 
 LLAMA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rosa_train import topk
-from rosa_train.topk import Pool, chunk_elements, pattern_of, top_k
+from rosa_kernels.masks import topk
+from rosa_kernels.masks.topk import Pool, chunk_elements, pattern_of, top_k
 
 
 def by_sorting(scores: Tensor, k: int, signed: bool = False) -> list[int]:

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from train_runs import arguments, sizes, write_all
 
-from rosa_train import metrics, setup
-from rosa_train import train as train_module
-from rosa_train.adapter import load_adapter
-from rosa_train.checkpoint import checkpoints, read_state
-from rosa_train.evaluate import target_loss
-from rosa_train.train import train
+from rosa_train.adapters.save import load_adapter
+from rosa_train.run import metrics, setup
+from rosa_train.run import train as train_module
+from rosa_train.run.checkpoint import checkpoints, read_state
+from rosa_train.run.evaluate import target_loss
+from rosa_train.run.train import train
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -373,7 +373,7 @@ def test_what_is_not_finite_stops_the_run(
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rosa_train import checkpoint
+    from rosa_train.run import checkpoint
 
     out = tmp_path / "out"
     saved = checkpoint.save_file

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
-from rosa_train.budget import allocate
-from rosa_train.model import attach, param_groups, set_masks
-from rosa_train.targets import find_targets, target_shapes
+from rosa_kernels.masks.targets import find_targets, target_shapes
+from rosa_train.adapters.switch import attach, param_groups, set_masks
+from rosa_train.methods.budget import allocate
 
 transformers = pytest.importorskip("transformers")
 

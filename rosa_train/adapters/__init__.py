@@ -1,0 +1,1 @@
+"""Adapters on a model: attached, switched, merged, and kept in files."""

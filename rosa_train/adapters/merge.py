@@ -1,0 +1,204 @@
+"""Adapters merged into the weights, taken out again, and exported as a plain model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from rosa_kernels.nn import RosaLinear, base_weights
+from rosa_kernels.nn.linear import SEPARATE
+from rosa_train.adapters.state import activate, attached, check_not_merged, forget, rosa_modules
+from rosa_train.adapters.switch import adapter_targets
+from rosa_train.files import replacing
+
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> None:
+    """Merge the active adapter into every weight: W <- round(W + S + (alpha / rank) B A).
+
+    All layers or none: all is checked first, and what still fails midway (memory) is taken back, if
+    the base is kept.
+
+    Args:
+        model: a model with an active adapter.
+        safe: refuse, before any weight changes, merged weights that are not finite.
+        keep_base: keep a copy of each W on the host, from which :func:`unmerge` restores it bit by
+            bit. Without it the base model is gone for good.
+
+    Raises:
+        ValueError: no active adapter, or with `safe` a merged weight with NaN or Inf (which layer).
+        RuntimeError: an adapter is merged already, or a weight cannot be written to.
+    """
+    check_not_merged(model, "merge")
+    layers = {name: x for name, x in adapter_targets(model).items() if not x.adapter().is_empty}
+    for name, layer in layers.items():
+        path, reason = layer.path()
+        if path == SEPARATE:
+            raise RuntimeError(f"merge: expected weights it may change, but of {name} {reason}")
+        if safe:
+            _check_finite(name, layer.merged_weight())
+    done: list[RosaLinear] = []
+    try:
+        for layer in layers.values():
+            layer.merge(keep_base=keep_base)
+            done.append(layer)
+    except BaseException:
+        for layer in done if keep_base else []:
+            layer.unmerge()
+        raise
+    if not keep_base:
+        attached(model).base.clear()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore every W bit by bit from the copies that :func:`merge` kept.
+
+    Raises:
+        RuntimeError: nothing is merged, or the copies were not kept; nothing is changed then.
+    """
+    layers = {name: layer for name, layer in rosa_modules(model).items() if layer.merged}
+    if not layers:
+        raise RuntimeError("unmerge: expected a merged adapter, got none")
+    for layer in layers.values():
+        layer.unmerge()
+
+
+def merged_adapter(model: nn.Module) -> str | None:
+    """The name of the adapter that is merged into the weights, or None."""
+    return next((m.merged for m in rosa_modules(model).values() if m.merged is not None), None)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Remove all adapters, in place: plain layers with the base weights, which train as before.
+
+    Raises:
+        RuntimeError: an adapter is merged; unmerge first.
+    """
+    check_not_merged(model, "unload")
+    activate(model, None)
+    for name, layer in rosa_modules(model).items():
+        layer.leave_residency()
+        model.set_submodule(name, layer.to_linear())
+    trained_before = attached(model).trained_before
+    if trained_before is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained_before)
+    forget(model)
+    return model
+
+
+def export_merged(
+    model: Any,
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+    *,
+    safe: bool = True,
+) -> None:
+    """Save the model with its active adapter merged, as an ordinary Hugging Face folder.
+
+    The folder is written with the base weights first; then each layer's merged weight is computed
+    and written over its base weight in the file. So there is one layer more in memory, never a
+    second model, and the model itself stays as it is, bit by bit. The folder appears complete or
+    not at all.
+
+    Args:
+        model: a transformers model with an active adapter.
+        tokenizer: saved along with it; None for none.
+        directory: where to.
+        safe: refuse merged weights that are not finite.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: no active adapter, or with `safe` a merged weight with NaN or Inf (which layer).
+        RuntimeError: the model's class saves its weights under other names or in other shapes.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(f"export_merged: expected a transformers model, got {type(model).__name__}")
+    merged = merged_adapter(model)
+    layers = {n: x for n, x in adapter_targets(model, merged).items() if not x.adapter().is_empty}
+    files = replacing(directory, last="config.json", stale="model*.safetensors*")
+    with files as folder, ExitStack() as stack:
+        if merged is None:
+            stack.enter_context(base_weights(model))
+        model.save_pretrained(folder, state_dict=_plain_state_dict(model))
+        if merged is None:
+            weights = ((f"{name}.weight", x.merged_weight()) for name, x in layers.items())
+            _overwrite(folder, weights, safe)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"merge: expected finite merged weights, got NaN or Inf in {name}")
+
+
+def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors as they are now, less the adapters'; no copies."""
+    tensors: dict[str, Tensor] = {}
+    adapters = tuple(f"{name}.adapters." for name in rosa_modules(model))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if f"{prefix}.".startswith(adapters):
+            continue
+        here = {k: b for k, b in module._buffers.items() if k not in _unsaved_buffers(module)}
+        for name, tensor in (module._parameters | here).items():
+            if tensor is not None:
+                tensors[f"{prefix}.{name}" if prefix else name] = tensor.detach()
+    return tensors
+
+
+def _unsaved_buffers(module: nn.Module) -> set[str]:
+    return module._non_persistent_buffers_set
+
+
+def _overwrite(folder: Path, weights: Iterator[tuple[str, Tensor]], safe: bool) -> None:
+    """Write tensors over those of the same names in a folder of safetensors files."""
+    with _open_safetensors(folder) as places:
+        for name, weight in weights:
+            if safe:
+                _check_finite(name.removesuffix(".weight"), weight)
+            if name not in places:
+                raise RuntimeError(
+                    f"export_merged: expected {name} among the weights that the model saves, got "
+                    f"names like {next(iter(places))}"
+                )
+            file, start, entry = places[name]
+            expected = (_SAFETENSORS_DTYPES[weight.dtype], [*weight.shape])
+            if (entry["dtype"], entry["shape"]) != expected:
+                raise RuntimeError(
+                    f"export_merged: expected {name} saved as {expected[0]} of shape "
+                    f"{expected[1]}, got {entry['dtype']} of shape {entry['shape']}"
+                )
+            data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+            file.seek(start + entry["data_offsets"][0])
+            file.write(data.data)
+
+
+@contextmanager
+def _open_safetensors(
+    folder: Path,
+) -> Iterator[Mapping[str, tuple[BinaryIO, int, dict[str, Any]]]]:
+    """Of each tensor in a folder: its file, where the file's data begin, its header entry."""
+    places: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        for path in sorted(folder.glob("*.safetensors")):
+            file = stack.enter_context(path.open("r+b"))
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    places[name] = (file, 8 + size, entry)
+        yield places

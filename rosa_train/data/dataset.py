@@ -1,0 +1,103 @@
+"""What batches are made of: examples, or packed rows of several."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rosa_train.config import DataArguments, expect
+from rosa_train.data.collate import collate_packed, pack, pad
+from rosa_train.data.examples import Example, encode, pad_token_id
+from rosa_train.data.records import read_records
+
+
+class Rows:
+    """Rows of one example each or, packed, of several; `targets[i]` tokens of row i have a loss."""
+
+    def __init__(
+        self, examples: Sequence[Example], pad_id: int, pack_to: int | None = None
+    ) -> None:
+        self.examples = list(examples)
+        self._pad_id = pad_id
+        self._packed = pack_to is not None
+        self._rows = pack(self.examples, pack_to) if pack_to else [[e] for e in self.examples]
+        self.lengths = [sum(map(len, row)) for row in self._rows]
+        self.targets = [sum(example.targets for example in row) for row in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        rows = [self._rows[i] for i in indices]
+        if self._packed:
+            return collate_packed(rows, self._pad_id)
+        return pad([row[0] for row in rows], self._pad_id)
+
+    def share(self, indices: Sequence[int], size: int, rank: int, world: int) -> list[list[int]]:
+        """This process's micro-batches of an optimizer step: at most `size` rows each.
+
+        Rows of one length come together, which saves padding, and are dealt out in turn, so that
+        no process waits for one with all the long rows. The step's gradient is that of its rows
+        whatever the order. A short last batch may leave a process without any.
+        """
+        ordered = sorted(indices, key=lambda i: (self.lengths[i], i))[rank::world]
+        shares = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        return [share for share in shares if any(self.targets[i] for i in share)]
+
+    def where(self, indices: Sequence[int]) -> str:
+        """The records in rows, as their file and line."""
+        return ", ".join(example.where for i in indices for example in self._rows[i])
+
+    def largest_id(self) -> int:
+        return max(max(e.prompt_ids + e.completion_ids) for e in self.examples)
+
+    def digest(self) -> str:
+        """What tells one data set from another: all its tokens."""
+        state = hashlib.sha256()
+        for example in self.examples:
+            state.update(repr((example.prompt_ids, example.completion_ids)).encode())
+        return state.hexdigest()[:16]
+
+
+def load_rows(args: DataArguments, tokenizer: Any, *, training: bool) -> Rows:
+    """Reads and encodes the training or the evaluation data of a run.
+
+    Only training rows are packed: an evaluation loss does not depend on how rows are laid out.
+    """
+    source = args.train_file if training else args.eval_file
+    split = None
+    if source is None:
+        name = args.dataset_name if training else args.eval_dataset_name
+        source, split = split_of(str(name))
+    records = read_records(
+        source,
+        split=split,
+        limit=args.max_train_examples if training else args.max_eval_examples,
+    )
+    examples = encode(
+        records,
+        tokenizer,
+        args.prompt_template,
+        args.completion_template,
+        args.max_length,
+        chat=args.chat,
+        on_too_long=args.on_too_long,  # type: ignore[arg-type]
+    )
+    name = "train_file" if training else "eval_file"
+    expect(bool(examples), name, "at least one example that fits", f"none in {source}")
+    packed = args.max_length if training and args.packing else None
+    # Any token fills a row. Not the one for it: attention masks are left out (see target_loss), and
+    # some models of transformers warn of padding without one.
+    special = (pad_token_id(tokenizer), tokenizer.eos_token_id)
+    return Rows(examples, next(i for i in range(3) if i not in special), packed)
+
+
+def split_of(name: str) -> tuple[str, str | None]:
+    """NAME and SPLIT of `NAME[SPLIT]`, so that NAME may have a colon for its configuration."""
+    if name.endswith("]") and "[" in name:
+        name, _, split = name[:-1].partition("[")
+        return name, split
+    return name, None

@@ -1,0 +1,1 @@
+"""RoSA on a real model and data made up here."""

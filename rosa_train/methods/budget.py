@@ -1,0 +1,286 @@
+"""How a method's trainable parameters are divided among the layers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeVar
+
+from rosa_kernels.masks.targets import pattern_key
+from rosa_train.methods.method import METHODS, Method, method_named
+
+# LoRA's rank in the first line of the paper's table of equal budgets.
+DEFAULT_RANK = 16
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+Shapes = Mapping[str, tuple[int, int]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What each layer gets.
+
+    Attributes:
+        ranks: the rank of each layer's low-rank branch, 0 where it has none.
+        nnz: the nonzeros of each layer's sparse branch, 0 where it has none.
+        trainable: the trainable parameters of all of them.
+    """
+
+    ranks: dict[str, int]
+    nnz: dict[str, int]
+    trainable: int
+
+
+def allocate(
+    method: str | Method,
+    shapes: Shapes,
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    budget: int | str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    density_pattern: Mapping[str, float] | None = None,
+) -> Allocation:
+    """Ranks and nonzeros of each layer, from a rank and a density or from a budget.
+
+    With a density d, an (m, n) layer gets floor(d m n) nonzeros (Algorithm 1 of the paper). With a
+    budget of trainable parameters every layer gets the same rank and, but for rounding, the same
+    density:
+
+    - a method with a low-rank branch alone gets the whole rank whose count is nearest to the
+      budget, from 1 up; ``trainable`` says what it came to;
+    - a method with a sparse branch alone meets the budget exactly, by largest remainders;
+    - one with both gets the rank that fills half the budget, rounded down, but at least 1 (as in
+      the paper), or the `rank` that is given too, and nonzeros for exactly the rest.
+
+    With neither, the budget is that of LoRA at rank 16. The method ``full`` trains what it trains,
+    whatever the budget; its ``trainable`` is the elements of `shapes`.
+
+    Args:
+        method: a method or its name.
+        shapes: (m, n) of each layer, by its name.
+        rank: the rank of every layer.
+        density: the share of each layer's elements that train, in (0, 1).
+        budget: a number of parameters (``1500000``, ``"1.5M"``), or a share of the elements of
+            `shapes` (``"1%"``).
+        rank_pattern, density_pattern: another rank or density for the layers whose name ends in
+            a match of the key, a regular expression; the first key that matches counts. A density
+            may be 0 here. They come out of the budget first.
+
+    Raises:
+        ValueError: an unknown method, a rank or density out of range or of a branch that the
+            method lacks, layers with neither branch, a pattern that matches no layer, a budget
+            that is malformed or cannot be met (and the smallest or largest that can be).
+    """
+    method = method_named(method)
+    rank_pattern, density_pattern = dict(rank_pattern or {}), dict(density_pattern or {})
+    if not shapes:
+        raise ValueError("allocate: expected the shapes of some layers, got none")
+    _check_arguments(method, rank, density, budget, rank_pattern, density_pattern)
+    if method.full:
+        elements = sum(m * n for m, n in shapes.values())
+        return Allocation(dict.fromkeys(shapes, 0), dict.fromkeys(shapes, 0), elements)
+    ranks = _from_pattern(rank_pattern, shapes, "rank_pattern")
+    densities = _from_pattern(density_pattern, shapes, "density_pattern")
+    nnz = {name: _nnz_at(d, shapes[name]) for name, d in densities.items()}
+
+    if rank is None and density is None and budget is None:
+        budget = sum(METHODS["lora"].rank_cost(m, n) for m, n in shapes.values()) * DEFAULT_RANK
+    if budget is None:
+        ranks = dict.fromkeys(shapes, rank or 0) | ranks
+        if density is not None:
+            nnz = {name: _nnz_at(density, shape) for name, shape in shapes.items()} | nnz
+    else:
+        left = parse_budget(budget, sum(map(_elements, shapes.values())))
+        _spend(method, shapes, left, rank, ranks, nnz)
+    ranks = {name: ranks.get(name, 0) for name in shapes}
+    nnz = {name: nnz.get(name, 0) for name in shapes}
+    _check_something(method, ranks, nnz)
+    trainable = _low_rank_count(method, shapes, ranks) + sum(nnz.values())
+    return Allocation(ranks, nnz, trainable)
+
+
+def parse_budget(budget: int | str, total: int) -> int:
+    """A budget as a number of parameters: ``"1%"`` of `total`, ``"1.5M"``, ``"200K"`` or 12345.
+
+    Raises:
+        ValueError: anything else, or less than one parameter.
+    """
+    expected = "expected a budget like '1%', '1.5M' or 200000"
+    if isinstance(budget, bool) or not isinstance(budget, int | str):
+        raise ValueError(f"budget: {expected}, got {budget!r}")
+    if isinstance(budget, int):
+        count = budget
+    else:
+        text = budget.strip().lower().replace(",", "").replace("_", "")
+        unit = text[-1:] if text[-1:] in ("%", "k", "m", "b") else ""
+        try:
+            number = Fraction(text.removesuffix(unit))
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"budget: {expected}, got {budget!r}") from None
+        count = math.floor(number * total / 100 if unit == "%" else number * _UNITS[unit])
+    if count < 1:
+        raise ValueError(f"budget: expected at least one parameter, got {budget!r} = {count}")
+    return count
+
+
+def spread(total: int, weights: Mapping[str, int]) -> dict[str, int]:
+    """Integers that sum to `total`, as near as can be to its parts in proportion to `weights`.
+
+    Largest remainders: each part is rounded down, and the largest remainders get one more, ties in
+    the order of `weights`.
+    """
+    whole = sum(weights.values())
+    parts = {name: total * weight // whole for name, weight in weights.items()}
+    by_remainder = sorted(weights, key=lambda name: -(total * weights[name] % whole))
+    for name in by_remainder[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+def _spend(
+    method: Method,
+    shapes: Shapes,
+    budget: int,
+    rank: int | None,
+    ranks: dict[str, int],
+    nnz: dict[str, int],
+) -> None:
+    """Add to `ranks` and `nnz` what they lack, so that all together cost `budget`."""
+    fixed_low_rank = _low_rank_count(method, shapes, ranks)
+    fixed = fixed_low_rank + sum(nnz.values())
+    free_ranks = [name for name in shapes if method.low_rank and name not in ranks]
+    free_nnz = {
+        name: _elements(shape)
+        for name, shape in shapes.items()
+        if method.sparse and name not in nnz
+    }
+    per_rank = sum(method.rank_cost(*shapes[name]) for name in free_ranks)
+    top_rank = min((min(shapes[name]) for name in free_ranks), default=0)
+    most_nnz = sum(free_nnz.values()) - len(free_nnz)
+    if rank is not None:
+        lowest_rank = highest_rank = rank
+    else:
+        lowest_rank, highest_rank = (1, top_rank) if free_ranks else (0, 0)
+    smallest = fixed + lowest_rank * per_rank + (1 if free_nnz else 0)
+    largest = fixed + highest_rank * per_rank + max(most_nnz, 0)
+    left = budget - fixed
+    if per_rank and rank is None and not free_nnz:
+        # Half a rank per layer below the smallest still rounds up to it.
+        reachable = 2 * left >= per_rank and budget <= largest + per_rank // 2
+    elif not free_nnz:
+        reachable = budget == smallest
+    else:
+        reachable = smallest <= budget <= largest
+    if not reachable:
+        end = (
+            f"at least {smallest:,}" if budget < smallest else f"at most {largest:,}"
+        ) + " trainable parameters"
+        raise ValueError(
+            f"budget: expected {end} for {method.name} on these {len(shapes)} layers, "
+            f"got {budget:,}"
+        )
+    if per_rank and rank is None:
+        if free_nnz:
+            rank = min(max(budget // 2 - fixed_low_rank, 0) // per_rank, top_rank)
+            # The rest has to fit into the mask, too.
+            rank = max(rank, 1, -(-(left - most_nnz) // per_rank))
+        else:
+            rank = min(max((2 * left + per_rank) // (2 * per_rank), 1), top_rank)
+    ranks |= dict.fromkeys(free_ranks, rank or 0)
+    if free_nnz:
+        nnz |= spread(left - (rank or 0) * per_rank, free_nnz)
+
+
+def _check_arguments(
+    method: Method,
+    rank: int | None,
+    density: float | None,
+    budget: int | str | None,
+    rank_pattern: Mapping[str, int],
+    density_pattern: Mapping[str, float],
+) -> None:
+    named = {"rank": rank, **{f"rank_pattern[{k!r}]": r for k, r in rank_pattern.items()}}
+    for what, value in named.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{what}: expected an integer >= 0, got {value!r}")
+        if value and not method.low_rank:
+            raise ValueError(f"{what}: expected none for {method.name}, got {value}")
+    shares = {"density": density}
+    shares |= {f"density_pattern[{k!r}]": d for k, d in density_pattern.items()}
+    for what, share in shares.items():
+        if share is None:
+            continue
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not (0 < share < 1 or (share == 0 and what != "density")):
+            raise ValueError(f"{what}: expected a share between 0 and 1, got {share!r}")
+        if not method.sparse:
+            raise ValueError(f"{what}: expected none for {method.name}, got {share}")
+    if density is not None and budget is not None:
+        raise ValueError(
+            f"budget: expected it without a density, got budget {budget!r} and density {density}"
+        )
+    if method.full:
+        return
+    if rank is not None and budget is not None and not method.sparse:
+        raise ValueError(
+            f"budget: expected it without a rank for {method.name}, got budget {budget!r} and "
+            f"rank {rank}"
+        )
+    if budget is None and method.low_rank and method.sparse and (rank is None) != (density is None):
+        raise ValueError(
+            f"{method.name}: expected a rank and a density, or a budget, got rank {rank} and "
+            f"density {density}"
+        )
+    if rank == 0 and not method.sparse:
+        raise ValueError(f"rank: expected at least 1 for {method.name}, got 0 and no sparse branch")
+
+
+def _check_something(method: Method, ranks: Mapping[str, int], nnz: Mapping[str, int]) -> None:
+    bare = [name for name in ranks if not ranks[name] and not nnz[name]]
+    # A layer too small for a nonzero at this density goes without; all of them is a mistake.
+    if len(bare) == len(ranks) or (bare and not method.sparse):
+        raise ValueError(
+            f"{method.name}: expected a rank or nonzeros, got rank 0 and no nonzeros in "
+            f"{len(bare)} of {len(ranks)} layers, the first of them {bare[0]}"
+        )
+
+
+def _from_pattern(pattern: Mapping[str, T], shapes: Shapes, what: str) -> dict[str, T]:
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(
+                f"{what}: expected a regular expression, got {key!r}: {error}"
+            ) from error
+    found = {n: k for n in shapes if (k := pattern_key(pattern, n)) is not None}
+    unused = [
+        key for key in pattern if not any(pattern_key([key], name) is not None for name in shapes)
+    ]
+    if unused:
+        raise ValueError(
+            f"{what}: expected keys that match a layer, got {unused} on layers like "
+            f"{next(iter(shapes))}"
+        )
+    return {name: pattern[key] for name, key in found.items()}
+
+
+def _nnz_at(density: float, shape: tuple[int, int]) -> int:
+    # The decimal that was written: floor(0.29 * 100) is 28 in binary and 29 on paper.
+    return math.floor(Fraction(repr(float(density))) * _elements(shape))
+
+
+def _elements(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
+
+
+def _low_rank_count(method: Method, shapes: Shapes, ranks: Mapping[str, int]) -> int:
+    return sum(rank * method.rank_cost(*shapes[name]) for name, rank in ranks.items())

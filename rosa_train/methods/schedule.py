@@ -1,0 +1,75 @@
+"""When what trains: learning rates and phases, both as functions of the step.
+
+Nothing here has state, so a resumed run needs no state of a scheduler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from rosa_train.methods.method import Method
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, kind: str = "linear") -> float:
+    """What the peak learning rate is multiplied by at a step, in (0, 1].
+
+    With t = (step - warmup) / (total - warmup):
+
+        step < warmup    (step + 1) / warmup
+        linear           1 - t
+        cosine           (1 + cos(pi t)) / 2
+        constant         1
+
+    `step` counts optimizer steps from 0, `total` is their number. The first step is not at zero, as
+    it is with Hugging Face's schedules, which compute a whole batch to change nothing.
+
+    Raises:
+        ValueError: for another `kind`.
+    """
+    if kind not in ("linear", "cosine", "constant"):
+        raise ValueError(f"learning_rate_factor: expected linear, cosine or constant, got {kind!r}")
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    progress = (step - warmup) / max(total - warmup, 1)
+    return 1 - progress if kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
+
+
+def plan(method: Method, schedule: str | None, steps: int) -> tuple[Method, int | None]:
+    """What trains in the end, and after which step the masks are built (None: no masks).
+
+    `wl<N>` trains the low-rank branch alone for N steps, builds the masks there, and then trains
+    both; `default` is wl0. `lora_only` and `spa_only` leave out the other branch of a method that
+    has both. Without a schedule a method with both gets wl64, the authors' choice.
+
+    Raises:
+        ValueError: for a schedule that does not fit the method, or that would never build masks.
+
+    Source: RoSA, arXiv 2401.04679, section 4.
+    """
+    both = method.low_rank and method.sparse
+    if schedule is None:
+        schedule = "wl64" if both else "spa_only" if method.sparse else "lora_only"
+        if method.full:
+            return method, None
+    if schedule == "lora_only" and method.low_rank:
+        return dataclasses.replace(method, sparse=False), None
+    if schedule == "spa_only" and method.sparse:
+        return dataclasses.replace(method, low_rank=False), 0
+    match = re.fullmatch(r"wl(\d+)", "wl0" if schedule == "default" else schedule)
+    if match is None or not both:
+        fitting = ["wl<N>", "default"] * both + ["lora_only"] * method.low_rank
+        fitting += ["spa_only"] * method.sparse
+        raise ValueError(
+            f"--schedule: expected {', '.join(fitting) or 'none'} for method {method.name}, "
+            f"got {schedule}"
+        )
+    if int(match[1]) >= steps:
+        raise ValueError(
+            f"--schedule: expected wl<N> with N below the {steps} steps of the run, "
+            f"got {schedule}: the sparse branch would never train"
+        )
+    return method, int(match[1])

@@ -1,0 +1,1 @@
+"""What runs came to: their figures, and several methods compared."""

@@ -1,0 +1,249 @@
+"""Several methods at one budget, each in a process of its own; a table and figures of what it cost.
+
+The budget is what LoRA can have: its rank is whole, so it comes first, to the rank nearest to what
+was asked; the others then get exactly that many trainable parameters. Full fine-tuning trains all.
+Seed, data and their order are the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rosa_kernels.masks.targets import find_targets, target_shapes
+from rosa_train.cli.parse import Arguments, parse_run, process
+from rosa_train.cli.tables import show
+from rosa_train.config import MethodArguments, ModelArguments, flat
+from rosa_train.methods.budget import allocate
+from rosa_train.methods.method import Method, method_named
+from rosa_train.methods.schedule import plan
+from rosa_train.report.comparison import add_ratios, draw, markdown, row_of, table
+from rosa_train.run import metrics
+from rosa_train.run.signals import Interrupted, Signals
+
+# Options that a comparison decides itself.
+_DECIDED = ("density", "rank_pattern", "density_pattern")
+# What may differ between a finished run and the same one asked for again.
+_PLACES = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns 1 if a method failed."""
+
+    def extend(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--methods",
+            default="lora,spa,rosa,full",
+            metavar="NAME,NAME,...",
+            help="What to compare (instead of --method).",
+        )
+        parser.description = (
+            f"{parser.description} Arguments are those of train. OUTPUT_DIR/compare gets the table "
+            "and the figures, OUTPUT_DIR/METHOD the run of each. The same command again goes on "
+            "where it was interrupted, and tries what failed once more."
+        )
+
+    text = "Fine-tune a model with several methods at equal trainable parameters."
+    arguments, extra = parse_run("compare", text, argv, extend)
+    names = [name for name in extra.methods.replace(",", " ").split() if name]
+    rows = compare(names, arguments)
+    show(table(rows))
+    for row in rows:
+        if row["status"] != "ok":
+            print(f"{row['method']} {row['status']}: {row['reason']}")
+    print(f"Wrote {Path(arguments[3].output_dir) / 'compare'}")
+    return int(any(row["status"] != "ok" for row in rows))
+
+
+def compare(methods: Sequence[str], arguments: Arguments) -> list[dict[str, Any]]:
+    """Train each method, and write results.jsonl, results.md and figures; returns the rows.
+
+    A method that fails has a row that says why, and the others go on. Runs of an earlier call that
+    are complete are kept; one that was interrupted goes on from its last checkpoint.
+
+    Args:
+        methods: names of `rosa_train.METHODS`.
+        arguments: those of a run; `method` is not looked at, `budget` (or `rank`, of LoRA) is for
+            all, `output_dir` is where everything goes.
+
+    Raises:
+        ValueError: bad input that is not one method's alone, before anything is trained.
+        Interrupted: SIGINT or SIGTERM, when the run of the moment has saved and ended.
+    """
+    model_args, _, method_args, train_args = arguments
+    kinds = _checked(methods, method_args)
+    budget = matched_budget(model_args, method_args)
+    out = Path(train_args.output_dir)
+    runs = {kind.name: _run_arguments(kind, budget, arguments) for kind in kinds}
+    for kind in kinds:
+        if train_args.max_steps > 0:  # otherwise the data tell how many there are
+            plan(kind, runs[kind.name]["schedule"], train_args.max_steps)
+    done = [name for name in runs if not train_args.overwrite_output_dir and _is_done(runs[name])]
+    folder = out / "compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for name, values in runs.items():
+        if name in done:
+            print(f"{name}: is there already", file=sys.stderr)
+            code = 0
+        else:
+            code = _train(values, folder, fresh=train_args.overwrite_output_dir)
+        rows.append(row_of(values, budget, code, folder / f"{name}.log"))
+        _write_rows(folder, rows)
+    add_ratios(rows)
+    _write_rows(folder, rows)
+    figures = draw(rows, folder)
+    metrics.write_file(folder / "results.md", markdown(rows, runs, budget, figures))
+    return rows
+
+
+def matched_budget(model_args: ModelArguments, method_args: MethodArguments) -> int:
+    """The trainable parameters of LoRA at `budget` (or at `rank`), from the model's config alone.
+
+    Raises:
+        ValueError: targets that match nothing, a budget that LoRA cannot meet.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    with torch.device("meta"):  # shapes, and no weights
+        model = AutoModelForCausalLM.from_config(config)
+    targets = find_targets(
+        model, method_args.targets, method_args.excluded, method_args.modules_to_save or []
+    )
+    shapes = target_shapes(targets)
+    return allocate("lora", shapes, rank=method_args.rank, budget=method_args.budget).trainable
+
+
+def _checked(methods: Sequence[str], args: MethodArguments) -> list[Method]:
+    kinds = [method_named(name) for name in methods]
+    if not kinds or len(set(methods)) < len(methods):
+        raise ValueError(f"--methods: expected different names, got {','.join(methods) or 'none'}")
+    for name in _DECIDED:
+        if getattr(args, name):
+            raise ValueError(f"--{name}: expected --budget or --rank in a comparison, got it")
+    return kinds
+
+
+def _run_arguments(kind: Method, budget: int, arguments: Arguments) -> dict[str, Any]:
+    """The args.json of one method's run."""
+    out = Path(arguments[3].output_dir)
+    own = {
+        "method": kind.name,
+        "rank": None,
+        "budget": None if kind.full else str(budget),
+        # A schedule is about two branches: a method with one has no choice.
+        "schedule": arguments[2].schedule if kind.low_rank and kind.sparse else None,
+        "output_dir": str(out / kind.name),
+        "resume_from_checkpoint": "last",
+        "overwrite_output_dir": False,
+    }
+    return flat(*arguments) | own
+
+
+def _is_done(values: dict[str, Any]) -> bool:
+    """Whether the run is complete.
+
+    One that is not goes on, if the trainer finds that its checkpoint fits, or begins anew.
+
+    Raises:
+        ValueError: it is complete, but of other arguments.
+    """
+    out = Path(values["output_dir"])
+    if not (out / "result.json").is_file():
+        return False
+    there = json.loads((out / "args.json").read_text(encoding="utf-8"))
+    for name, value in values.items():
+        if name not in _PLACES and there.get(name) != value:
+            raise ValueError(
+                f"compare: expected the arguments of the run in {out}, of --{name} "
+                f"{there.get(name)}, got {value}: choose another --output_dir, or "
+                "--overwrite_output_dir"
+            )
+    return True
+
+
+def _train(values: dict[str, Any], folder: Path, *, fresh: bool) -> int:
+    """Run `train` in a new process, its output in a log; returns its exit status.
+
+    A fresh process has a fresh allocator: no peak is raised by what a method before it left.
+    """
+    name, out = values["method"], Path(values["output_dir"])
+    if fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    options = folder / f"{name}.json"
+    metrics.write_file(options, json.dumps(values, indent=2))
+    command, environment = process(["train", str(options)])
+    log = folder / f"{name}.log"
+    print(f"{name}: training; its output goes to {log}", file=sys.stderr)
+    began = time.perf_counter()
+    with log.open("wb") as output, Signals() as signals:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a signal reaches it once, from here
+        )
+        try:
+            with _progress(name, values["max_steps"]) as advance:
+                while child.poll() is None and signals.received is None:
+                    advance(out / "metrics.jsonl")
+                    with suppress(subprocess.TimeoutExpired):
+                        child.wait(timeout=0.2)
+            if signals.received is not None:
+                child.send_signal(signals.received)
+                child.wait()
+                raise Interrupted(
+                    f"{signal.Signals(signals.received).name} in the run of {name}. To go on, give "
+                    "the same command again",
+                    128 + signals.received,
+                )
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    said = "done" if child.returncode == 0 else f"failed, exit status {child.returncode}"
+    print(f"{name}: {said} after {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    return child.returncode
+
+
+class _progress:
+    """A bar of a run's steps, read off its metrics.jsonl; on a terminal only."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=name, total=total if total > 0 else None, unit="step")
+
+    def __enter__(self) -> _progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, path: Path) -> None:
+        if self._bar is None or not path.is_file():
+            return
+        rows = [row for row in metrics.read(path) if row["phase"] in ("warmup", "train")]
+        if rows and rows[-1]["step"] > self._bar.n:
+            self._bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", refresh=False)
+            self._bar.update(rows[-1]["step"] - self._bar.n)
+
+
+def _write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    metrics.write_file(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

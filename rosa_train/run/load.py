@@ -1,0 +1,127 @@
+"""What a run left, as a model again: to generate with, and to export."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import torch
+
+from rosa_train.adapters.save import load_adapter
+from rosa_train.cli.parse import check_model
+from rosa_train.data.examples import Example, encode
+from rosa_train.data.records import Record
+from rosa_train.run.evaluate import generate_exact_match
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base model, the adapter on it (None: the model is itself what is meant), and the arguments
+    of the run that made it, as far as they are known."""
+
+    base: str
+    adapter: Path | None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def locate(source: str | Path, base: str | None = None) -> Trained:
+    """What lies in a folder: of a run, a checkpoint, an adapter, or a Hugging Face model.
+
+    Args:
+        base: the base model, instead of the one that the adapter names.
+
+    Raises:
+        FileNotFoundError: none of these, or a base model that is not there.
+        ValueError: an adapter that does not name its base model.
+    """
+    source = Path(source).expanduser()
+    for folder in (source, source / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            args = _args(source, source.parent)
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            base = base or config.get("base_model_name_or_path") or args.get("model_name_or_path")
+            if not base:
+                raise ValueError(f"expected the base model of {folder} by --model, got none")
+            check_model(base)
+            return Trained(base, folder, args)
+    for folder in (source, source / "model"):
+        if (folder / "config.json").is_file():
+            if base is not None:
+                raise ValueError(f"expected an adapter beside --model, got the model in {folder}")
+            return Trained(str(folder), None, _args(source, source.parent))
+    got = "no such folder"
+    if source.is_dir():
+        got = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "an empty folder"
+    raise FileNotFoundError(
+        f"expected the folder of a run, a checkpoint, an adapter or a model, got {source}: {got}"
+    )
+
+
+def load(trained: Trained, dtype: str | None = None) -> tuple[Any, Any]:
+    """The model, with its adapter as the active one, and the tokenizer; the model is on the GPU if
+    there is one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = trained.args.get("tokenizer_name") or trained.base
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    dtype = dtype or trained.args.get("dtype") or "auto"
+    model: Any = AutoModelForCausalLM.from_pretrained(trained.base, dtype=dtype)
+    model.to(device())
+    if trained.adapter is not None:
+        load_adapter(model, trained.adapter)
+    return model.eval(), tokenizer
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prompts_as_records(prompts: list[str], template: str) -> list[Record]:
+    """Prompts for a template with one field; with more fields there is no telling which."""
+    fields = {name for _, name, _, _ in Formatter().parse(template) if name}
+    if len(fields) != 1:
+        raise ValueError(
+            f"expected a prompt template with one field, got {template!r}: give records by --file, "
+            "or another --prompt_template"
+        )
+    name = fields.pop()
+    return [Record({name: prompt}, f"prompt {i}") for i, prompt in enumerate(prompts, start=1)]
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    records: list[Record],
+    *,
+    prompt_template: str,
+    completion_template: str,
+    chat: bool = False,
+    max_length: int = 512,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+) -> tuple[float, list[dict[str, Any]]]:
+    """The share of greedy completions that equal their reference, and all of them."""
+    examples: list[Example] = encode(
+        records, tokenizer, prompt_template, completion_template, max_length, chat=chat
+    )
+    return generate_exact_match(
+        model,
+        tokenizer,
+        examples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        device=device(),
+    )
+
+
+def _args(*folders: Path) -> dict[str, Any]:
+    """The args.json in the first of the folders that has one."""
+    for folder in folders:
+        path = folder / "args.json"
+        if path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return values if isinstance(values, dict) else {}
+    return {}
