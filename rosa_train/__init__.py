@@ -14,42 +14,40 @@ if TYPE_CHECKING:
     from rosa_kernels.masks.mask_files import load_masks, save_masks
     from rosa_kernels.masks.robust_pca import rpca
     from rosa_kernels.masks.targets import find_targets, target_shapes
+    from rosa_train.adapters.attach import attach, set_masks
+    from rosa_train.adapters.load import load_adapter
     from rosa_train.adapters.merge import export_merged, merge, unload, unmerge
-    from rosa_train.adapters.save import load_adapter, save_adapter
+    from rosa_train.adapters.save import save_adapter
     from rosa_train.adapters.switch import (
-        attach,
         delete_adapter,
         disable_adapter,
-        param_groups,
         print_trainable_parameters,
         set_adapter,
-        set_masks,
         trainable_parameters,
     )
-    from rosa_train.demo.smollm2 import fetch_smollm2
     from rosa_train.methods.budget import Allocation, allocate
     from rosa_train.methods.method import METHODS, Method
+    from rosa_train.run.optimizer import param_groups
 
 _HOME = {
     "rosa_kernels.masks.build": ("build_masks",),
     "rosa_kernels.masks.mask_files": ("load_masks", "save_masks"),
     "rosa_kernels.masks.robust_pca": ("rpca",),
     "rosa_kernels.masks.targets": ("find_targets", "target_shapes"),
+    "rosa_train.adapters.attach": ("attach", "set_masks"),
+    "rosa_train.adapters.load": ("load_adapter",),
     "rosa_train.adapters.merge": ("export_merged", "merge", "unload", "unmerge"),
-    "rosa_train.adapters.save": ("load_adapter", "save_adapter"),
+    "rosa_train.adapters.save": ("save_adapter",),
     "rosa_train.adapters.switch": (
-        "attach",
         "delete_adapter",
         "disable_adapter",
-        "param_groups",
         "print_trainable_parameters",
         "set_adapter",
-        "set_masks",
         "trainable_parameters",
     ),
-    "rosa_train.demo.smollm2": ("fetch_smollm2",),
     "rosa_train.methods.budget": ("Allocation", "allocate"),
     "rosa_train.methods.method": ("METHODS", "Method"),
+    "rosa_train.run.optimizer": ("param_groups",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -63,7 +61,6 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "export_merged",
-    "fetch_smollm2",
     "find_targets",
     "load_adapter",
     "load_masks",

@@ -55,8 +55,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     arguments, _ = parse_run("train", COMMANDS["train"].help, argv)
+    from rosa_train.run.load import check_model
     from rosa_train.run.train import train
 
+    check_model(arguments[0].model_name_or_path)
     no_bars_in_files()
     result = train(*arguments)
     numbers = [f"{result.trainable:,} trainable parameters", f"{result.steps} steps"]
@@ -156,8 +158,8 @@ def _generate(argv: list[str]) -> int:
 
     from rosa_train.config import unescape
     from rosa_train.data.records import read_records
+    from rosa_train.files import write_file
     from rosa_train.run.load import complete, load, locate, prompts_as_records
-    from rosa_train.run.metrics import write_file
 
     trained = locate(args.source, args.model)
     chosen = {

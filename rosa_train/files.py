@@ -1,4 +1,4 @@
-"""Folders of files that are replaced as a whole or not at all."""
+"""Folders of files, and text files, that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rosa_kernels.files import fsync
+from rosa_kernels.files import fsync, replacing_file
 
 
 @contextmanager
@@ -46,6 +46,12 @@ def replacing(
         fsync(directory.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a text file that is never seen half written."""
+    with replacing_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def _replace_files(folder: Path, directory: Path, last: str, stale: str | None) -> None:

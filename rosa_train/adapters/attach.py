@@ -1,16 +1,18 @@
-"""An adapter put into a model: all is checked first, and what fails is taken back."""
+"""An adapter given to a model. All is checked first, and what fails is taken back."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rosa_kernels.masks.targets import is_layer
+from rosa_kernels import CsrPattern
+from rosa_kernels.masks.targets import ALL_LINEAR, is_layer, layer_shape, pattern_key, saved_modules
 from rosa_kernels.nn import RosaLinear
 from rosa_train.adapters.state import (
     AdapterSpec,
@@ -20,7 +22,123 @@ from rosa_train.adapters.state import (
     host_copy,
     rosa_modules,
     saved_parameters,
+    set_requires_grad,
 )
+from rosa_train.adapters.switch import adapter_names, adapter_spec, adapter_targets
+from rosa_train.methods.budget import Allocation
+from rosa_train.methods.method import Method, method_named
+
+
+def attach(
+    model: nn.Module,
+    method: str | Method,
+    allocation: Allocation,
+    targets: Mapping[str, nn.Module],
+    *,
+    alpha: float = 16.0,
+    dropout: float = 0.05,
+    alpha_pattern: Mapping[str, float] | None = None,
+    adapter_name: str = "default",
+    modules_to_save: Sequence[str] = (),
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    exclude_modules: str | Sequence[str] | None = None,
+    seed: int = 42,
+    trainable: bool = True,
+) -> None:
+    """Give the target layers of a model an adapter, make it the active one and freeze the rest.
+
+    In place: each target becomes a :class:`rosa_kernels.RosaLinear` that keeps its weight and bias.
+    A is Kaiming-uniform like PEFT's, from a generator seeded with `seed` and the module's name, so
+    that it depends on no other module; B is zero. The sparse branch comes with :func:`set_masks`.
+
+    The method ``full`` adds no adapter: every parameter of the model trains.
+
+    Args:
+        model: the model.
+        method: a method or its name.
+        allocation: ranks and nonzeros of exactly these targets.
+        targets: layers of the model, from :func:`find_targets`.
+        alpha: the low-rank branch is scaled by alpha / rank.
+        dropout: on the input of the low-rank branch.
+        alpha_pattern: another alpha for the layers whose name ends in a match of the key.
+        adapter_name: what to call it; no dots.
+        modules_to_save: names of modules that train in full. Of tied weights, both ends train.
+        target_modules, exclude_modules: recorded for ``adapter_config.json``.
+        seed: of A.
+        trainable: False for an adapter that is only used.
+
+    Raises:
+        ValueError: an adapter of that name is there, targets that are not the model's or not the
+            allocation's, a module to save that is missing or also a target, numbers out of range.
+        RuntimeError: an adapter is merged.
+    """
+    method = method_named(method)
+    if method.full:
+        if adapter_names(model):
+            raise ValueError(
+                f"attach: expected a model without adapters for {method.name}, "
+                f"got {adapter_names(model)}"
+            )
+        model.requires_grad_(True)
+        return
+    alpha_pattern = alpha_pattern or {}
+    keys = {name: pattern_key(alpha_pattern, name) for name in targets}
+    alphas = {n: float(alpha if key is None else alpha_pattern[key]) for n, key in keys.items()}
+    spec = AdapterSpec(
+        name=adapter_name,
+        method=method,
+        ranks=dict(allocation.ranks),
+        alphas=alphas,
+        nnz=dict(allocation.nnz),
+        dropout=float(dropout),
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        modules_to_save=tuple(saved_modules(model, modules_to_save)),
+        trainable=trainable,
+    )
+    install(model, spec, targets)
+    for name, layer in adapter_targets(model, adapter_name).items():
+        lora_a = layer.adapters[adapter_name].lora_a
+        if isinstance(lora_a, nn.Parameter):
+            init_lora_a_(lora_a, name, seed)
+
+
+def set_masks(
+    model: nn.Module, masks: Mapping[str, CsrPattern], adapter_name: str | None = None
+) -> None:
+    """Give an adapter its sparse branch: the mask of each of its layers, and values of zero.
+
+    The values are new Parameters; an optimizer has to be told of them.
+
+    Raises:
+        ValueError: a method without a sparse branch, masks that are not of exactly the adapter's
+            layers, or of other shapes. Nothing is changed then.
+        RuntimeError: an adapter is merged.
+    """
+    check_not_merged(model, "set_masks")
+    spec = adapter_spec(model, adapter_name)
+    layers = adapter_targets(model, spec.name)
+    if not spec.method.sparse:
+        raise ValueError(
+            f"set_masks: expected a method with a sparse branch, got {spec.method.name}"
+        )
+    if set(masks) != set(layers):
+        odd = sorted(set(masks) ^ set(layers))
+        raise ValueError(
+            f"set_masks: expected masks of the {len(layers)} layers of adapter {spec.name!r}, got "
+            f"{len(masks)}, differing in {', '.join(odd[:5])}"
+        )
+    for name, layer in layers.items():
+        if masks[name].shape != layer_shape(layer):
+            raise ValueError(
+                f"set_masks: expected a mask of shape {layer_shape(layer)} for {name}, "
+                f"got {masks[name].shape}"
+            )
+    for name, layer in layers.items():
+        layer.set_pattern(masks[name].to(layer.weight.device), adapter_name=spec.name)
+    nnz = {name: masks[name].nnz for name in layers}
+    attached(model).specs[spec.name] = replace(spec, nnz=nnz)
+    set_requires_grad(model)
 
 
 def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module]) -> None:

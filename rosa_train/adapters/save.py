@@ -1,4 +1,4 @@
-"""Adapters as files: PEFT's names, nothing pickled, all of it checked before it touches a model."""
+"""An adapter written to files, under PEFT's names; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from rosa_kernels.masks.targets import find_targets, layer_shape, saved_modules
+from rosa_kernels.masks.targets import find_targets, layer_shape
 from rosa_kernels.nn import RosaLinear
-from rosa_train.adapters.attach import install
-from rosa_train.adapters.config_json import (
-    FORMAT_VERSION,
-    LORA,
-    ROSA,
-    read_config,
-    to_json,
-)
-from rosa_train.adapters.state import AdapterSpec, attached, saved_parameters, set_requires_grad
-from rosa_train.adapters.switch import adapter_targets, delete_adapter
+from rosa_train.adapters.config_json import FORMAT_VERSION, LORA, ROSA, to_json
+from rosa_train.adapters.state import AdapterSpec, attached, saved_parameters
+from rosa_train.adapters.switch import adapter_targets
 from rosa_train.adapters.tensors import (
     COL,
     CONFIG_NAME,
@@ -31,7 +23,6 @@ from rosa_train.adapters.tensors import (
     PREFIX,
     VALUES,
     WEIGHTS_NAME,
-    AdapterFile,
 )
 from rosa_train.files import replacing
 
@@ -104,85 +95,6 @@ def save_adapter(
             _write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
         except SafetensorError as error:  # what safetensors makes of a full disk
             raise OSError(f"save_adapter: {error}, writing to {directory}") from error
-
-
-def load_adapter(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    adapter_name: str = "default",
-    *,
-    trainable: bool = False,
-) -> AdapterSpec:
-    """Read an adapter that :func:`save_adapter` or PEFT wrote, and make it the active one.
-
-    All of it is checked before the model is touched: an error leaves the model as it was.
-
-    Args:
-        model: the model it was trained on; it may have other adapters.
-        directory: where adapter_config.json and adapter_model.safetensors are.
-        adapter_name: what to call it.
-        trainable: whether it shall train on.
-
-    Raises:
-        FileNotFoundError: no such files.
-        ValueError: files that are malformed, an adapter of another model (with a table of shapes),
-            missing or unexpected tensors, wrong dtypes, indices that are no CSR pattern, numbers
-            that are not finite, a name that is taken.
-        RuntimeError: an adapter is merged.
-    """
-    folder = Path(directory)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no directory"
-            raise FileNotFoundError(f"load_adapter: expected {name} in {folder}, got {found}")
-    config = read_config(folder / CONFIG_NAME)
-    file = AdapterFile.read(folder / WEIGHTS_NAME, config)
-    # PEFT adds the names that heads of other models have.
-    names = [key for key, _ in model.named_modules()]
-    saved = saved_modules(
-        model, [s for s in config.modules_to_save if any(name.endswith(s) for name in names)]
-    )
-    live = {name: p for key, m in saved.items() for name, p in m.named_parameters(prefix=key)}
-    file.check_model(model, live)
-    targets = find_targets(
-        model, config.target_modules, config.exclude_modules, config.modules_to_save
-    )
-    targets = file.check_targets(targets, config)
-    spec = AdapterSpec(
-        name=adapter_name,
-        method=file.method,
-        ranks={name: config.rank(name) for name in targets},
-        alphas={name: config.alpha(name) for name in targets},
-        nnz={name: p.nnz if (p := file.patterns.get(name)) else 0 for name in targets},
-        dropout=float(config.lora_dropout),
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=tuple(saved),
-        trainable=trainable,
-    )
-    install(model, spec, targets)
-    try:
-        _fill(model, spec, file, live)
-    except BaseException:
-        delete_adapter(model, adapter_name)
-        raise
-    return spec
-
-
-@torch.no_grad()
-def _fill(
-    model: nn.Module, spec: AdapterSpec, file: AdapterFile, live: Mapping[str, Tensor]
-) -> None:
-    for name, layer in adapter_targets(model, spec.name).items():
-        adapter, parts = layer.adapter(spec.name), file.layers[name]
-        if adapter.lora_a is not None and adapter.lora_b is not None:
-            adapter.lora_a.copy_(parts[LORA_A])
-            adapter.lora_b.copy_(parts[LORA_B])
-        if name in file.patterns:
-            layer.set_pattern(file.patterns[name], parts[VALUES], spec.name)
-    for name, parameter in live.items():
-        parameter.copy_(file.saved[name])
-    set_requires_grad(model)
 
 
 def _saved_values(model: nn.Module, spec: AdapterSpec) -> dict[str, Tensor]:

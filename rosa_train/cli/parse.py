@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import rosa_train
 from rosa_train.config import (
     ARGUMENTS,
     DataArguments,
@@ -78,20 +77,7 @@ def parse_run(
     if rest:
         raise ValueError(_unknown(rest[0], [o for a in parser._actions for o in a.option_strings]))
     arguments = (found[0], found[1], found[2], found[3])
-    check_model(arguments[0].model_name_or_path)
     return arguments, found[4] if len(found) > 4 else argparse.Namespace()
-
-
-def check_model(name: str) -> None:
-    """Raises `FileNotFoundError` if `name` can only be a folder and is no model's.
-
-    transformers would ask a hub for it first, and blame the network in the end.
-    """
-    path = Path(name).expanduser()
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.is_dir()
-    if is_path and not (path / "config.json").is_file():
-        got = "no config.json in it" if path.is_dir() else "no such folder"
-        raise FileNotFoundError(f"expected the folder of a Hugging Face model, got {name}: {got}")
 
 
 def process(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -99,7 +85,7 @@ def process(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
     It finds this package also where that is not installed and the folder is another.
     """
-    root = str(Path(rosa_train.__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return [sys.executable, "-m", "rosa_train", *argv], os.environ | {"PYTHONPATH": path}
 

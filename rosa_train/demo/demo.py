@@ -18,7 +18,7 @@ from typing import Any
 from rosa_train.cli.parse import Parser, no_bars_in_files, process
 from rosa_train.cli.tables import Table, megabytes, show
 from rosa_train.demo import booking_data as bookings
-from rosa_train.run import metrics
+from rosa_train.files import write_file
 
 STEPS = 50
 EXAMPLES = 24
@@ -123,7 +123,7 @@ def demo(
     print(f"4. Training RoSA, {steps} steps of {BATCH_SIZE} examples", flush=True)
     options = out / "train.json"
     arguments = train_arguments(model, train_file, eval_file, run_dir, steps, examples)
-    metrics.write_file(options, json.dumps(arguments, indent=2))
+    write_file(options, json.dumps(arguments, indent=2))
     run(["train", str(options)])
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     report.seconds["train"] = clock()
@@ -152,7 +152,7 @@ def demo(
     report.trainable, report.steps = result["trainable"], result["steps"]
     report.tokens_per_s = result["tokens_per_s"]
     report.train_seconds, report.peak_bytes = result["seconds"], result["peak_bytes"]
-    metrics.write_file(out / "demo.json", json.dumps(vars(report), indent=2))
+    write_file(out / "demo.json", json.dumps(vars(report), indent=2))
     _show_examples(before, trained)
     _show_numbers(report)
     print(

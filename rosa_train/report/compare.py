@@ -23,11 +23,13 @@ from rosa_kernels.masks.targets import find_targets, target_shapes
 from rosa_train.cli.parse import Arguments, parse_run, process
 from rosa_train.cli.tables import show
 from rosa_train.config import MethodArguments, ModelArguments, flat
+from rosa_train.files import write_file
 from rosa_train.methods.budget import allocate
 from rosa_train.methods.method import Method, method_named
 from rosa_train.methods.schedule import plan
 from rosa_train.report.comparison import add_ratios, draw, markdown, row_of, table
 from rosa_train.run import metrics
+from rosa_train.run.load import check_model
 from rosa_train.run.signals import Interrupted, Signals
 
 # Options that a comparison decides itself.
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
 
     text = "Fine-tune a model with several methods at equal trainable parameters."
     arguments, extra = parse_run("compare", text, argv, extend)
+    check_model(arguments[0].model_name_or_path)
     names = [name for name in extra.methods.replace(",", " ").split() if name]
     rows = compare(names, arguments)
     show(table(rows))
@@ -102,7 +105,7 @@ def compare(methods: Sequence[str], arguments: Arguments) -> list[dict[str, Any]
     add_ratios(rows)
     _write_rows(folder, rows)
     figures = draw(rows, folder)
-    metrics.write_file(folder / "results.md", markdown(rows, runs, budget, figures))
+    write_file(folder / "results.md", markdown(rows, runs, budget, figures))
     return rows
 
 
@@ -182,7 +185,7 @@ def _train(values: dict[str, Any], folder: Path, *, fresh: bool) -> int:
     if fresh:
         shutil.rmtree(out, ignore_errors=True)
     options = folder / f"{name}.json"
-    metrics.write_file(options, json.dumps(values, indent=2))
+    write_file(options, json.dumps(values, indent=2))
     command, environment = process(["train", str(options)])
     log = folder / f"{name}.log"
     print(f"{name}: training; its output goes to {log}", file=sys.stderr)
@@ -246,4 +249,4 @@ class _progress:
 
 
 def _write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    metrics.write_file(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -18,7 +18,8 @@ from rosa_train.config import TrainArguments
 from rosa_train.data.collate import IGNORED, pad_prompts
 from rosa_train.data.dataset import Rows
 from rosa_train.data.examples import Example, pad_token_id
-from rosa_train.run import distributed, metrics
+from rosa_train.files import write_file
+from rosa_train.run import distributed
 
 
 def target_count(batch: dict[str, Tensor]) -> int:
@@ -193,7 +194,7 @@ def generate_rows(
         predictions = gather_object(predictions)
     if accelerator.is_main_process:
         text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        metrics.write_file(out / "predictions.jsonl", text)
+        write_file(out / "predictions.jsonl", text)
     return _share_of_matches(predictions)
 
 

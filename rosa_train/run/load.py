@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from rosa_train.adapters.save import load_adapter
-from rosa_train.cli.parse import check_model
+from rosa_train.adapters.load import load_adapter
 from rosa_train.data.examples import Example, encode
 from rosa_train.data.records import Record
 from rosa_train.run.evaluate import generate_exact_match
@@ -58,6 +57,18 @@ def locate(source: str | Path, base: str | None = None) -> Trained:
     raise FileNotFoundError(
         f"expected the folder of a run, a checkpoint, an adapter or a model, got {source}: {got}"
     )
+
+
+def check_model(name: str) -> None:
+    """Raises `FileNotFoundError` if `name` can only be a folder and is no model's.
+
+    transformers would ask a hub for it first, and blame the network in the end.
+    """
+    path = Path(name).expanduser()
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.is_dir()
+    if is_path and not (path / "config.json").is_file():
+        got = "no config.json in it" if path.is_dir() else "no such folder"
+        raise FileNotFoundError(f"expected the folder of a Hugging Face model, got {name}: {got}")
 
 
 def load(trained: Trained, dtype: str | None = None) -> tuple[Any, Any]:

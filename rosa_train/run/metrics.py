@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rosa_kernels.files import replacing_file
+from rosa_train.files import write_file
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -163,12 +163,6 @@ def cut(source: Path, lines: int, target: Path) -> None:
     """`target` becomes the first `lines` lines of `source`, atomically; they may be one file."""
     rows = read(source)[:lines]
     write_file(target, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_file(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half written."""
-    with replacing_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from torch import nn
 
 from rosa_kernels.masks.scores import SCORES
 from rosa_kernels.masks.targets import find_targets, target_shapes
-from rosa_train.adapters.save import load_adapter
-from rosa_train.adapters.switch import attach
+from rosa_train.adapters.attach import attach
+from rosa_train.adapters.load import load_adapter
 from rosa_train.config import (
     DataArguments,
     MethodArguments,

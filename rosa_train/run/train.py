@@ -20,8 +20,9 @@ import rosa_kernels as rk
 from rosa_kernels.masks.build import build_masks
 from rosa_kernels.masks.scores import forwards
 from rosa_kernels.masks.targets import target_shapes
+from rosa_train.adapters.attach import set_masks
 from rosa_train.adapters.save import save_adapter
-from rosa_train.adapters.switch import adapter_targets, param_groups, set_masks
+from rosa_train.adapters.switch import adapter_targets
 from rosa_train.config import (
     DataArguments,
     MethodArguments,
@@ -30,14 +31,15 @@ from rosa_train.config import (
     fingerprint,
     flat,
 )
-from rosa_train.data.collate import BatchOrder
 from rosa_train.data.dataset import Rows, load_rows
-from rosa_train.files import replacing
+from rosa_train.data.order import BatchOrder
+from rosa_train.files import replacing, write_file
 from rosa_train.methods.method import method_named
 from rosa_train.methods.schedule import learning_rate_factor, plan
 from rosa_train.run import checkpoint as checkpoints
 from rosa_train.run import distributed, metrics
 from rosa_train.run.evaluate import evaluate_rows, generate_rows, target_count, target_loss
+from rosa_train.run.optimizer import param_groups
 from rosa_train.run.setup import (
     attach_method,
     check_fit,
@@ -187,7 +189,7 @@ def train(
     if main:
         prepare_folder(out, train_args, resumed_from, state)
         text = json.dumps(flat(model_args, data_args, method_args, train_args), indent=2)
-        metrics.write_file(out / "args.json", text)
+        write_file(out / "args.json", text)
     with closing(
         metrics.Metrics(
             out,
@@ -368,7 +370,7 @@ def train(
     )
     result.seconds["load"] = load_seconds
     if main:  # last: where it is, the run is complete
-        metrics.write_file(out / "result.json", json.dumps(dataclasses.asdict(result), indent=2))
+        write_file(out / "result.json", json.dumps(dataclasses.asdict(result), indent=2))
     return result
 
 

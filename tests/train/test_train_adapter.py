@@ -29,15 +29,10 @@ import rosa_kernels as rk
 from rosa_kernels.masks.targets import find_targets, target_shapes
 from rosa_train import files
 from rosa_train.adapters import save as adapter_module
-from rosa_train.adapters.save import load_adapter, save_adapter
-from rosa_train.adapters.switch import (
-    adapter_spec,
-    attach,
-    rosa_modules,
-    set_adapter,
-    set_masks,
-    trainable_parameters,
-)
+from rosa_train.adapters.attach import attach, set_masks
+from rosa_train.adapters.load import load_adapter
+from rosa_train.adapters.save import save_adapter
+from rosa_train.adapters.switch import adapter_spec, rosa_modules, set_adapter, trainable_parameters
 from rosa_train.methods.budget import allocate
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -24,7 +24,8 @@ from train_models import (
 )
 
 import rosa_kernels as rk
-from rosa_train.adapters.save import load_adapter, save_adapter
+from rosa_train.adapters.load import load_adapter
+from rosa_train.adapters.save import save_adapter
 from rosa_train.adapters.switch import (
     adapter_names,
     rosa_modules,

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rosa_train.data.collate import BatchOrder, collate_packed, pack, pad, pad_prompts
+from rosa_train.data.collate import collate_packed, pack, pad, pad_prompts
 from rosa_train.data.examples import Example
+from rosa_train.data.order import BatchOrder
 
 transformers = pytest.importorskip("transformers")
 

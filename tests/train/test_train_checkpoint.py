@@ -234,7 +234,7 @@ def test_a_digest_tells_models_apart() -> None:
 def test_a_checkpoint_holds_a_usable_adapter(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from rosa_train.adapters.save import load_adapter
+    from rosa_train.adapters.load import load_adapter
 
     source = write_all(tmp_path / "source")
     settings = sizes("rosa") | {"max_steps": 5, "save_steps": 5}

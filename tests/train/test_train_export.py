@@ -22,14 +22,9 @@ from train_models import (
 
 import rosa_kernels as rk
 from rosa_kernels import RosaLinear
+from rosa_train.adapters.attach import set_masks
 from rosa_train.adapters.merge import export_merged, merge, merged_adapter, unload, unmerge
-from rosa_train.adapters.switch import (
-    delete_adapter,
-    disable_adapter,
-    rosa_modules,
-    set_adapter,
-    set_masks,
-)
+from rosa_train.adapters.switch import delete_adapter, disable_adapter, rosa_modules, set_adapter
 from rosa_train.files import replacing
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rosa_train.run.metrics import Metrics, PeakMemory, cut, read, summary, write_file
+from rosa_train.files import write_file
+from rosa_train.run.metrics import Metrics, PeakMemory, cut, read, summary
 
 
 def test_lines_are_written_once_and_read_back(tmp_path: Path) -> None:

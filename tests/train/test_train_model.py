@@ -26,18 +26,17 @@ from train_models import (
 
 from rosa_kernels import RosaLinear
 from rosa_kernels.masks.targets import find_targets, target_shapes
+from rosa_train.adapters.attach import attach, set_masks
 from rosa_train.adapters.switch import (
     active_adapter,
     adapter_names,
     adapter_spec,
     adapter_targets,
-    attach,
     delete_adapter,
     disable_adapter,
     print_trainable_parameters,
     rosa_modules,
     set_adapter,
-    set_masks,
     trainable_parameters,
 )
 from rosa_train.methods.budget import Allocation, allocate

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from train_runs import arguments, sizes, write_all
 
-from rosa_train.adapters.save import load_adapter
+from rosa_train.adapters.load import load_adapter
 from rosa_train.run import metrics, setup
 from rosa_train.run import train as train_module
 from rosa_train.run.checkpoint import checkpoints, read_state

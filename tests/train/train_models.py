@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
 from rosa_kernels.masks.targets import find_targets, target_shapes
-from rosa_train.adapters.switch import attach, param_groups, set_masks
+from rosa_train.adapters.attach import attach, set_masks
 from rosa_train.methods.budget import allocate
+from rosa_train.run.optimizer import param_groups
 
 transformers = pytest.importorskip("transformers")
 
