@@ -1,12 +1,14 @@
-"""The parameters that train, in groups for an optimizer."""
+"""The parameters that train, their optimizer, and its learning rates."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from rosa_train.adapters.state import rosa_modules
+from rosa_train.config import TrainArguments
 from rosa_train.methods.method import Method, method_named
 
 
@@ -63,3 +65,52 @@ def param_groups(
         for name, params in groups.items()
         if params
     ]
+
+
+def make_adamw(model: nn.Module, method: Method, args: TrainArguments) -> torch.optim.AdamW:
+    """AdamW on what trains now."""
+    # SpA has nothing to train until its masks are there.
+    waiting = not any(p.requires_grad for p in model.parameters())
+    groups = [{"params": [], "name": "none", "peak_lr": 0.0}]
+    return torch.optim.AdamW(
+        groups if waiting else _groups(model, method, args),
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,  # one pass over the moments; the others make a dozen on a CPU
+    )
+
+
+def add_new_groups(
+    optimizer: torch.optim.Optimizer, model: nn.Module, method: Method, args: TrainArguments
+) -> None:
+    """Tells the optimizer of what trains since the masks are there."""
+    known = {group["name"] for group in optimizer.param_groups}
+    for group in _groups(model, method, args):
+        if group["name"] not in known:  # Adam's state of the low-rank branch stays
+            optimizer.add_param_group(group)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """By name: a resumed run may hold them in another order, and a sum of norms would differ."""
+    return [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """`learning_rate` is the low-rank branch's, or of what trains instead of it."""
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    names = ("lora_a", "lora_b", "sparse", "full", "full_no_decay")
+    found = {"learning_rate": next(rates[name] for name in names if name in rates)}
+    if "sparse" in rates:
+        found["sparse_learning_rate"] = rates["sparse"]
+    return found
+
+
+def _groups(model: nn.Module, method: Method, args: TrainArguments) -> list[dict[str, Any]]:
+    return param_groups(
+        model,
+        method,
+        lora_lr=args.learning_rate,
+        sparse_lr=args.sparse_learning_rate,
+        full_lr=args.full_learning_rate,
+        weight_decay=args.weight_decay,
+    )

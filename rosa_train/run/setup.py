@@ -1,7 +1,10 @@
-"""What comes before the first step: device, folder, checks, and what trains."""
+"""What comes before the first step: device, data, model, checks, and what trains."""
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,169 @@ from rosa_train.adapters.load import load_adapter
 from rosa_train.config import (
     DataArguments,
     MethodArguments,
+    ModelArguments,
     TrainArguments,
     expect,
+    fingerprint,
+    flat,
 )
-from rosa_train.data.dataset import Rows
+from rosa_train.data.dataset import Rows, load_rows
+from rosa_train.data.order import BatchOrder
+from rosa_train.files import write_file
 from rosa_train.methods.budget import Allocation, allocate
 from rosa_train.methods.method import Method, method_named
+from rosa_train.methods.schedule import plan
 from rosa_train.run import checkpoint as checkpoints
-from rosa_train.run import metrics
+from rosa_train.run import distributed, metrics
+from rosa_train.run.folder import prepare_folder, starting_point
+from rosa_train.run.optimizer import make_adamw
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready for its first step.
+
+    Attributes:
+        model_args, method_args, train_args: what the run was told.
+        accelerator: device, processes, autocast and gradient scaler.
+        out: the output folder.
+        tokenizer, rows, evaluation: the data; without evaluation data None.
+        order: which rows each step takes.
+        steps: optimizer steps of the whole run.
+        method: what trains in the end.
+        mask_step: masks are made after that many steps; None: never.
+        model, allocation: what trains is on the model; the allocation says how much of each layer.
+        adamw, optimizer: the optimizer, by itself and as accelerate wraps it.
+        state: where the run begins.
+    """
+
+    model_args: ModelArguments
+    method_args: MethodArguments
+    train_args: TrainArguments
+    accelerator: Any
+    out: Path
+    tokenizer: Any
+    rows: Rows
+    evaluation: Rows | None
+    order: BatchOrder
+    steps: int
+    method: Method
+    mask_step: int | None
+    model: Any
+    allocation: Allocation
+    adamw: torch.optim.Optimizer
+    optimizer: Any
+    state: checkpoints.State
+
+    @property
+    def final(self) -> Path:
+        """Where the result goes: an adapter, or a model."""
+        return self.out / ("model" if self.method.full else "adapter")
+
+
+def prepare(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    method_args: MethodArguments,
+    train_args: TrainArguments,
+) -> Run:
+    """All that comes before the first step. The folder is written to last, if all else is well."""
+    out = Path(train_args.output_dir)
+    accelerator = make_accelerator(train_args)
+    resumed_from = starting_point(out, train_args)
+    method = method_named(method_args.method)
+
+    # -- data and model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name or model_args.model_name_or_path
+    )
+    rows = load_rows(data_args, tokenizer, training=True)
+    evaluation = load_rows(data_args, tokenizer, training=False) if data_args.eval_source else None
+    order, steps = _order_and_steps(len(rows), train_args, accelerator.num_processes)
+    method, mask_step = plan(method, method_args.schedule, steps)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+    ).to(accelerator.device)
+    check_fit(model, method, rows, data_args, method_args, train_args)
+
+    # -- what decides the weights, which a checkpoint must agree with
+    arguments = fingerprint(model_args, data_args, method_args, train_args) | {
+        "processes": accelerator.num_processes,
+        "steps": steps,
+        "data": rows.digest(),
+        "model": checkpoints.digest(model),
+    }
+    state = checkpoints.State(0, False, 0, 0, arguments)
+    if resumed_from is not None:
+        state = checkpoints.read_state(resumed_from)
+        checkpoints.check_arguments(resumed_from, state, arguments)
+        state = replace(state, arguments=arguments)
+
+    # -- what trains
+    allocation = attach_method(model, method, method_args, train_args, resumed_from)
+    if model_args.gradient_checkpointing:
+        # Renamed within transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.train()
+    adamw = make_adamw(model, method, train_args)
+    optimizer = accelerator.prepare(adamw)
+    if resumed_from is not None:
+        checkpoints.load_optimizer(model, adamw, resumed_from)
+        if state.scaler and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state.scaler)
+
+    # -- from here on the folder is written to, by the first process
+    distributed.barrier()
+    if accelerator.is_main_process:
+        prepare_folder(out, train_args, resumed_from, state)
+        text = json.dumps(flat(model_args, data_args, method_args, train_args), indent=2)
+        write_file(out / "args.json", text)
+    return Run(
+        model_args=model_args,
+        method_args=method_args,
+        train_args=train_args,
+        accelerator=accelerator,
+        out=out,
+        tokenizer=tokenizer,
+        rows=rows,
+        evaluation=evaluation,
+        order=order,
+        steps=steps,
+        method=method,
+        mask_step=mask_step,
+        model=model,
+        allocation=allocation,
+        adamw=adamw,
+        optimizer=optimizer,
+        state=state,
+    )
+
+
+def open_metrics(run: Run) -> metrics.Metrics:
+    """The run's metrics.jsonl, TensorBoard and progress bar."""
+    return metrics.Metrics(
+        run.out,
+        main=run.accelerator.is_main_process,
+        start=run.state.step,
+        total=run.steps,
+        report_to=run.train_args.report_to,
+        every=run.train_args.logging_steps,
+        progress=not run.train_args.disable_tqdm,
+    )
+
+
+def _order_and_steps(rows: int, args: TrainArguments, world: int) -> tuple[BatchOrder, int]:
+    """Which rows each optimizer step takes, and how many steps there are."""
+    step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    order = BatchOrder(rows, step_rows, seed=args.seed)
+    if args.max_steps != -1:
+        return order, args.max_steps
+    return order, math.ceil(args.num_train_epochs * order.steps_per_epoch)
 
 
 def make_accelerator(args: TrainArguments) -> Any:
@@ -42,26 +200,6 @@ def make_accelerator(args: TrainArguments) -> Any:
         "mixed_precision", "no or bf16 on a CPU", "fp16",
     )  # fmt: skip
     return accelerator
-
-
-def starting_point(out: Path, args: TrainArguments) -> Path | None:
-    """The checkpoint to go on from, None to begin."""
-    wanted = args.resume_from_checkpoint
-    if wanted == "last":
-        found = checkpoints.checkpoints(out)
-        return found[-1] if found else None
-    if wanted is not None:
-        expect(Path(wanted).is_dir(), "resume_from_checkpoint", "`last` or a folder", wanted)
-        return Path(wanted)
-    if not args.overwrite_output_dir:
-        there = [name for name in _OWN if (out / name).exists()]
-        there += [path.name for path in checkpoints.checkpoints(out)]
-        expect(
-            not there, "output_dir",
-            "a folder without a run, --overwrite_output_dir or --resume_from_checkpoint last",
-            f"{out} with {', '.join(there)}",
-        )  # fmt: skip
-    return None
 
 
 def check_fit(
@@ -130,38 +268,3 @@ def attach_method(
     if resumed_from is not None:
         checkpoints.load_weights(model, resumed_from)
     return allocation
-
-
-# What a run writes into its folder, beside checkpoints.
-_OWN = (
-    "metrics.jsonl",
-    "args.json",
-    "predictions.jsonl",
-    "result.json",
-    "adapter",
-    "model",
-    "tensorboard",
-)
-
-
-def prepare_folder(
-    out: Path, args: TrainArguments, resumed_from: Path | None, state: checkpoints.State
-) -> None:
-    """The folder is as it was when the checkpoint was written, or has nothing of a run."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints.clean(out)
-    (out / "result.json").unlink(missing_ok=True)
-    if args.overwrite_output_dir:
-        for path in [*(out / name for name in _OWN), *checkpoints.checkpoints(out)]:
-            if path.is_dir():
-                checkpoints.remove(path)
-            else:
-                path.unlink(missing_ok=True)
-    source = out if resumed_from is None else resumed_from.absolute().parent
-    metrics.cut(source / "metrics.jsonl", state.metrics_lines, out / "metrics.jsonl")
-    if resumed_from is not None and source == out.absolute():
-        # Going back to an earlier one: the later ones are of a run that is no more.
-        for path in reversed(checkpoints.checkpoints(out)):
-            if path.absolute() == resumed_from.absolute():
-                break
-            checkpoints.remove(path)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from train_runs import arguments, sizes, write_all
 
 from rosa_train.adapters.load import load_adapter
-from rosa_train.run import metrics, setup
-from rosa_train.run import train as train_module
+from rosa_train.data.dataset import load_rows
+from rosa_train.run import metrics, setup, trainer
 from rosa_train.run.checkpoint import checkpoints, read_state
 from rosa_train.run.evaluate import target_loss
 from rosa_train.run.train import train
@@ -102,7 +102,7 @@ def test_what_was_trained_is_what_is_loaded(method: str, llama: Path, tmp_path: 
     model.eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     _, data, _, _ = arguments(llama, tmp_path, eval_file=str(llama / "eval.jsonl"))
-    rows = train_module.load_rows(data, tokenizer, training=False)
+    rows = load_rows(data, tokenizer, training=False)
     with torch.no_grad():
         loss = target_loss(model, rows.collate(range(len(rows))), torch.device("cpu"))
     assert loss.item() / sum(rows.targets) == pytest.approx(result.eval_loss, rel=1e-5)
@@ -205,7 +205,7 @@ def test_a_bfloat16_base(llama: Path, tmp_path: Path) -> None:
 def test_the_scaler_skips_steps_that_overflow(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = 0
+    calls, make_accelerator = 0, setup.make_accelerator
 
     def overflowing(*args: Any) -> torch.Tensor:
         nonlocal calls
@@ -214,7 +214,7 @@ def test_the_scaler_skips_steps_that_overflow(
         return loss if calls > 4 else infinite_gradient(loss)
 
     def scaled(args: Any) -> Any:
-        accelerator = setup.make_accelerator(args)
+        accelerator = make_accelerator(args)
         # fp16 is for GPUs; the scaler alone is not.
         accelerator.native_amp = True
         accelerator.state._mixed_precision = "fp16"
@@ -222,8 +222,8 @@ def test_the_scaler_skips_steps_that_overflow(
         accelerator.autocast = contextlib.nullcontext
         return accelerator
 
-    monkeypatch.setattr(train_module, "target_loss", overflowing)
-    monkeypatch.setattr(train_module, "make_accelerator", scaled)
+    monkeypatch.setattr(trainer, "target_loss", overflowing)
+    monkeypatch.setattr(setup, "make_accelerator", scaled)
     settings: dict[str, Any] = {"save_steps": 1, "save_total_limit": None}
     result = train(*arguments(llama, tmp_path / "out", **settings))
     rows = [row for row in metrics.read(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
@@ -351,7 +351,7 @@ def test_what_is_not_finite_stops_the_run(
             return loss
         return loss * torch.nan if kind == "loss" else infinite_gradient(loss)
 
-    monkeypatch.setattr(train_module, "target_loss", poisoned)
+    monkeypatch.setattr(trainer, "target_loss", poisoned)
     out = tmp_path / "out"
     settings: dict[str, Any] = {"save_steps": 2, "schedule": "lora_only"}
     what = "loss of nan" if kind == "loss" else "gradient of norm (nan|inf)"

@@ -179,7 +179,8 @@ def serve() -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    import rosa_train.run.train
+    from rosa_train.run.signals import Interrupted
+    from rosa_train.run.train import train
 
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
@@ -205,11 +206,9 @@ def serve() -> None:
                 watch_weights(Path(digests))
             if raised is not None:
                 signal_at(*raised)
-            rosa_train.run.train.train(
-                *arguments(Path(request["source"]), Path(request["out"]), **changes)
-            )
+            train(*arguments(Path(request["source"]), Path(request["out"]), **changes))
             code = 0
-        except rosa_train.run.train.Interrupted as error:
+        except Interrupted as error:
             print(error, file=sys.stderr)
             code = error.code
         except BaseException:
@@ -221,25 +220,25 @@ def serve() -> None:
 
 def signal_at(call: int, number: int) -> None:
     """Sends this process a signal when it computes the loss of its `call`-th batch."""
-    import rosa_train.run.train
+    from rosa_train.run import trainer
 
-    target_loss, calls = rosa_train.run.train.target_loss, iter(range(call))
+    target_loss, calls = trainer.target_loss, iter(range(call))
 
     def signalling(*args: Any) -> Any:
         if next(calls, None) == call - 1:
             os.kill(os.getpid(), number)
         return target_loss(*args)
 
-    rosa_train.run.train.target_loss = signalling  # this process only
+    trainer.target_loss = signalling  # this process only
 
 
 def watch_weights(folder: Path) -> None:
     """After each step with masks, a hash of this process's weights goes to weights-<rank>.txt."""
     import hashlib
 
-    import rosa_train.run.train
+    from rosa_kernels import nn
 
-    make_resident = rosa_train.run.train.rk.nn.make_resident
+    make_resident = nn.make_resident
 
     def watched(model: Any, optimizer: Any) -> Any:
         handle = make_resident(model, optimizer)
@@ -256,7 +255,7 @@ def watch_weights(folder: Path) -> None:
         optimizer.register_step_post_hook(write)
         return handle
 
-    rosa_train.run.train.rk.nn.make_resident = watched  # this process only
+    nn.make_resident = watched  # this process only
 
 
 if __name__ == "__main__":
