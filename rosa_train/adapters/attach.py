@@ -17,7 +17,7 @@ from rosa_kernels.nn import RosaLinear
 from rosa_train.adapters.state import (
     AdapterSpec,
     activate,
-    attached,
+    adapter_state,
     check_not_merged,
     host_copy,
     rosa_modules,
@@ -137,7 +137,7 @@ def set_masks(
     for name, layer in layers.items():
         layer.set_pattern(masks[name].to(layer.weight.device), adapter_name=spec.name)
     nnz = {name: masks[name].nnz for name in layers}
-    attached(model).specs[spec.name] = replace(spec, nnz=nnz)
+    adapter_state(model).specs[spec.name] = replace(spec, nnz=nnz)
     set_requires_grad(model)
 
 
@@ -147,7 +147,7 @@ def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module
     Raises what :func:`attach` does, and leaves the model as it was then.
     """
     check_installable(model, spec, targets)
-    record = attached(model)
+    state = adapter_state(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     replaced: dict[str, RosaLinear] = {}
     added: list[RosaLinear] = []
@@ -175,13 +175,13 @@ def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module
         raise
     for name, layer in replaced.items():
         model.set_submodule(name, layer)
-    if record.trained_before is None:
-        record.trained_before = frozenset(trained)
-    if not record.specs:
+    if state.trained_before is None:
+        state.trained_before = frozenset(trained)
+    if not state.specs:
         model.requires_grad_(False)
     for name, parameter in saved_parameters(model, spec).items():
-        record.base.setdefault(name, host_copy(parameter))
-    record.specs[spec.name] = spec
+        state.base.setdefault(name, host_copy(parameter))
+    state.specs[spec.name] = spec
     activate(model, spec.name)
 
 
@@ -192,7 +192,7 @@ def check_installable(
     check_not_merged(model, "attach")
     if not spec.name or "." in spec.name:
         raise ValueError(f"attach: expected an adapter name without dots, got {spec.name!r}")
-    if spec.name in attached(model).specs:
+    if spec.name in adapter_state(model).specs:
         raise ValueError(
             f"attach: expected a new adapter name, got {spec.name!r}, which is attached already; "
             "delete it or choose another name"
@@ -218,7 +218,7 @@ def check_installable(
         if not (alpha > 0 and math.isfinite(alpha)):
             raise ValueError(f"attach: expected a positive alpha, got {alpha} for {name}")
     adapted = {*targets, *rosa_modules(model)}
-    specs = (spec, *attached(model).specs.values())
+    specs = (spec, *adapter_state(model).specs.values())
     for module in (saved for spec in specs for saved in spec.modules_to_save):
         inside = [name for name in adapted if f"{name}.".startswith(f"{module}.")]
         if inside:

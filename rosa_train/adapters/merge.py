@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from rosa_kernels.nn import RosaLinear, base_weights
 from rosa_kernels.nn.linear import SEPARATE
-from rosa_train.adapters.state import activate, attached, check_not_merged, forget, rosa_modules
+from rosa_train.adapters.state import (
+    activate,
+    adapter_state,
+    check_not_merged,
+    forget,
+    rosa_modules,
+)
 from rosa_train.adapters.switch import adapter_targets
 from rosa_train.files import replacing
 
@@ -60,7 +66,7 @@ def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> No
             layer.unmerge()
         raise
     if not keep_base:
-        attached(model).base.clear()
+        adapter_state(model).base.clear()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -92,7 +98,7 @@ def unload(model: nn.Module) -> nn.Module:
     for name, layer in rosa_modules(model).items():
         layer.leave_residency()
         model.set_submodule(name, layer.to_linear())
-    trained_before = attached(model).trained_before
+    trained_before = adapter_state(model).trained_before
     if trained_before is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained_before)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rosa_kernels.masks.targets import find_targets, layer_shape
 from rosa_kernels.nn import RosaLinear
 from rosa_train.adapters.config_json import FORMAT_VERSION, LORA, ROSA, to_json
-from rosa_train.adapters.state import AdapterSpec, attached, saved_parameters
+from rosa_train.adapters.state import AdapterSpec, adapter_state, saved_parameters
 from rosa_train.adapters.switch import adapter_targets
 from rosa_train.adapters.tensors import (
     COL,
@@ -51,7 +51,7 @@ def save_adapter(
     """
     from safetensors import SafetensorError
 
-    spec = attached(model).spec(adapter_name)
+    spec = adapter_state(model).spec(adapter_name)
     layers = adapter_targets(model, spec.name)
     tensors: dict[str, Tensor] = {}
     nnz = 0
@@ -99,9 +99,9 @@ def save_adapter(
 
 def _saved_values(model: nn.Module, spec: AdapterSpec) -> dict[str, Tensor]:
     """The values of an adapter's modules to save, by the names their modules give them."""
-    record = attached(model)
-    live = record.active == spec.name
-    aside = record.base | record.saved.get(spec.name, {})
+    state = adapter_state(model)
+    live = state.active == spec.name
+    aside = state.base | state.saved.get(spec.name, {})
     names = {id(p): name for name, p in saved_parameters(model, spec).items()}
     return {
         name: parameter if live else aside[names[id(parameter)]]

@@ -12,7 +12,7 @@ from rosa_kernels.masks.targets import ALL_LINEAR
 from rosa_kernels.nn import RosaLinear
 from rosa_train.methods.method import Method
 
-_ATTRIBUTE = "_rosa_attached"
+_ATTRIBUTE = "_rosa_adapter_state"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AdapterSpec:
 
 
 @dataclass
-class Attached:
+class AdapterState:
     """The adapters of one model, kept on the model.
 
     A module to save is one module for all adapters: its parameters hold the values of the active
@@ -77,17 +77,17 @@ class Attached:
         return self.specs[name]
 
 
-def attached(model: nn.Module) -> Attached:
-    """The record of a model's adapters, an empty one if it never had any."""
-    record = getattr(model, _ATTRIBUTE, None)
-    if record is None:
-        record = Attached()
-        setattr(model, _ATTRIBUTE, record)
-    return record
+def adapter_state(model: nn.Module) -> AdapterState:
+    """The state of a model's adapters, an empty one if it never had any."""
+    state = getattr(model, _ATTRIBUTE, None)
+    if state is None:
+        state = AdapterState()
+        setattr(model, _ATTRIBUTE, state)
+    return state
 
 
 def forget(model: nn.Module) -> None:
-    """Drop the record of a model that has no adapters any more."""
+    """Drop the state of a model that has no adapters any more."""
     if hasattr(model, _ATTRIBUTE):
         delattr(model, _ATTRIBUTE)
 
@@ -112,17 +112,17 @@ def saved_parameters(model: nn.Module, spec: AdapterSpec | None) -> dict[str, nn
 
 def activate(model: nn.Module, name: str | None) -> None:
     """Make an adapter, or none, the one in use: its branches, saved modules and requires_grad."""
-    record = attached(model)
-    if record.active != name:
-        before = saved_parameters(model, record.specs.get(record.active or ""))
-        after = saved_parameters(model, record.specs.get(name or ""))
-        if record.active is not None and before:
-            record.saved[record.active] = {key: host_copy(p) for key, p in before.items()}
-        values = record.base | record.saved.pop(name or "", {})
+    state = adapter_state(model)
+    if state.active != name:
+        before = saved_parameters(model, state.specs.get(state.active or ""))
+        after = saved_parameters(model, state.specs.get(name or ""))
+        if state.active is not None and before:
+            state.saved[state.active] = {key: host_copy(p) for key, p in before.items()}
+        values = state.base | state.saved.pop(name or "", {})
         with torch.no_grad():
             for key, parameter in (before | after).items():
                 parameter.copy_(values[key])
-        record.active = name
+        state.active = name
     for layer in rosa_modules(model).values():
         layer.set_adapter(name if name is not None and name in layer.adapters else None)
     set_requires_grad(model)
@@ -130,17 +130,17 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 def set_requires_grad(model: nn.Module) -> None:
     """Let the active adapter's parameters train, if its spec says so, and no others."""
-    record = attached(model)
+    state = adapter_state(model)
     for layer in rosa_modules(model).values():
         for name, adapter in layer.adapters.items():
-            spec = record.specs[name]
-            trains = spec.trainable and name == record.active
+            spec = state.specs[name]
+            trains = spec.trainable and name == state.active
             for key, parameter in adapter.named_parameters():
                 parameter.requires_grad_(trains and (key != "lora_a" or spec.method.trains_a))
-    for spec in record.specs.values():
+    for spec in state.specs.values():
         for parameter in saved_parameters(model, spec).values():
             parameter.requires_grad_(False)
-    active = record.specs.get(record.active or "")
+    active = state.specs.get(state.active or "")
     for parameter in saved_parameters(model, active).values():
         parameter.requires_grad_(active is not None and active.trainable)
 

@@ -11,7 +11,7 @@ from rosa_kernels.nn import RosaLinear
 from rosa_train.adapters.state import (
     AdapterSpec,
     activate,
-    attached,
+    adapter_state,
     check_not_merged,
     rosa_modules,
     saved_parameters,
@@ -26,12 +26,12 @@ def adapter_targets(model: nn.Module, adapter_name: str | None = None) -> dict[s
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of a model's adapters, the oldest first."""
-    return [*attached(model).specs]
+    return [*adapter_state(model).specs]
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the adapter in use, None while there is none or it is disabled."""
-    return attached(model).active
+    return adapter_state(model).active
 
 
 def adapter_spec(model: nn.Module, adapter_name: str | None = None) -> AdapterSpec:
@@ -40,7 +40,7 @@ def adapter_spec(model: nn.Module, adapter_name: str | None = None) -> AdapterSp
     Raises:
         ValueError: there is none of that name, or none is active.
     """
-    return attached(model).spec(adapter_name)
+    return adapter_state(model).spec(adapter_name)
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -89,11 +89,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         activate(model, None)
     for layer in adapter_targets(model, name).values():
         layer.delete_adapter(name)
-    record = attached(model)
-    del record.specs[name]
-    record.saved.pop(name, None)
-    used = {key for spec in record.specs.values() for key in saved_parameters(model, spec)}
-    record.base = {key: value for key, value in record.base.items() if key in used}
+    state = adapter_state(model)
+    del state.specs[name]
+    state.saved.pop(name, None)
+    used = {key for spec in state.specs.values() for key in saved_parameters(model, spec)}
+    state.base = {key: value for key, value in state.base.items() if key in used}
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

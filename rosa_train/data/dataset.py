@@ -14,7 +14,7 @@ from rosa_train.data.examples import Example, encode, pad_token_id
 from rosa_train.data.records import read_records
 
 
-class Rows:
+class Dataset:
     """Rows of one example each or, packed, of several; `targets[i]` tokens of row i have a loss."""
 
     def __init__(
@@ -62,7 +62,7 @@ class Rows:
         return state.hexdigest()[:16]
 
 
-def load_rows(args: DataArguments, tokenizer: Any, *, training: bool) -> Rows:
+def read_dataset(args: DataArguments, tokenizer: Any, *, training: bool) -> Dataset:
     """Reads and encodes the training or the evaluation data of a run.
 
     Only training rows are packed: an evaluation loss does not depend on how rows are laid out.
@@ -92,7 +92,7 @@ def load_rows(args: DataArguments, tokenizer: Any, *, training: bool) -> Rows:
     # Any token fills a row. Not the one for it: attention masks are left out (see target_loss), and
     # some models of transformers warn of padding without one.
     special = (pad_token_id(tokenizer), tokenizer.eos_token_id)
-    return Rows(examples, next(i for i in range(3) if i not in special), packed)
+    return Dataset(examples, next(i for i in range(3) if i not in special), packed)
 
 
 def split_of(name: str) -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rosa_train.cli.parse import Parser, no_bars_in_files, process
 from rosa_train.cli.tables import Table, megabytes, show
-from rosa_train.demo import booking_data as bookings
+from rosa_train.demo import booking_data
 from rosa_train.files import write_file
 
 STEPS = 50
@@ -111,7 +111,7 @@ def demo(
         print(f"1. The model is in {model}", flush=True)
     report.seconds["fetch"] = clock()
 
-    train_file, eval_file = bookings.write(out / "data")
+    train_file, eval_file = booking_data.write(out / "data")
     print(f"2. Wrote {train_file} and {eval_file}", flush=True)
 
     print(f"3. Asking the base model for {examples} completions", flush=True)
@@ -175,8 +175,8 @@ def train_arguments(
         "train_file": str(train_file),
         "eval_file": str(eval_file),
         "max_eval_examples": examples,
-        "prompt_template": bookings.PROMPT_TEMPLATE,
-        "completion_template": bookings.COMPLETION_TEMPLATE,
+        "prompt_template": booking_data.PROMPT_TEMPLATE,
+        "completion_template": booking_data.COMPLETION_TEMPLATE,
         "max_length": MAX_LENGTH,
         "method": "rosa",
         "rank": 8,
@@ -239,8 +239,8 @@ def _measure_base(
     encoded = encode(
         read_records(eval_file, limit=examples),
         tokenizer,
-        bookings.PROMPT_TEMPLATE,
-        bookings.COMPLETION_TEMPLATE,
+        booking_data.PROMPT_TEMPLATE,
+        booking_data.COMPLETION_TEMPLATE,
         MAX_LENGTH,
     )
     share, predictions = generate_exact_match(

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from rosa_train.config import TrainArguments
 from rosa_train.data.collate import IGNORED, pad_prompts
-from rosa_train.data.dataset import Rows
+from rosa_train.data.dataset import Dataset
 from rosa_train.data.examples import Example, pad_token_id
 from rosa_train.files import write_file
 from rosa_train.run import distributed
@@ -151,17 +151,17 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int] | None:
     return sorted(stop for stop in stops if stop is not None) or None
 
 
-def evaluate_rows(
-    model: nn.Module, rows: Rows, args: TrainArguments, accelerator: Any
+def evaluate_dataset(
+    model: nn.Module, dataset: Dataset, args: TrainArguments, accelerator: Any
 ) -> tuple[float, int]:
     """The mean loss over all target tokens, each process taking its share."""
-    shares = rows.share(
-        range(len(rows)),
+    shares = dataset.share(
+        range(len(dataset)),
         args.per_device_eval_batch_size,
         accelerator.process_index,
         accelerator.num_processes,
     )
-    batches = (rows.collate(share) for share in shares)
+    batches = (dataset.collate(share) for share in shares)
     loss, count = evaluate_loss(model, batches, accelerator.device, accelerator.autocast)
     if distributed.is_parallel():
         totals = torch.tensor([loss, count], dtype=torch.float64, device=accelerator.device)
@@ -169,7 +169,7 @@ def evaluate_rows(
     return loss / max(count, 1), int(count)
 
 
-def generate_rows(
+def generate_predictions(
     model: nn.Module,
     tokenizer: Any,
     examples: list[Example],

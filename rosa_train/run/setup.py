@@ -24,7 +24,7 @@ from rosa_train.config import (
     fingerprint,
     flat,
 )
-from rosa_train.data.dataset import Rows, load_rows
+from rosa_train.data.dataset import Dataset, read_dataset
 from rosa_train.data.order import BatchOrder
 from rosa_train.files import write_file
 from rosa_train.methods.budget import Allocation, allocate
@@ -44,7 +44,7 @@ class Run:
         model_args, method_args, train_args: what the run was told.
         accelerator: device, processes, autocast and gradient scaler.
         out: the output folder.
-        tokenizer, rows, evaluation: the data; without evaluation data None.
+        tokenizer, dataset, eval_dataset: the data; eval_dataset may be None.
         order: which rows each step takes.
         steps: optimizer steps of the whole run.
         method: what trains in the end.
@@ -60,8 +60,8 @@ class Run:
     accelerator: Any
     out: Path
     tokenizer: Any
-    rows: Rows
-    evaluation: Rows | None
+    dataset: Dataset
+    eval_dataset: Dataset | None
     order: BatchOrder
     steps: int
     method: Method
@@ -96,22 +96,24 @@ def prepare(
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path
     )
-    rows = load_rows(data_args, tokenizer, training=True)
-    evaluation = load_rows(data_args, tokenizer, training=False) if data_args.eval_source else None
-    order, steps = _order_and_steps(len(rows), train_args, accelerator.num_processes)
+    dataset = read_dataset(data_args, tokenizer, training=True)
+    eval_dataset = None
+    if data_args.eval_source:
+        eval_dataset = read_dataset(data_args, tokenizer, training=False)
+    order, steps = _order_and_steps(len(dataset), train_args, accelerator.num_processes)
     method, mask_step = plan(method, method_args.schedule, steps)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
     ).to(accelerator.device)
-    check_fit(model, method, rows, data_args, method_args, train_args)
+    check_fit(model, method, dataset, data_args, method_args, train_args)
 
     # -- what decides the weights, which a checkpoint must agree with
     arguments = fingerprint(model_args, data_args, method_args, train_args) | {
         "processes": accelerator.num_processes,
         "steps": steps,
-        "data": rows.digest(),
+        "data": dataset.digest(),
         "model": checkpoints.digest(model),
     }
     state = checkpoints.State(0, False, 0, 0, arguments)
@@ -147,8 +149,8 @@ def prepare(
         accelerator=accelerator,
         out=out,
         tokenizer=tokenizer,
-        rows=rows,
-        evaluation=evaluation,
+        dataset=dataset,
+        eval_dataset=eval_dataset,
         order=order,
         steps=steps,
         method=method,
@@ -205,7 +207,7 @@ def make_accelerator(args: TrainArguments) -> Any:
 def check_fit(
     model: Any,
     method: Method,
-    rows: Rows,
+    dataset: Dataset,
     data_args: DataArguments,
     method_args: MethodArguments,
     train_args: TrainArguments,
@@ -217,8 +219,8 @@ def check_fit(
     )  # fmt: skip
     vocabulary = model.get_input_embeddings().num_embeddings
     expect(
-        rows.largest_id() < vocabulary,
-        "tokenizer_name", f"token ids below the {vocabulary} of the model", rows.largest_id(),
+        dataset.largest_id() < vocabulary,
+        "tokenizer_name", f"token ids below the {vocabulary} of the model", dataset.largest_id(),
     )  # fmt: skip
     expect(
         method_args.mask_score in SCORES,

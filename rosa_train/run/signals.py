@@ -24,9 +24,9 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """Inside, SIGINT and SIGTERM only leave a note, so that the step can be finished and saved.
 
-    Another one, a second later, acts at once. Not sooner: Ctrl-C reaches a process under torchrun
-    twice, from the terminal and from torchrun. Outside the main thread Python takes no handlers,
-    and nothing is changed.
+    A second signal stops at once, but only if it comes more than 1 s later: Ctrl-C reaches a
+    process under torchrun twice, from the terminal and from torchrun. Outside the main thread
+    Python takes no handlers; nothing is changed there.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,12 @@ from rosa_train.files import replacing
 from rosa_train.methods.schedule import learning_rate_factor
 from rosa_train.run import checkpoint as checkpoints
 from rosa_train.run import distributed
-from rosa_train.run.evaluate import evaluate_rows, generate_rows, target_count, target_loss
+from rosa_train.run.evaluate import (
+    evaluate_dataset,
+    generate_predictions,
+    target_count,
+    target_loss,
+)
 from rosa_train.run.metrics import Metrics, PeakMemory
 from rosa_train.run.optimizer import add_new_groups, learning_rates, trained_parameters
 from rosa_train.run.setup import Run
@@ -63,7 +68,7 @@ class Trainer:
     def evaluation_is_due(self) -> bool:
         """Whether there is something to evaluate on, and it is time to."""
         run = self._run
-        if run.evaluation is None:
+        if run.eval_dataset is None:
             return False
         return self.step == run.steps or _due(self.step, run.train_args.eval_steps)
 
@@ -100,7 +105,7 @@ class Trainer:
 
     def optimizer_step(self, signals: Signals) -> None:
         """One optimizer step on the rows that the seed and the step's number choose."""
-        run, rows, args = self._run, self._run.rows, self._run.train_args
+        run, dataset, args = self._run, self._run.dataset, self._run.train_args
         began = self._enter("train" if self.masked or run.mask_step is None else "warmup")
         torch.manual_seed(_seed(args.seed, self.step, self._rank))
         factor = learning_rate_factor(
@@ -109,8 +114,8 @@ class Trainer:
         for group in run.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
         indices = run.order.batch(self.step)
-        shares = rows.share(indices, args.per_device_train_batch_size, self._rank, self._world)
-        losses = self._backward(shares, targets=max(sum(rows.targets[i] for i in indices), 1))
+        shares = dataset.share(indices, args.per_device_train_batch_size, self._rank, self._world)
+        losses = self._backward(shares, targets=max(sum(dataset.targets[i] for i in indices), 1))
         distributed.reduce_gradients(self._trained)
         loss = self._agree(losses, signals)
         if not math.isfinite(loss):
@@ -123,7 +128,7 @@ class Trainer:
         run.optimizer.step()
         run.optimizer.zero_grad()
         self.step += 1
-        read = sum(rows.lengths[i] for i in indices)
+        read = sum(dataset.lengths[i] for i in indices)
         self.tokens += read
         cost = self._cost(began)
         self._log.write(
@@ -139,10 +144,10 @@ class Trainer:
 
     def evaluate(self) -> None:
         """The loss on the evaluation data."""
-        run = self._run
-        assert run.evaluation is not None
+        run, dataset = self._run, self._run.eval_dataset
+        assert dataset is not None
         began = self._enter("eval")
-        loss, targets = evaluate_rows(run.model, run.evaluation, run.train_args, run.accelerator)
+        loss, targets = evaluate_dataset(run.model, dataset, run.train_args, run.accelerator)
         self._log.write(self.step, "eval", loss=loss, targets=targets, **self._cost(began))
         self._log.say(f"step {self.step}: evaluation loss {loss:.4f}")
 
@@ -187,11 +192,11 @@ class Trainer:
     def generate(self) -> None:
         """Completes evaluation examples, if the run is to."""
         run, count = self._run, self._run.train_args.generate_examples
-        if run.evaluation is None or not count:
+        if run.eval_dataset is None or not count:
             return
         began = self._enter("generate")
-        examples = run.evaluation.examples[:count]
-        share = generate_rows(
+        examples = run.eval_dataset.examples[:count]
+        share = generate_predictions(
             run.model, run.tokenizer, examples, run.out, run.train_args, run.accelerator
         )
         self._log.write(
@@ -227,7 +232,7 @@ class Trainer:
         run, losses = self._run, []
         for share in shares:
             with run.accelerator.autocast():
-                loss = target_loss(run.model, run.rows.collate(share), self._device) / targets
+                loss = target_loss(run.model, run.dataset.collate(share), self._device) / targets
             run.accelerator.backward(loss)
             losses.append(loss.detach())
         return losses
@@ -247,7 +252,7 @@ class Trainer:
         parallel = distributed.is_parallel()
         # As many batches on every process, which the reduction needs.
         order = BatchOrder(
-            len(run.rows),
+            len(run.dataset),
             run.train_args.per_device_train_batch_size,
             seed=_seed(run.train_args.seed, "masks"),
             world=self._world,
@@ -276,7 +281,7 @@ class Trainer:
             targets,
             run.allocation.nnz,
             score=args.mask_score,
-            batches=[run.rows.collate(order.batch(index)) for index in range(count)],
+            batches=[run.dataset.collate(order.batch(index)) for index in range(count)],
             loss_fn=mean_loss,
             scope=args.mask_scope,
             seed=run.train_args.seed,
@@ -286,8 +291,8 @@ class Trainer:
         )
 
     def _not_finite(self, what: str, bad: list[list[int]]) -> FloatingPointError:
-        rows, saved = self._run.rows, checkpoints.checkpoints(self._run.out)
-        where = "; ".join(rows.where(indices) for indices in bad) or "a batch of another process"
+        dataset, saved = self._run.dataset, checkpoints.checkpoints(self._run.out)
+        where = "; ".join(dataset.where(indices) for indices in bad) or "a batch of another process"
         last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
         return FloatingPointError(
             f"train: expected finite numbers, got a {what} at step {self.step + 1} on {where}; "

