@@ -10,25 +10,17 @@ from pathlib import Path
 
 import torch
 
-from bench import (
-    calibrate,
-    clocks,
-    compare,
-    console,
-    environment,
-    experiments,
-    ratios,
-    report,
-    results,
-    stages,
-)
-from bench.cases import SUITES, case_id, contenders, suite
-from bench.contender import Problem
-from bench.layer import tables as layer_tables
+from bench.contenders import experiments
+from bench.contenders.base import Problem
+from bench.contenders.ours import ops
 from bench.layer.case import OPS as LAYER_OPS
-from bench.ours import ops
-from bench.report import Table
-from bench.run import UsageError, draw, parts, run, summarise
+from bench.measuring import clocks, console, environment, results
+from bench.report import calibrate, compare, ratios, tables
+from bench.report import layer as layer_tables
+from bench.report.tables import Table
+from bench.run import stages
+from bench.run.session import UsageError, draw, parts, run, summarise
+from bench.suites.cases import SUITES, case_id, contenders, suite
 from rosa_kernels.testing import Case
 
 _OPS = ops()
@@ -95,7 +87,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     rows = _select_run(args.results, args.run_id)
-    for table in report.case_tables(rows):
+    for table in tables.case_tables(rows):
         console.show(table)
     summarise(rows)
     return 0

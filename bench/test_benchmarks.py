@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import case_id, pairs
-from bench.check import Check
-from bench.contender import Contender, Problem
-from bench.runner import quiet_torch
+from bench.contenders.base import Contender, Problem
+from bench.run.check import Check
+from bench.run.runner import quiet_torch
+from bench.suites.cases import case_id, pairs
 from rosa_kernels.testing import Case
 
 pytest.importorskip("pytest_benchmark")

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from bench.layer.form import LayerSpec, rosa_nnz
+from bench.layer.parametrization import LayerSpec, rosa_nnz
 from rosa_kernels.testing import Case
 
 LAYER, MODEL = "rosa_layer", "rosa_model"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.layer.case import LAYER, Adapted, LayerProblem
-from bench.layer.form import Form
+from bench.layer.parametrization import Form
 
 # Tokens, rows of a full gradient, and entries of dS that are compared; NaN and shapes are looked
 # for in all.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import rosa_kernels as rk
-from bench.baselines import peft
-from bench.contender import DEVICES, OP
+from bench.contenders.base import DEVICES, OP
+from bench.layer import peft
 from bench.layer.case import FWD_BWD, LAYER, Adapted, LayerCase, LayerProblem
-from bench.layer.form import ALPHA, Form, NoMask
+from bench.layer.parametrization import ALPHA, Form, NoMask
 
 # Our own LoRA is what ours is held against first: the same code less the sparse branch, and in
 # float32 on a CPU faster than PEFT's.
@@ -24,7 +24,7 @@ Adapt = Callable[[nn.Module, dict[str, Form], float], Adapted]
 
 @dataclass(frozen=True)
 class LayerContender:
-    """One way to train a layer, in one mode; the fields are those of `bench.contender`.
+    """One way to train a layer, in one mode; the fields are those of `bench.contenders.base`.
 
     Attributes:
         kind: which :class:`Form` it trains.

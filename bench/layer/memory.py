@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import masks, measure
+from bench import masks
 from bench.layer.case import Adapted, LayerCase, LayerProblem
-from bench.results import Row
+from bench.measuring import timing
+from bench.measuring.results import Row
 
 _M_MMAP_THRESHOLD = -3  # mallopt's name for it; to set it ends glibc's moving it
 _MAPPED_FROM = 128 * 2**10
@@ -75,7 +76,7 @@ def weigh(case: LayerCase, name: str, mode: str, device: str, threads: int) -> R
         call.clear()
         inputs = problem.x.nbytes + problem.dy.nbytes
         held = _tensor_bytes() - before + inputs
-        peak = measure.with_peak(call, device)[1]
+        peak = timing.with_peak(call, device)[1]
         call.clear()
         live = peak if device == "cuda" else live_peak(call)
         call.clear()

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from bench import clocks, measure
 from bench.layer.case import FWD_BWD, STEP_FUSED, Adapted, LayerCase, LayerProblem
 from bench.layer.check import Check
 from bench.layer.contenders import LayerContender, contenders
 from bench.layer.memory import Weigher
-from bench.results import Row
+from bench.measuring import clocks, timing
+from bench.measuring.results import Row
 
 # The step that is checked moves every parameter by about this much, as the weights themselves are
 # of this size: a weight that was not written anew is seen. Those that are timed hardly move.
@@ -91,7 +91,7 @@ class _Entry:
 def run_case(
     case: LayerCase,
     competing: Sequence[LayerContender],
-    rule: measure.Rule,
+    rule: timing.Rule,
     device: str,
     failure: Callable[[Exception], Row],
     weigh: Weigh | None = None,
@@ -114,14 +114,14 @@ def run_case(
         calls = {str(i): e.call for i, e in enumerate(entries) if e.call is not None}
         estimates = {str(i): e.estimate for i, e in enumerate(entries)}
         try:
-            timed = measure.interleaved(calls, rule, clocks.clock_on(device, timer), estimates)
+            timed = timing.interleaved(calls, rule, clocks.clock_on(device, timer), estimates)
         except Exception as error:  # one that passed once and then fails takes all down
             for entry in entries:
                 if entry.call is not None:
                     entry.columns |= failure(error)
         else:
             for i, samples in timed.items():
-                entries[int(i)].columns |= measure.time_columns(samples)
+                entries[int(i)].columns |= timing.time_columns(samples)
     return [_columns(entry, {}) for entry in entries]
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import races, report, targets
-from bench.layer import tables as layer_tables
+from bench.measuring.results import Row
 from bench.plot import density, gain, heatmap, layer, pairs, style, tokens
 from bench.plot import rows as plot_rows
-from bench.results import Row
+from bench.report import case_results, tables, targets
+from bench.report import layer as layer_tables
 
 
 def draw_all(rows: list[Row], out: Path) -> list[Path]:
     """Every plot that the rows of one run have points for; returns the files written."""
     written: list[Path] = []
     with style.context():
-        for device, own in report.by_device(report.timed(rows)).items():
+        for device, own in tables.by_device(tables.timed(rows)).items():
             if device == "cpu":
                 written += _draw(own, plot_rows.sweeps(own), out, "")
             else:
@@ -61,7 +61,7 @@ def _draw(rows: list[Row], sweeps: plot_rows.Sweeps, out: Path, suffix: str) -> 
 def _draw_gpu(rows: list[Row], out: Path, suffix: str) -> list[Path]:
     """What is drawn for a GPU alone: the gain over dense GEMM, and our kernels side by side."""
     written: list[Path] = []
-    found = races.races(rows)
+    found = case_results.races(rows)
     for dtype, curves in plot_rows.speedups(found, targets.LEAST_SIZE).items():
         name = f"speedup_over_dense_{dtype}{suffix}"
         written += gain.speedup_over_dense(curves, dtype, found[0].auto, out, name)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench import report
+from bench.measuring.results import Row
 from bench.plot import rows as plot_rows
 from bench.plot import style
-from bench.results import Row
+from bench.report import tables
 
 
 def time_vs_density(
@@ -80,7 +80,7 @@ def _time_panel(
         axes.plot(xs, ys, color=style.INK, linestyle=(0, (5, 3)), linewidth=1, zorder=2)
         middle = len(xs) // 2
         along(axes, xs[middle], ys[middle], "limit: dense × density")
-    ours = swept.get((op, mask, report.OURS), {})
+    ours = swept.get((op, mask, tables.OURS), {})
     if ours and bandwidth:
         floor = {density: row["bytes"] / bandwidth * 1e3 for density, row in ours.items()}
         axes.plot(

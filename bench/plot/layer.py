@@ -6,11 +6,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench.layer import tables
 from bench.layer.case import FWD_BWD, MODEL
 from bench.layer.contenders import REFERENCE
+from bench.measuring.results import Row
 from bench.plot import style
-from bench.results import Row
+from bench.report import layer
 
 _OURS = {
     "rosa": "RoSA",
@@ -39,7 +39,7 @@ _OWN, _PEER, _BASE = "#EEA77B", "#88AACC", "#AAAAAA"
 _WIDEST = 2.6
 
 
-def bars(group: tables.Group, out: Path, name: str) -> list[Path]:
+def bars(group: layer.Group, out: Path, name: str) -> list[Path]:
     """One figure per case and mode: bars of time and of peak training memory."""
     if REFERENCE not in group or group[REFERENCE]["status"] != "ok":
         return []
@@ -53,8 +53,8 @@ def bars(group: tables.Group, out: Path, name: str) -> list[Path]:
         sample,
     )
     left, right = fig.subplots(1, 2, sharey=True)
-    _panel(left, group, shown, "time over LoRA's", tables.seconds, whiskers=True)
-    _panel(right, group, shown, "peak training memory over LoRA's", tables.peak)
+    _panel(left, group, shown, "time over LoRA's", layer.seconds, whiskers=True)
+    _panel(right, group, shown, "peak training memory over LoRA's", layer.peak)
     left.set_yticks(range(len(shown)), [_NAMES[kernel] for kernel in shown])
     left.invert_yaxis()
     for label, kernel in zip(left.get_yticklabels(), shown, strict=True):
@@ -64,13 +64,13 @@ def bars(group: tables.Group, out: Path, name: str) -> list[Path]:
 
 def _panel(
     axes: Axes,
-    group: tables.Group,
+    group: layer.Group,
     shown: list[str],
     title: str,
     of: object,
     whiskers: bool = False,
 ) -> None:
-    values = [tables.ratio(group, kernel, REFERENCE, of) for kernel in shown]  # type: ignore[arg-type]
+    values = [layer.ratio(group, kernel, REFERENCE, of) for kernel in shown]  # type: ignore[arg-type]
     base = group[REFERENCE]["median_s"]
     for i, (kernel, value) in enumerate(zip(shown, values, strict=True)):
         if value is None:

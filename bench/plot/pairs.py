@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench import report
+from bench.measuring.results import Row
 from bench.plot import rows as plot_rows
 from bench.plot import style
-from bench.results import Row
+from bench.report import tables
 
 
 def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
@@ -20,7 +20,7 @@ def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
     ops = [op for op in plot_rows.PRODUCTS if any(key[0] == op for key in pairs)]
     sizes = sorted({large for _, large in pairs})
     tallest = [max(len(pairs.get((op, large), ())) for op in ops) for large in sizes]
-    sample = next(iter(pairs.values()))[0].real[report.OURS]
+    sample = next(iter(pairs.values()))[0].real[tables.OURS]
     fig = style.figure(
         1.6 + 4.0 * len(ops),
         1.5 + sum(0.32 * count + 0.6 for count in tallest),
@@ -49,10 +49,10 @@ def _dumbbells(axes: Axes, pairs: list[plot_rows.RealPair]) -> None:
     """Per layer: ours and the fastest sparse peer, real filled, uniform hollow."""
     seen: set[str] = set()
     for i, (_, real, uniform) in enumerate(pairs):
-        sparse = [k for k in real if k in uniform and k not in (report.OURS, "dense")]
+        sparse = [k for k in real if k in uniform and k not in (tables.OURS, "dense")]
         best = min(sparse, key=lambda k: real[k]["median_s"], default=None)
         for kernel, color, who in (
-            (report.OURS, style.OURS_COLOR, style.OURS_NAME),
+            (tables.OURS, style.OURS_COLOR, style.OURS_NAME),
             (best, "#6699CC", "fastest sparse peer"),
         ):
             if kernel is None or kernel not in real or kernel not in uniform:

@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from bench import baselines, ratios, report
-from bench.contender import FROM_TOKEN_MAJOR
-from bench.races import Race
-from bench.results import Row
+from bench.contenders.base import FROM_TOKEN_MAJOR
+from bench.contenders.peers import family_of, peer_families, peer_names
+from bench.measuring.results import Row
+from bench.report import ratios, tables
+from bench.report.case_results import Race
 
 PRODUCTS = ("sddmm", "spmm")
 TITLES = {"sddmm": "SDDMM", "spmm": "SpMM"}
@@ -44,7 +45,7 @@ def is_point(row: Row) -> bool:
         row["op"] in PRODUCTS
         and row["charge"] == FROM_TOKEN_MAJOR
         and row["mode"] == "no_grad"
-        and (row["kernel"] == report.OURS or not report.is_ours(row))
+        and (row["kernel"] == tables.OURS or not tables.is_ours(row))
     )
 
 
@@ -97,9 +98,9 @@ def kernels(swept: Sweep) -> list[str]:
 def drawn(present: Iterable[str]) -> list[str]:
     """Kernels in the order in which they are drawn."""
     present = set(present)
-    known = dict.fromkeys((*baselines.names(), *baselines.families()))
-    own = sorted(present - known.keys() - {report.OURS})
-    return [*(name for name in known if name in present), *own, report.OURS]
+    known = dict.fromkeys((*peer_names(), *peer_families()))
+    own = sorted(present - known.keys() - {tables.OURS})
+    return [*(name for name in known if name in present), *own, tables.OURS]
 
 
 def any_row(swept: Sweep) -> Row:
@@ -127,7 +128,7 @@ def problem(row: Row) -> Problem:
 
 def problem_order(problem: Problem) -> tuple[object, ...]:
     mask, m, n, k, density = problem
-    kind = ("uniform", "generated", "real").index(report.mask_kind(mask))
+    kind = ("uniform", "generated", "real").index(tables.mask_kind(mask))
     return (m * n * k, k) if kind != 2 and m * n < _LARGE else (0, 0), kind, mask, k, m * n, density
 
 
@@ -136,7 +137,7 @@ def problem_label(problem: Problem) -> str:
     return f"{mask.removeprefix('real:')}  {percent(density)}  {m}×{n}, {k} tokens"
 
 
-def lines(found: list[report.Ratio], most: int) -> tuple[list[str], Callable[[Row], str]]:
+def lines(found: list[tables.Ratio], most: int) -> tuple[list[str], Callable[[Row], str]]:
     """The lines of a table of ratios, in order, and which one a row belongs to.
 
     A line per problem, or per kind of mask, band of density and tokens where those are too many.
@@ -147,12 +148,12 @@ def lines(found: list[report.Ratio], most: int) -> tuple[list[str], Callable[[Ro
         return ordered, lambda row: labels[problem(row)]
 
     def group(row: Row) -> str:
-        kind = report.mask_kind(row["mask"])
+        kind = tables.mask_kind(row["mask"])
         return f"{kind}  {ratios.band(row['density'])}, {row['k']} tokens"
 
     groups: dict[str, tuple[object, ...]] = {}
     for r in found:
-        order = (report.mask_kind(r.ours["mask"]), r.ours["k"], r.ours["density"])
+        order = (tables.mask_kind(r.ours["mask"]), r.ours["k"], r.ours["density"])
         name = group(r.ours)
         groups[name] = min(groups.get(name, order), order)
     return sorted(groups, key=lambda name: groups[name]), group
@@ -167,7 +168,7 @@ def real_pairs(rows: list[Row]) -> dict[tuple[str, bool], list[RealPair]]:
     pairs: dict[tuple[str, bool], list[RealPair]] = defaultdict(list)
     for (op, (mask, m, n, k, density)), kernels in by_problem.items():
         uniform = by_problem.get((op, ("uniform", m, n, k, density)))
-        if report.mask_kind(mask) == "real" and uniform:
+        if tables.mask_kind(mask) == "real" and uniform:
             label = f"{mask.removeprefix('real:')}  {m}×{n}"
             pairs[op, m * n > _LARGE].append(RealPair(label, kernels, uniform))
     return dict(pairs)
@@ -175,7 +176,7 @@ def real_pairs(rows: list[Row]) -> dict[tuple[str, bool], list[RealPair]]:
 
 def tokens_of_real_masks(rows: list[Row]) -> list[int]:
     """The numbers of tokens that real masks were measured at."""
-    real = (row for row in rows if is_point(row) and report.mask_kind(row["mask"]) == "real")
+    real = (row for row in rows if is_point(row) and tables.mask_kind(row["mask"]) == "real")
     return sorted({row["k"] for row in real})
 
 
@@ -192,10 +193,10 @@ def fastest_of_families(rows: list[Row]) -> list[Row]:
     kept: list[Row] = []
     best: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        if report.is_ours(row) or row["op"] == "roof":
+        if tables.is_ours(row) or row["op"] == "roof":
             kept.append(row)
             continue
-        family = baselines.family(row["kernel"])
+        family = family_of(row["kernel"])
         key = (row["run_id"], row["case"], row["charge"], family)
         if key not in best or row["median_s"] < best[key]["median_s"]:
             best[key] = row | {"kernel": family}
@@ -210,7 +211,7 @@ def own_kernels(rows: list[Row]) -> list[Row]:
         if row["op"] in PRODUCTS
         and row["charge"] == FROM_TOKEN_MAJOR
         and row["mode"] == "no_grad"
-        and report.is_ours(row)
+        and tables.is_ours(row)
     ]
 
 
@@ -220,12 +221,12 @@ def token_curves(rows: list[Row]) -> dict[tuple[str, int, int, float, str], Toke
         lambda: defaultdict(lambda: defaultdict(dict))
     )
     for row in rows:
-        if is_point(row) and report.mask_kind(row["mask"]) != "real":
+        if is_point(row) and tables.mask_kind(row["mask"]) != "real":
             key = (row["op"], row["m"], row["n"], row["density"], row["dtype"])
             found[key][row["mask"]][row["kernel"]][row["k"]] = row
     curves = {}
     for key, by_mask in found.items():
-        long = {m: c for m, c in by_mask.items() if len(c.get(report.OURS, ())) >= _LONG_CURVE}
+        long = {m: c for m, c in by_mask.items() if len(c.get(tables.OURS, ())) >= _LONG_CURVE}
         if long:
             curves[key] = long
     return curves
@@ -244,7 +245,7 @@ def speedups(found: Iterable[Race], least_size: int) -> dict[str, Speedups]:
         row, dense = race.auto, race.peers.get("dense")
         if row["op"] != "sddmm" or dense is None or row["m"] * row["n"] < least_size:
             continue
-        kind = report.mask_kind(row["mask"])
+        kind = tables.mask_kind(row["mask"])
         at = curves[row["dtype"]][row["k"]]
         # Real masks, and uniform ones of the same density, differ in it by a thousandth.
         density = float(f"{row['density']:.2g}")

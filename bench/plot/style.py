@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench import baselines
+from bench.contenders.peers import family_of
+from bench.measuring.results import Row
 from bench.plot import rows as plot_rows
-from bench.results import Row
 
 OURS_COLOR, INK, FAINT = "#D55E00", "#333333", "#999999"
 # Muted members of Paul Tol's colour-blind-safe sets; markers tell them apart in grey too.
@@ -64,7 +64,7 @@ def look(kernel: str) -> dict[str, Any]:
     """Colour, marker and weight of a contender's line."""
     if kernel == "auto":
         return {"color": OURS_COLOR, "marker": "o", "linewidth": 2.6, "markersize": 6, "zorder": 5}
-    peer = _PEERS.get(kernel) or _PEERS.get(baselines.family(kernel))
+    peer = _PEERS.get(kernel) or _PEERS.get(family_of(kernel))
     color, marker = peer or _OWN.get(kernel.replace("-", "/").split("/")[-1], (FAINT, "x"))
     return {"color": color, "marker": marker, "linewidth": 1.3, "markersize": 4, "zorder": 3}
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench import report
+from bench.measuring.results import Row
 from bench.plot import density, style
 from bench.plot import rows as plot_rows
-from bench.results import Row
+from bench.report import tables
 
 
 def over_tokens(
@@ -21,7 +21,7 @@ def over_tokens(
 ) -> list[Path]:
     """A panel per mask; `rows` are those of the run, for its roofs."""
     op, m, n, share, dtype = key
-    sample = next(iter(curves[next(iter(curves))][report.OURS].values()))
+    sample = next(iter(curves[next(iter(curves))][tables.OURS].values()))
     fig = style.figure(
         1.2 + 4.2 * len(curves),
         4.2,
@@ -53,7 +53,7 @@ def _token_panel(
         look = style.look(kernel)
         axes.plot(xs, ys, **look)
         ends.append((style.name_of(kernel), xs[-1], ys[-1], look["color"]))
-    ours = sorted(by_kernel[report.OURS].items())
+    ours = sorted(by_kernel[tables.OURS].items())
     if bandwidth is not None:
         floor = [row["bytes"] / bandwidth * 1e6 for _, row in ours]
         axes.plot([k for k, _ in ours], floor, color=style.FAINT, linestyle=":", linewidth=1.2)

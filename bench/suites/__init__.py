@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bench.overhead import overhead_cases
+from bench.contenders.overhead import overhead_cases
 from bench.suites import cpu, cuda, layer
 from rosa_kernels.testing import Case
 

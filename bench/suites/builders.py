@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from bench import masks, ours
+from bench import masks
+from bench.contenders import ours
 from rosa_kernels.testing import Case
 
 PRODUCTS = ("sddmm", "spmm")

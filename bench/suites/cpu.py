@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench import masks
-from bench.overhead import overhead_cases
+from bench.contenders.overhead import overhead_cases
 from bench.suites.builders import (
     BF16,
     DECODE_TOKENS,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from bench import masks
-from bench.overhead import overhead_cases
+from bench.contenders.overhead import overhead_cases
 from bench.suites.builders import (
     BF16,
     DECODE_TOKENS,

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"
 TREE = BUILD / "tree"
 STAGED = ("rosa_kernels", "rosa_train", "bench", "tests", "cpp/tools", "pyproject.toml")
-NOT_STAGED = ("__pycache__", "*.so", "results")
+NOT_STAGED = ("__pycache__", "*.so", "rows")
 
 # A family's kernels share code, so one process checks them: a fault takes its CUDA context along.
 FAMILIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench import results
-from bench.contender import FROM_TOKEN_MAJOR
+from bench.contenders.base import FROM_TOKEN_MAJOR
+from bench.measuring import results
 
 
 def a_row(**columns) -> results.Row:

@@ -14,8 +14,12 @@ pytest.importorskip("numpy")
 from bench_rows import a_row, failed
 
 from bench import __main__ as cli
-from bench import cases, check, measure, ours, results, runner, suites
-from bench.contender import FROM_TOKEN_MAJOR, OP, Contender, Problem, Unsupported
+from bench import suites
+from bench.contenders import ours
+from bench.contenders.base import FROM_TOKEN_MAJOR, OP, Contender, Problem, Unsupported
+from bench.measuring import results, timing
+from bench.run import check, runner
+from bench.suites import cases
 from rosa_kernels import registry
 from rosa_kernels.testing import Case
 
@@ -29,7 +33,7 @@ SMALL = {
     "csr_gather": Case("csr_gather", 40, 24, 1, 0.1),
     "csr_scatter_": Case("csr_scatter_", 40, 24, 1, 0.1),
 }
-FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
 
 
 def contender(prepare, **options) -> Contender:
@@ -284,9 +288,9 @@ def test_auto_takes_another_kernel_for_one_that_is_left_out(tmp_path, capsys):
 
 
 def test_quantiles_of_known_samples():
-    p20, median, p80 = measure.quantiles([float(i) for i in range(11)])
+    p20, median, p80 = timing.quantiles([float(i) for i in range(11)])
     assert (p20, median, p80) == pytest.approx((2.0, 5.0, 8.0))
-    assert measure.quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quantiles([3.0]) == (3.0, 3.0, 3.0)
 
 
 def test_contenders_take_turns_until_quiet_or_out_of_time():
@@ -303,8 +307,8 @@ def test_contenders_take_turns_until_quiet_or_out_of_time():
         return next(durations[name]) * count
 
     calls = {name: (lambda name=name: name) for name in durations}
-    rule = measure.Rule(cap_s=2.0, noise=0.02, min_samples=5, max_samples=60)
-    got = measure.interleaved(calls, rule, clock, dict.fromkeys(calls, 0.4))
+    rule = timing.Rule(cap_s=2.0, noise=0.02, min_samples=5, max_samples=60)
+    got = timing.interleaved(calls, rule, clock, dict.fromkeys(calls, 0.4))
     assert len(got["steady"].seconds) == 5
     assert got["noisy"].spent >= rule.cap_s
     assert len(got["long"].seconds) == 1
@@ -318,7 +322,7 @@ def test_short_calls_are_timed_in_batches():
         counts.append(count)
         return 2e-6 * count
 
-    got = measure.interleaved({"tiny": lambda: None}, measure.Rule(), clock)["tiny"]
+    got = timing.interleaved({"tiny": lambda: None}, timing.Rule(), clock)["tiny"]
     assert got.calls_per_sample == 100
     assert counts[-1] == 100
     assert got.seconds == pytest.approx([2e-6] * len(got.seconds))
@@ -326,7 +330,7 @@ def test_short_calls_are_timed_in_batches():
 
 def test_peak_memory_sees_an_allocation():
     size = 64 * 2**20
-    _, peak = measure.with_peak(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
+    _, peak = timing.with_peak(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
     if peak is None:
         pytest.skip("the system does not tell")
     assert size <= peak < size + 16 * 2**20

@@ -11,9 +11,9 @@ import pytest
 import torch
 from bench_rows import a_row, gpu_rows
 
-from bench import results
 from bench.__main__ import main
-from bench.calibrate import adopt, calibrate
+from bench.measuring import results
+from bench.report.calibrate import adopt, calibrate
 from rosa_kernels.backends.machine import MEASURED, RATES, machine_of
 
 

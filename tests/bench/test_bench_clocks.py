@@ -9,13 +9,14 @@ import torch
 
 pytest.importorskip("numpy")
 
-from bench import clocks, measure, results, runner
-from bench.contender import Contender
+from bench.contenders.base import Contender
 from bench.layer.case import layer_case
+from bench.measuring import clocks, results, timing
+from bench.run import runner
 from rosa_kernels.testing import Case
 
 FLUSH = 0.06  # ms
-FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
 SMALL = Case("sddmm", 40, 24, 9, 0.1)
 
 
@@ -142,12 +143,12 @@ def test_a_host_that_takes_longer_than_the_longest_delay_is_marked(stream):
 
 def test_short_calls_are_many_per_sample_each_of_them_cold(stream):
     calls = {"short": stream.call(0.005), "long": stream.call(3.0)}
-    timed = measure.interleaved(calls, measure.Rule(max_samples=5), cold())
+    timed = timing.interleaved(calls, timing.Rule(max_samples=5), cold())
     assert timed["short"].calls_per_sample == 40
     assert timed["long"].calls_per_sample == 1
     assert timed["short"].seconds == pytest.approx([5e-6] * len(timed["short"].seconds))
     assert stream.log.count("flush") == stream.log.count("call") / 2
-    assert measure.time_columns(timed["short"])["timer"] == "cold"
+    assert timing.time_columns(timed["short"])["timer"] == "cold"
 
 
 def test_what_is_known_of_a_call_does_not_keep_it(stream):
@@ -268,5 +269,5 @@ def test_rows_of_a_cpu_are_by_the_host_whatever_is_asked():
 
 
 def test_files_from_before_the_timer_was_named_can_be_read():
-    (path, *_) = sorted((results.Path(__file__).parents[2] / "bench/results").glob("*.jsonl"))
+    (path, *_) = sorted((results.Path(__file__).parents[2] / "bench/rows").glob("*.jsonl"))
     assert {row["timer"] for row in results.read(path)} == {None}

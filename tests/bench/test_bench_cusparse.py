@@ -16,15 +16,16 @@ import torch
 
 pytest.importorskip("numpy")
 
-from bench import measure, runner
-from bench.baselines import cusparse
-from bench.baselines import cusparse_api as api
-from bench.contender import FROM_TOKEN_MAJOR, OP, Problem
+from bench.contenders import cusparse
+from bench.contenders import cusparse_api as api
+from bench.contenders.base import FROM_TOKEN_MAJOR, OP, Problem
+from bench.measuring import timing
+from bench.run import runner
 from rosa_kernels.testing import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 
-FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
 SUCCESS, EXECUTION_FAILED, NOT_SUPPORTED = 0, 6, 10
 DTYPES = {code: dtype for dtype, code in api.DATA_TYPES.items()}
 

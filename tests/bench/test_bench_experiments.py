@@ -12,13 +12,16 @@ pytest.importorskip("numpy")
 from bench_rows import a_row
 
 from bench import __main__ as cli
-from bench import experiments, measure, races, report, results, runner
-from bench.contender import FROM_TOKEN_MAJOR, Contender, Problem
+from bench.contenders import experiments
+from bench.contenders.base import FROM_TOKEN_MAJOR, Contender, Problem
+from bench.contenders.overhead import overhead_cases
 from bench.layer.case import layer_case
-from bench.overhead import overhead_cases
+from bench.measuring import results, timing
+from bench.report import case_results, tables
+from bench.run import runner
 from rosa_kernels.testing import Case
 
-FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
 CASE = Case("sddmm", 40, 24, 9, 0.1, torch.bfloat16)
 
 
@@ -82,10 +85,10 @@ def test_experiments_are_neither_ours_nor_peers_and_have_their_table():
         a_row(**common, kernel="cuda/tile early", backend="cuda/tile", mode="experiment", ms=0.5),
         a_row(**common, kernel="dense", ms=3.0),
     ]
-    (race,) = races.races(rows)
+    (race,) = case_results.races(rows)
     assert race.best_own()["median_s"] == 1e-3
     assert set(race.peers) == {"dense"}
-    assert [ratio.peer["kernel"] for ratio in report.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
+    assert [ratio.peer["kernel"] for ratio in tables.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
     (table,) = experiments.tables(rows)
     assert table.columns[3:] == ["panels=32", "early", "panels=32 early"]
     assert table.rows[0][1:] == ["cuda/tile", "1.000", "-", "0.500", "-"]

@@ -14,15 +14,19 @@ pytest.importorskip("numpy")
 from bench_rows import a_row, failed
 
 from bench import __main__ as cli
-from bench import cases, measure, results, runner, suites
+from bench import suites
 from bench.layer import contenders as layer_contenders
-from bench.layer import memory, tables
+from bench.layer import memory
 from bench.layer.case import FWD_BWD, MODES, STEP, LayerProblem, layer_case, model_case
 from bench.layer.check import Check
-from bench.layer.form import NoMask
+from bench.layer.parametrization import NoMask
 from bench.layer.runner import step_of
+from bench.measuring import results, timing
+from bench.report import layer
+from bench.run import runner
+from bench.suites import cases
 
-FAST = measure.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
 TINY = layer_case(48, 40, 16, rank=4, modes=(FWD_BWD, STEP))
 NUMBERS = {"peak_bytes": 1, "held_bytes": 2, "live_bytes": 3, "saved_bytes": 4}
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -66,7 +70,7 @@ def test_the_suites_have_the_shapes_that_speeds_are_promised_for():
         for case in cases.suite("layer", device=device):
             row = {"device": device, "dtype": cases.dtype_name(case.dtype)}
             row |= {key: getattr(case, key) for key in ("op", "m", "n", "k", "dropout")}
-            if tables.promised(row):
+            if layer.promised(row):
                 found |= {(case.m, case.n, case.k, mode) for mode in case.modes}
         return found
 
@@ -295,7 +299,7 @@ def layer_rows(**times) -> list[results.Row]:
 
 
 def verdicts(rows) -> dict[str, list[str]]:
-    return {row[0]: row[2:] for row in tables.target_table(tables.groups(rows)).rows}
+    return {row[0]: row[2:] for row in layer.target_table(layer.groups(rows)).rows}
 
 
 def test_targets_are_reached_missed_or_not_measured():
@@ -315,13 +319,13 @@ def test_targets_are_reached_missed_or_not_measured():
 
 
 def test_what_loses_is_in_the_table_as_plainly_as_what_wins():
-    first, *_ = tables.tables(layer_rows(rosa=12.0))
+    first, *_ = layer.tables(layer_rows(rosa=12.0))
     order = [row[0] for row in first.rows]
     assert order[:4] == ["lora", "peft-lora", "rosa", "full"]
     rosa = first.rows[2]
     assert rosa[4:6] == ["1.200", "1.143"]
     assert rosa[-1] == "1.020"
-    second = tables.tables(layer_rows())[1]
+    second = layer.tables(layer_rows())[1]
     assert ["peft-shira", "-", "-", "-", "unsupported"] in [row[:5] for row in second.rows]
 
 

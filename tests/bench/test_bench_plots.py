@@ -12,8 +12,11 @@ pytest.importorskip("matplotlib")
 from bench_rows import a_row, gpu_rows
 
 from bench import __main__ as cli
-from bench import cases, plot, report, results
+from bench import plot
+from bench.measuring import results
 from bench.plot import rows as plot_rows
+from bench.report import tables
+from bench.suites import cases
 
 
 def test_plots_are_drawn_from_rows_alone(tmp_path, capsys):
@@ -97,7 +100,7 @@ def test_of_a_family_only_the_fastest_is_drawn_for_a_gpu():
 
 def test_too_many_problems_share_lines():
     suite = cases.suite("density", device="cuda")
-    found = report.ratios(gpu_rows(suite), "from_token_major")
+    found = tables.ratios(gpu_rows(suite), "from_token_major")
     every, _ = plot_rows.lines(found, most=10**6)
     few, line_of = plot_rows.lines(found, most=80)
     assert len(every) > 400

@@ -9,8 +9,10 @@ pytest.importorskip("numpy")
 from bench_rows import a_row, failed, gpu_rows
 
 from bench import __main__ as cli
-from bench import cases, compare, races, ratios, report, results, targets
-from bench.contender import FROM_TOKEN_MAJOR, OP
+from bench.contenders.base import FROM_TOKEN_MAJOR, OP
+from bench.measuring import results
+from bench.report import case_results, compare, ratios, tables, targets
+from bench.suites import cases
 from rosa_kernels.testing import Case
 
 
@@ -24,12 +26,12 @@ def test_ratios_geomeans_and_efficiency_are_derived_from_rows():
             a_row(**common, kernel="spops", backend="spops", ms=spops),
             a_row(**common, kernel="cpu/portable", ms=50.0),
         ]
-    found = report.ratios(rows, FROM_TOKEN_MAJOR)
+    found = tables.ratios(rows, FROM_TOKEN_MAJOR)
     assert sorted(r.value for r in found if r.peer["kernel"] == "spops") == [0.5, 4.0]
     assert {r.peer["kernel"] for r in found} == {"dense", "spops"}
-    assert report.geomean([0.5, 4.0]) == pytest.approx(2**0.5)
-    assert report.efficiency(rows) == {("spmm", "float32", "uniform"): pytest.approx(0.5)}
-    table = report.losing_table(rows, FROM_TOKEN_MAJOR)
+    assert tables.geomean([0.5, 4.0]) == pytest.approx(2**0.5)
+    assert tables.efficiency(rows) == {("spmm", "float32", "uniform"): pytest.approx(0.5)}
+    table = tables.losing_table(rows, FROM_TOKEN_MAJOR)
     assert [line[0] for line in table.rows] == ["d0.05"]
     assert "1 of 4 comparisons" in table.title
 
@@ -41,19 +43,19 @@ def test_overhead_is_the_op_less_its_adapter():
         a_row(**tiny, mode="no_grad", ms=0.015),
         a_row(**tiny, mode="grad", ms=0.025),
     ]
-    assert report.overheads(rows) == {
+    assert tables.overheads(rows) == {
         "spmm": {"adapter": 5e-6, "no_grad": pytest.approx(1e-5), "grad": pytest.approx(2e-5)}
     }
 
 
 def test_a_busy_machine_is_told():
     noisy = a_row(samples_s=[0.001, 0.001, 0.009, 0.009])
-    assert report.noise_note([a_row()] * 30 + [noisy]) is None
-    assert report.noise_note([a_row()] * 3 + [noisy]).startswith("1 of 4 times vary")
+    assert tables.noise_note([a_row()] * 30 + [noisy]) is None
+    assert tables.noise_note([a_row()] * 3 + [noisy]).startswith("1 of 4 times vary")
 
 
 def test_reasons_of_missing_points_are_listed():
-    table = report.status_table([failed("oom", kernel="dense", charge=OP)])
+    table = tables.status_table([failed("oom", kernel="dense", charge=OP)])
     assert table.rows == [["because", "oom", "1", "dense"]]
 
 
@@ -88,9 +90,9 @@ def test_times_of_different_timers_are_not_compared():
 
 
 def test_a_time_with_the_hosts_in_it_is_marked():
-    assert report.milliseconds(a_row(ms=2.0, timer="cold+host")) == "2.000+host"
-    assert report.milliseconds(a_row(ms=2.0, timer="cold")) == "2.000"
-    assert report.milliseconds(a_row(ms=2.0), 1) == "2.0"
+    assert tables.milliseconds(a_row(ms=2.0, timer="cold+host")) == "2.000+host"
+    assert tables.milliseconds(a_row(ms=2.0, timer="cold")) == "2.000"
+    assert tables.milliseconds(a_row(ms=2.0), 1) == "2.0"
 
 
 # -- ratios and targets; all rows of a GPU are synthetic ------------------------------------------
@@ -104,8 +106,8 @@ def on_gpu(case: str, kernel: str, ms: float, **columns) -> results.Row:
 
 def test_cases_of_one_name_on_two_devices_are_not_compared():
     rows = [a_row(), a_row(kernel="dense", ms=2.0), a_row(device="cuda", kernel="spops", ms=3.0)]
-    assert [ratio.peer["kernel"] for ratio in report.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
-    assert {race.auto["device"] for race in races.races(rows)} == {"cpu"}
+    assert [ratio.peer["kernel"] for ratio in tables.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
+    assert {race.auto["device"] for race in case_results.races(rows)} == {"cpu"}
 
 
 def test_a_race_has_the_fastest_of_each_family_and_our_own_kernels():
@@ -120,7 +122,7 @@ def test_a_race_has_the_fastest_of_each_family_and_our_own_kernels():
         on_gpu("a", "cusparse-fp32", 9.0),
         on_gpu("a", "cusparse-fp32", 5.0, charge=OP),
     ]
-    (race,) = races.races(rows)
+    (race,) = case_results.races(rows)
     assert set(race.own) == {"cuda/tile", "cuda/gather", "dense"}
     assert race.best_own()["kernel"] == "rosa-dense"
     assert race.against("dense") == pytest.approx(2.5)
@@ -135,7 +137,7 @@ def test_kernels_that_auto_may_not_take_are_no_measure_of_its_choice():
         on_gpu("a", "cuda/gather", 2.0, op="spmm"),
         on_gpu("a", "cuda/tile", 1.0, op="spmm"),  # Inf and NaN leak from it
     ]
-    (race,) = races.races(rows)
+    (race,) = case_results.races(rows)
     assert set(race.own) == {"cuda/gather"}
     assert not ratios.choices_table([race]).rows
 
@@ -145,7 +147,7 @@ def test_wrong_choices_are_listed_worst_first_and_noise_is_not():
     for case, best in (("near", 0.97), ("bad", 0.5), ("worse", 0.25)):
         rows += [on_gpu(case, "auto", 1.0), on_gpu(case, "cuda/tile", 1.0)]
         rows.append(on_gpu(case, "cuda/gather", best))
-    found = races.races(rows)
+    found = case_results.races(rows)
     table = ratios.choices_table(found)
     assert [line[0] for line in table.rows] == ["worse", "bad"]
     assert table.rows[0][1:] == ["cuda/tile", "1.000", "cuda/gather", "0.250", "4.00"]
@@ -165,7 +167,7 @@ def test_bands_of_density(density, name):
 
 
 def verdicts(rows) -> dict[str, list[str]]:
-    return {line[0]: line[1:] for line in targets.table(races.races(rows)).rows}
+    return {line[0]: line[1:] for line in targets.table(case_results.races(rows)).rows}
 
 
 def test_targets_are_reached_missed_or_not_measured():
@@ -190,7 +192,7 @@ def test_targets_are_reached_missed_or_not_measured():
 
 
 def test_targets_are_of_one_gpu_only():
-    assert not targets.table(races.races([a_row(), a_row(kernel="dense", ms=9.0)])).rows
+    assert not targets.table(case_results.races([a_row(), a_row(kernel="dense", ms=9.0)])).rows
 
 
 def test_the_floor_of_scattered_adds_counts_sectors():
@@ -204,7 +206,7 @@ def test_the_floor_of_scattered_adds_counts_sectors():
 def test_the_roofs_are_a_table():
     rows = gpu_rows([])
     rows.append(a_row(op="roof", kernel="gemm", m=8192, n=8192, k=8192, flops=10**12, ms=1.25))
-    lines = {line[0]: line[1] for line in report.roof_table(rows).rows}
+    lines = {line[0]: line[1] for line in tables.roof_table(rows).rows}
     assert lines["copy, read and written"] == "4000 GB/s"
     assert lines["L2 cache, read"] == "5000 GB/s"
     assert lines["float32 GEMM, 8192x8192x8192"] == "800 TFLOP/s"

@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("numpy")
 
 from bench import __main__ as cli
-from bench import kernel_times, stages
-from bench.contender import Contender, Problem
+from bench.contenders.base import Contender, Problem
+from bench.measuring import kernel_times
+from bench.run import stages
 from rosa_kernels.choice import Candidate
 from rosa_kernels.kernel import Estimate
 from rosa_kernels.testing import Case

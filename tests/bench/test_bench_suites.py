@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("numpy")
 
-from bench import cases, masks, targets
-from bench.suites import cpu, cuda
+from bench import masks
+from bench.report import targets
+from bench.suites import cases, cpu, cuda
 
 DEVICES = ("cpu", "cuda")
 

@@ -235,7 +235,7 @@ def test_sources_are_staged_and_the_module_is_not(
     assert (tree / "rosa_kernels" / "ops" / "rosa_linear.py").is_file()
     assert (tree / "bench" / "masks").is_dir()
     assert (tree / "cpp" / "tools" / "gpu_check.py").is_file()
-    assert not [*tree.rglob("*.so"), *(tree / "bench" / "results").rglob("*")]
+    assert not [*tree.rglob("*.so"), *(tree / "bench" / "rows").rglob("*")]
     after = {path: path.stat().st_mtime_ns for path in (ROOT / "rosa_kernels").rglob("*")}
     assert {p: t for p, t in after.items() if "__pycache__" not in str(p)} == {
         p: t for p, t in before.items() if "__pycache__" not in str(p)

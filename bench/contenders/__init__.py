@@ -1,0 +1,1 @@
+"""What competes in a case: our kernels and every peer, one file a peer."""

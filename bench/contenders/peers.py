@@ -1,0 +1,40 @@
+"""The peers, one file each, declared like our kernels.
+
+A peer's name up to the first "-" is its family: tables of ratios give the best of a family.
+"""
+
+from __future__ import annotations
+
+from bench.contenders import cusparse, dense, numpy_scipy, spops, sputnik, torch_sparse
+from bench.contenders.base import Contender
+from rosa_kernels.testing import Case
+
+# Dense first: every ratio to the roof is drawn against it.
+_PEERS = (
+    *dense.CONTENDERS,
+    *cusparse.CONTENDERS,
+    *sputnik.CONTENDERS,
+    *torch_sparse.CONTENDERS,
+    *numpy_scipy.CONTENDERS,
+    *spops.CONTENDERS,
+)
+
+
+def contenders(case: Case, device: str = "cpu") -> list[Contender]:
+    """The peers that have the case's op at all, on the device."""
+    return [peer for peer in _PEERS if peer.op == case.op and device in peer.devices]
+
+
+def peer_names() -> list[str]:
+    """All peers' names."""
+    return list(dict.fromkeys(peer.name for peer in _PEERS))
+
+
+def peer_families() -> list[str]:
+    """All peers' families."""
+    return list(dict.fromkeys(map(family_of, peer_names())))
+
+
+def family_of(name: str) -> str:
+    """cusparse for cusparse-alg2."""
+    return name.split("-")[0]

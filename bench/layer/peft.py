@@ -1,0 +1,129 @@
+"""PEFT's tuners with the numbers that ours starts from: LoRA, Super-Tuning, SHiRA.
+
+They are injected into the model without PeftModel round it, which costs each forward some 20 us;
+their masks are given in row-major order, which is kinder to the cache than theirs by magnitude.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.layer.case import Adapted
+from bench.layer.parametrization import ALPHA, Form
+
+_NAME = "default"
+
+
+def missing(package: str) -> str | None:
+    """Why a package cannot be used, or None."""
+    try:
+        found = importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        found = False
+    return None if found else f"{package} is not installed"
+
+
+def lora(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
+    """`peft.LoraConfig`."""
+    from peft import LoraConfig
+
+    rank = _one(form.rank for form in forms.values())
+    config = LoraConfig(
+        r=rank, lora_alpha=int(ALPHA), lora_dropout=dropout, target_modules=list(forms), bias="none"
+    )
+
+    def parts(layer: Any) -> dict[str, nn.Parameter]:
+        return {"a": layer.lora_A[_NAME].weight, "b": layer.lora_B[_NAME].weight}
+
+    return _inject(root, forms, config, parts, _dropping(dropout))
+
+
+def super_tuning(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
+    """`peft.SupertuningConfig`: sparse, and low-rank beside it (its "Supra") where the form is."""
+    from peft import SupertuningConfig
+
+    low_rank: dict[str, Any] = {}
+    ranks = {form.rank for form in forms.values()}
+    if ranks != {0}:
+        low_rank = {"r": _one(ranks), "lora_alpha": ALPHA, "lora_dropout": dropout}
+    # One entry a layer: the support is replaced below, which config has no option for.
+    config = SupertuningConfig(target_modules=list(forms), sparsity=0.9, **low_rank)
+
+    def parts(layer: Any) -> dict[str, nn.Parameter]:
+        found = {"values": layer.supertuning_values[_NAME]}
+        if low_rank:
+            found["a"] = layer.supertuning_lora_A[_NAME].weight
+            found["b"] = layer.supertuning_lora_B[_NAME].weight
+        return found
+
+    adapted = _inject(root, forms, config, parts, _dropping(dropout))
+    for name, form in forms.items():
+        layer: Any = adapted.module.get_submodule(name)
+        layer.supertuning_indices[_NAME] = _flat(form).int()
+    return adapted
+
+
+def shira(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
+    """`peft.ShiraConfig`, whose masks have r (m + n) entries."""
+    from peft import ShiraConfig
+
+    masks = {}
+    for name, form in forms.items():
+        assert form.pattern is not None
+        masks[name] = form.pattern
+    ranks = {p.nnz // sum(p.shape) for p in masks.values()}
+    config: Any = ShiraConfig(r=_one(ranks), target_modules=list(forms))
+    by_layer = {id(root.get_submodule(name)): pattern for name, pattern in masks.items()}
+
+    def mask_of(layer: nn.Module, r: int, **options: Any) -> Tensor:
+        pattern = by_layer[id(layer)]
+        mask = torch.zeros(pattern.shape, device=pattern.device)
+        mask[pattern.row_indices.long(), pattern.col_indices.long()] = 1
+        return mask
+
+    config.mask_fn = mask_of
+    adapted = _inject(root, forms, config, lambda layer: {"values": layer.shira_weight[_NAME]})
+    config.mask_fn = None  # or the model would hold our masks beside its indices
+    return adapted
+
+
+def _inject(
+    root: nn.Module,
+    forms: dict[str, Form],
+    config: Any,
+    parts: Callable[[Any], dict[str, nn.Parameter]],
+    keeps: Callable[[str, Tensor], Tensor] | None = None,
+) -> Adapted:
+    import peft
+
+    root = peft.inject_adapter_in_model(config, root)
+    trained: dict[str, dict[str, nn.Parameter]] = {}
+    for name, form in forms.items():
+        found = parts(root.get_submodule(name))
+        trained[name] = {part: found[part] for part in form.trains}
+        form.start(trained[name])  # float32 masters, as PEFT itself makes of a 16-bit model's
+        for parameter in trained[name].values():
+            parameter.requires_grad_()
+    return Adapted(root, trained, keeps=keeps)
+
+
+def _dropping(dropout: float) -> Callable[[str, Tensor], Tensor] | None:
+    if not dropout:
+        return None
+    return lambda name, x: nn.functional.dropout(torch.ones_like(x), dropout) != 0
+
+
+def _flat(form: Form) -> Tensor:
+    assert form.pattern is not None
+    rows, cols = form.pattern.row_indices.long(), form.pattern.col_indices.long()
+    return rows * form.pattern.shape[1] + cols
+
+
+def _one(found: Any) -> int:
+    (rank,) = set(found)
+    return int(rank)

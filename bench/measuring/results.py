@@ -1,0 +1,119 @@
+"""Result rows: one flat JSON object per line, appended and never changed.
+
+A row is one (run, case, kernel, mode, charge). Ratios are derived on reading, never stored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+SCHEMA_VERSION = 1
+STATUSES = ("ok", "incorrect", "unsupported", "oom", "error")
+
+RUN_COLUMNS = ("schema_version", "run_id", "utc", "git_sha", "git_dirty", "argv")
+DEVICE_COLUMNS = (
+    *("device", "device_name", "threads", "torch", "cuda", "driver", "triton"),
+    *("sm_clock_mhz", "allow_tf32"),
+)
+CASE_COLUMNS = ("case", "op", "m", "n", "k", "density", "nnz", "dtype", "mask", "seed")
+KERNEL_COLUMNS = ("kernel", "backend", "mode", "charge", "status", "reason")
+# `timer` is one of bench/measuring/clocks.py; read as null from files that lack it.
+TIME_COLUMNS = ("samples_s", "median_s", "p20_s", "p80_s", "calls_per_sample", "timer")
+SIZE_COLUMNS = ("flops", "bytes", "output_bytes", "peak_bytes", "workspace_bytes", "max_err")
+# Of rows about a whole layer; null in others, and read as null from files that lack them.
+# `held_bytes` stays from one step to the next, weights and inputs included; `live_bytes` is the
+# most of tensors alive beyond that; `saved_bytes` waits for backward.
+LAYER_COLUMNS = ("rank", "dropout", "trainable", "held_bytes", "live_bytes", "saved_bytes")
+COLUMNS = (
+    *RUN_COLUMNS,
+    *DEVICE_COLUMNS,
+    *CASE_COLUMNS,
+    *KERNEL_COLUMNS,
+    *TIME_COLUMNS,
+    *SIZE_COLUMNS,
+    *LAYER_COLUMNS,
+)
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be read: names file, line and reason."""
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows at the end of a file, made if it is missing.
+
+    Raises:
+        ValueError: a row without a column of the schema, or with an unknown one, or whose status
+            and time contradict each other. Nothing is written then.
+    """
+    lines = []
+    for row in rows:
+        _check(row)
+        lines.append(json.dumps(row, allow_nan=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(lines)
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file, in the order written.
+
+    Raises:
+        ResultsError: no such file, or a line that is not a row of this schema.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path}: expected a results file, got {error}") from error
+    return list(_parse(path, text))
+
+
+def _parse(path: Path, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+            if row.get("schema_version") != SCHEMA_VERSION:
+                raise ValueError(
+                    f"expected schema_version {SCHEMA_VERSION}, got {row.get('schema_version')!r}"
+                )
+            row = dict.fromkeys(("timer", *LAYER_COLUMNS)) | row
+            _check(row)
+        except ValueError as error:  # json's own error is one
+            raise ResultsError(f"{path}:{number}: {error}") from error
+        yield row
+
+
+def latest_run(rows: list[Row]) -> list[Row]:
+    """The rows of the run that was written last."""
+    return [row for row in rows if row["run_id"] == rows[-1]["run_id"]] if rows else []
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What makes two rows of different runs measurements of the same thing."""
+    return tuple(row[c] for c in ("device", "threads", "case", "kernel", "mode", "charge"))
+
+
+def _check(row: Row) -> None:
+    missing, unknown = set(COLUMNS) - set(row), set(row) - set(COLUMNS)
+    if missing or unknown:
+        raise ValueError(
+            f"expected the columns of schema {SCHEMA_VERSION}, "
+            f"got missing {sorted(missing)} and unknown {sorted(unknown)}"
+        )
+    if row["status"] not in STATUSES:
+        raise ValueError(f"expected a status among {', '.join(STATUSES)}, got {row['status']!r}")
+    timed = row["median_s"] is not None
+    if timed != (row["status"] == "ok") or timed != bool(row["samples_s"]):
+        raise ValueError(
+            f"expected times exactly where status is ok, got status {row['status']!r} "
+            f"and median_s {row['median_s']!r}"
+        )
+    if row["status"] != "ok" and not row["reason"]:
+        raise ValueError(f"expected a reason for status {row['status']!r}, got none")

@@ -1,0 +1,180 @@
+"""Time and memory of calls. Contenders of one case take turns, so that drift hits all alike."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measuring.clocks import HOST, Call, Clock, timer_of
+from bench.measuring.results import Row
+
+# A sample shorter than this is mostly the clock and the loop: such calls are timed in batches.
+_SHORTEST_SAMPLE_S = 200e-6
+# A contender takes turns at least this often, with at most so many samples in a row.
+_ROUNDS, _IN_A_ROW = 5, 4
+# A call longer than this many caps is sampled once.
+_ONCE = 3
+# Below this, a call that was also checked or watched for memory says too little about its time.
+_ROUGH_S = 20e-3
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a contender has been timed enough.
+
+    Attributes:
+        cap_s: seconds of samples after which it stops, however noisy.
+        noise: it stops earlier once (p80 - p20) / (2 * median) is below this ...
+        min_samples: ... and there are this many samples; a call longer than three caps gets one.
+        max_samples: an end for the short ones.
+    """
+
+    cap_s: float = 1.0
+    noise: float = 0.02
+    min_samples: int = 5
+    max_samples: int = 200
+
+
+@dataclass
+class Samples:
+    """Seconds per call, one entry per sample, in the order taken, and the timer they are by."""
+
+    seconds: list[float] = field(default_factory=list)
+    calls_per_sample: int = 1
+    timer: str = HOST
+
+    @property
+    def spent(self) -> float:
+        """Seconds on the clock so far."""
+        return sum(self.seconds) * self.calls_per_sample
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    """p20, median and p80."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return deciles[1], statistics.median(samples), deciles[7]
+
+
+def noise(samples: list[float]) -> float:
+    """Half the distance from p20 to p80, relative to the median."""
+    p20, median, p80 = quantiles(samples)
+    return (p80 - p20) / (2 * median)
+
+
+def time_columns(samples: Samples) -> Row:
+    """A timed row's columns."""
+    p20, median, p80 = quantiles(samples.seconds)
+    return {
+        "status": "ok",
+        # Five digits: clocks know no more, and the rest would double the files.
+        "samples_s": [float(f"{x:.5g}") for x in samples.seconds],
+        "median_s": median,
+        "p20_s": p20,
+        "p80_s": p80,
+        "calls_per_sample": samples.calls_per_sample,
+        "timer": samples.timer,
+    }
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    rule: Rule,
+    clock: Clock,
+    estimates: Mapping[str, float] | None = None,
+) -> dict[str, Samples]:
+    """Time all calls in turns: each round gives every unfinished one a share of its samples.
+
+    A slow call gets one sample a round and a fast one several in a row, so that all of them spread
+    over the same stretch of time; the order is drawn anew each round. `estimates` are seconds of
+    calls that were made already: only short ones, for which a rough estimate will not do, are
+    warmed up and estimated again.
+    """
+    results = {name: Samples() for name in calls}
+    estimate = dict(estimates or {})
+    for name, call in calls.items():
+        if estimate.get(name, 0.0) < _ROUGH_S:
+            clock(call, 1)
+            once = max(clock(call, 1), 1e-7)
+            results[name].calls_per_sample = max(1, round(_SHORTEST_SAMPLE_S / once))
+            estimate[name] = clock(call, results[name].calls_per_sample)
+    active, order, turn = list(calls), random.Random(0), 0
+    while active:
+        turn += 1
+        # A fixed order favours who always follows a contender that leaves the inputs in cache: 30 %
+        # for calls under a millisecond.
+        for name in order.sample(active, len(active)):
+            done = results[name]
+            share = int(rule.cap_s / _ROUNDS / max(estimate[name], 1e-7))
+            for _ in range(max(1, min(share, _IN_A_ROW))):
+                seconds = clock(calls[name], done.calls_per_sample)
+                done.seconds.append(seconds / done.calls_per_sample)
+            done.timer = timer_of(clock, calls[name])
+            if _finished(done, rule, turn):
+                active.remove(name)
+    return results
+
+
+def _finished(done: Samples, rule: Rule, turn: int) -> bool:
+    count = len(done.seconds)
+    if done.seconds[0] * done.calls_per_sample > _ONCE * rule.cap_s:
+        return True
+    if count < rule.min_samples:
+        return False
+    if done.spent >= rule.cap_s or count >= rule.max_samples:
+        return True
+    # A busy neighbour stalls every thread barrier by the same 8 ms: for a moment the samples agree
+    # perfectly. Only agreement over several turns counts.
+    return turn >= _ROUNDS and noise(done.seconds) < rule.noise
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def with_peak(call: Call, device: str) -> tuple[Any, int | None]:
+    """The result of a call, and the peak memory beyond what was held before, the result included.
+
+    On CUDA the peak of torch's allocator. On Linux the peak of the process's resident set: exact to
+    pages, it sees what any library allocates, but not memory that the C heap had kept resident; the
+    heap is trimmed first. None elsewhere.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return call(), None
+    _trim_heap()
+    try:
+        _CLEAR.write_text("5")  # resets VmHWM, the peak, to the present size
+    except OSError:  # a kernel or container that forbids it
+        return call(), None
+    before = _status_bytes("VmRSS")
+    result = call()
+    return result, max(_status_bytes("VmHWM") - before, 0)
+
+
+def _trim_heap() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's; other C libraries return memory by themselves
+        libc.malloc_trim(0)
+
+
+def _status_bytes(key: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"with_peak: expected {key} in {_STATUS}, got none")

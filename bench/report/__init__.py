@@ -1,0 +1,1 @@
+"""What result rows say: tables, ratios, targets, comparisons."""

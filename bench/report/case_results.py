@@ -1,0 +1,84 @@
+"""Who was how fast in each case: what ratios and targets are computed from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.contenders import ours
+from bench.contenders.base import FROM_TOKEN_MAJOR, OP
+from bench.contenders.peers import family_of
+from bench.measuring.results import Row
+from bench.report.tables import OURS, PRODUCTS, is_ours, is_overhead, timed
+
+
+@dataclass(frozen=True)
+class Race:
+    """One case of one run: who was how fast.
+
+    Attributes:
+        auto: what a user gets; its backend is the kernel that was taken.
+        own: our kernels by name, those that "auto" may take.
+        peers: the fastest of each family of peers.
+        roofs: the roof rows of the same run and device, by kernel.
+    """
+
+    auto: Row
+    own: dict[str, Row]
+    peers: dict[str, Row]
+    roofs: dict[str, Row]
+
+    def against(self, family: str) -> float | None:
+        """t_peer / t_ours against the fastest of a family, or None if none was measured."""
+        peer = self.peers.get(family)
+        return None if peer is None else peer["median_s"] / self.auto["median_s"]
+
+    def best_own(self) -> Row | None:
+        """The fastest of our kernels, called by name."""
+        return min(self.own.values(), key=lambda row: row["median_s"], default=None)
+
+
+def races(rows: Iterable[Row]) -> list[Race]:
+    """All cases that "auto" has a time in, from token-major where there are activations."""
+    roofs: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    cases: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in timed(rows):
+        run = row["run_id"], row["device"]
+        if row["op"] == "roof":
+            roofs[run][row["kernel"]] = row
+            continue
+        charge = FROM_TOKEN_MAJOR if row["op"] in PRODUCTS else OP
+        if row["mode"] == "no_grad" and row["charge"] == charge:
+            cases[*run, row["case"]].append(row)
+    found = []
+    for (*run, _), entries in cases.items():
+        race = _race(entries, roofs[tuple(run)])
+        if race is not None:
+            found.append(race)
+    return found
+
+
+def _race(rows: Sequence[Row], roofs: dict[str, Row]) -> Race | None:
+    auto = next((row for row in rows if row["kernel"] == OURS), None)
+    if auto is None or is_overhead(auto):
+        return None
+    own: dict[str, Row] = {}
+    peers: dict[str, Row] = {}
+    for row in rows:
+        if not is_ours(row):
+            family = family_of(row["kernel"])
+            if family not in peers or row["median_s"] < peers[family]["median_s"]:
+                peers[family] = row
+        elif _by_name(row):
+            own[row["backend"]] = row
+    return Race(auto, own, peers, roofs)
+
+
+def _by_name(row: Row) -> bool:
+    """Whether a row of ours is of a kernel asked for by name that "auto" might have taken.
+
+    Not the oracle, which is there for where nothing else is.
+    """
+    chosen = row["kernel"].startswith(OURS)
+    return not chosen and row["kernel"] != "reference" and ours.choosable(row["op"], row["backend"])

@@ -1,0 +1,199 @@
+"""How many times faster, by kind of case: than every family of peers, and than our own kernels.
+
+The rows of any number of runs are taken together; every ratio is within one case of one run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bench.contenders.base import OP
+from bench.contenders.peers import peer_families
+from bench.measuring.clocks import WITH_HOST
+from bench.measuring.results import Row
+from bench.report import targets
+from bench.report.case_results import Race, races
+from bench.report.tables import OURS, PRODUCTS, Table, geomean, mask_kind, milliseconds, with_host
+
+_GROUP = "device, op, dtype, masks, density, tokens"
+# Upper ends of the bands of density that cases are grouped by.
+_BANDS = (0.002, 0.0045, 0.008, 0.015, 0.03, 1.0)
+# "auto" that is slower than one of our kernels by more than this took the wrong one.
+_WRONG = 1.05
+# A line of what has no time.
+_WIDEST = 120
+
+
+def band(density: float) -> str:
+    """The band of densities that a case is counted in."""
+    last = _band(density)
+    low, high = _BANDS[last - 1] * 100, _BANDS[last] * 100
+    if last == 0:
+        return f"< {high:g} %"
+    return f">= {low:g} %" if last == len(_BANDS) - 1 else f"{low:g}-{high:g} %"
+
+
+def _band(density: float) -> int:
+    return next(i for i, high in enumerate(_BANDS) if density <= high)
+
+
+def short_table(rows: Iterable[Row]) -> Table:
+    """What "auto" took, and how many times faster it is than the peers: a line a mask of SDDMM.
+
+    The other ops have a line a number of tokens: geometric means.
+    """
+    table = Table(
+        "auto, times faster than: dense (+ gather for SDDMM), cuSPARSE, the fastest other peer",
+        ["case", "auto took", "ms", "x dense", "x cuSPARSE", "x other", "fastest own", "ms"],
+    )
+    found = races(rows)
+    sddmm = [race for race in found if race.auto["op"] == "sddmm"]
+    for race in sddmm:
+        row, best = race.auto, race.best_own()
+        table.rows.append(
+            [
+                f"sddmm {row['mask']} {row['m']}x{row['n']} k{row['k']}",
+                row["backend"],
+                milliseconds(row),
+                *(_against([race], peer) for peer in ("dense", "cusparse")),
+                _against_others([race]),
+                *(("-", "-") if best is None else (best["backend"], milliseconds(best))),
+            ]
+        )
+    masked = [race for race in sddmm if mask_kind(race.auto["mask"]) == "real"]
+    groups: dict[str, list[Race]] = {f"geometric mean: sddmm, {len(masked)} real masks": masked}
+    for race in found:
+        row = race.auto
+        if row["op"] != "sddmm":
+            what = f" {mask_kind(row['mask'])} k{row['k']}" if row["op"] in PRODUCTS else ""
+            groups.setdefault(f"geometric mean: {row['op']}{what}", []).append(race)
+    for what, members in groups.items():
+        if members:
+            taken = _counts(Counter(race.auto["backend"] for race in members))
+            cells = [_against(members, peer) for peer in ("dense", "cusparse")]
+            mean = f"{geomean(race.auto['median_s'] for race in members) * 1e3:.3f}"
+            table.rows.append([what, taken, mean, *cells, _against_others(members), "", ""])
+    return table
+
+
+def untimed(rows: Iterable[Row]) -> list[str]:
+    """The cases that "auto" has no time in, and why; those that were not run are counted."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        if row["kernel"] == OURS and row["status"] != "ok" and row["charge"] == OP:
+            whose = "" if row["reason"].startswith("not run") else f"{row['case']}: "
+            found[f"{whose}{row['status']}, {row['reason']}"[:_WIDEST]] += 1
+    return [f"{count} x auto without a time: {reason}" for reason, count in found.items()]
+
+
+def _against(members: Sequence[Race], family: str) -> str:
+    """The geometric mean against a family of peers; marked if time of the host is in theirs."""
+    ratios = [ratio for race in members if (ratio := race.against(family)) is not None]
+    if not ratios:
+        return "-"
+    host = any(with_host(race.peers[family]) for race in members if family in race.peers)
+    return f"{geomean(ratios):.2f}" + (WITH_HOST if host else "")
+
+
+def _against_others(members: Sequence[Race]) -> str:
+    """The family that comes closest, beside dense and cuSPARSE."""
+    families = {family for race in members for family in race.peers} - {"dense", "cusparse"}
+    means = {
+        family: geomean(race.against(family) for race in members if family in race.peers)
+        for family in families
+    }
+    if not means:
+        return "-"
+    family = min(means, key=lambda name: means[name])
+    return f"{_against(members, family)} {family}"
+
+
+def tables(rows: Iterable[Row], limit: int | None = None) -> list[Table]:
+    """Ratios to peers, to our own kernels, the wrong choices of "auto", and the targets."""
+    found = races(rows)
+    made = [
+        peers_table(found),
+        own_table(found),
+        choices_table(found, limit),
+        targets.table(found),
+    ]
+    return [table for table in made if table.rows]
+
+
+def peers_table(found: Sequence[Race]) -> Table:
+    """Geometric mean and worst case against the fastest of each family."""
+    families = [family for family in peer_families() if any(family in race.peers for race in found)]
+    table = Table(
+        "Times faster than the fastest of a family of peers: geometric mean (worst)",
+        [_GROUP, "cases", *families],
+    )
+    for group, members in _grouped(found):
+        cells = [_spread([race.against(family) for race in members], min) for family in families]
+        table.rows.append([group, str(len(members)), *cells])
+    return table
+
+
+def own_table(found: Sequence[Race]) -> Table:
+    """How much slower "auto" is than the best of our kernels, and which these were."""
+    table = Table(
+        "auto against the best of our own kernels: times slower, geometric mean (worst)",
+        [_GROUP, "cases", "slower", "auto took", "the fastest was"],
+    )
+    for group, members in _grouped([race for race in found if race.own]):
+        slower = [race.auto["median_s"] / race.best_own()["median_s"] for race in members]
+        taken = Counter(race.auto["backend"] for race in members)
+        best = Counter(race.best_own()["backend"] for race in members)
+        table.rows.append(
+            [group, str(len(members)), _spread(slower, max), _counts(taken), _counts(best)]
+        )
+    return table
+
+
+def choices_table(found: Sequence[Race], limit: int | None = None) -> Table:
+    """The cases in which "auto" should have taken another of our kernels, worst first."""
+    wrong = []
+    for race in found:
+        best = race.best_own()
+        if best is not None and best["backend"] != race.auto["backend"]:
+            factor = race.auto["median_s"] / best["median_s"]
+            if factor > _WRONG:
+                wrong.append((factor, race.auto, best))
+    wrong.sort(key=lambda entry: -entry[0])
+    shown = wrong[:limit]
+    more = f"; the worst {len(shown)}, `ratios` has all" if len(shown) < len(wrong) else ""
+    table = Table(
+        f"auto should have taken another of our kernels: {len(wrong)} of {len(found)} cases{more}",
+        ["case", "took", "ms", "better", "ms", "slower"],
+    )
+    for factor, auto, best in shown:
+        cells = [(row["backend"], milliseconds(row)) for row in (auto, best)]
+        table.rows.append([auto["case"], *cells[0], *cells[1], f"{factor:.2f}"])
+    return table
+
+
+def _grouped(found: Iterable[Race]) -> list[tuple[str, list[Race]]]:
+    groups: dict[tuple[Any, ...], list[Race]] = defaultdict(list)
+    for race in found:
+        row = race.auto
+        what = (row["device"], row["op"], row["dtype"], mask_kind(row["mask"]))
+        groups[*what, _band(row["density"]), row["k"]].append(race)
+    named = []
+    for key in sorted(groups):
+        row = groups[key][0].auto
+        tokens = f"{row['k']}" if row["op"] in PRODUCTS else "-"
+        parts = (*key[:4], band(row["density"]), tokens)
+        named.append((", ".join(parts), groups[key]))
+    return named
+
+
+def _spread(values: Sequence[float | None], worst: Callable[[list[float]], float]) -> str:
+    present = [value for value in values if value is not None]
+    if not present:
+        return "-"
+    return f"{geomean(present):.2f} ({worst(present):.2f})"
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counter.most_common())

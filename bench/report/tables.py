@@ -1,0 +1,317 @@
+"""Tables read off result rows: speed-ups, efficiency, overhead, and what was lost or left out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from bench.contenders.base import FROM_TOKEN_MAJOR, OP
+from bench.contenders.peers import family_of, peer_families
+from bench.measuring.clocks import WITH_HOST
+from bench.measuring.results import Row
+from bench.measuring.timing import noise
+
+OURS = "auto"
+PRODUCTS = ("sddmm", "spmm")
+
+
+class Ratio(NamedTuple):
+    """How many times faster ours is than a peer, at one case."""
+
+    ours: Row
+    peer: Row
+
+    @property
+    def value(self) -> float:
+        """t_peer / t_ours: above 1 ours is faster."""
+        return self.peer["median_s"] / self.ours["median_s"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of strings."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Plain text, columns aligned."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        body = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, *(f"  {line}" for line in body)])
+
+
+def timed(rows: Iterable[Row]) -> list[Row]:
+    """The rows that have a time."""
+    return [row for row in rows if row["status"] == "ok"]
+
+
+def milliseconds(row: Row, digits: int = 3) -> str:
+    """A row's median in ms; "+host" after it says that time of the host is in it."""
+    return f"{row['median_s'] * 1e3:.{digits}f}" + (WITH_HOST if with_host(row) else "")
+
+
+def with_host(row: Row) -> bool:
+    """Whether time of the host is in a device's time."""
+    return (row["timer"] or "").endswith(WITH_HOST)
+
+
+def is_overhead(row: Row) -> bool:
+    """Whether a row belongs to a case that measures what a call costs beside its kernel."""
+    return row["kernel"] == OURS and row["m"] is not None and row["m"] * row["n"] <= 64 * 64
+
+
+def ratios(rows: Iterable[Row], charge: str) -> list[Ratio]:
+    """Ours against every peer, case by case, within the run and the device."""
+    cases: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    for row in timed(rows):
+        if row["mode"] == "no_grad" and row["charge"] == charge and row["op"] != "roof":
+            cases[row["run_id"], row["device"], row["case"]][row["kernel"]] = row
+    return [
+        Ratio(kernels[OURS], row)
+        for kernels in cases.values()
+        if OURS in kernels
+        for row in kernels.values()
+        if not is_ours(row)
+    ]
+
+
+def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each device; cases of one name on two devices are not comparable."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["device"]].append(row)
+    return found
+
+
+def is_ours(row: Row) -> bool:
+    """Whether a row is of a kernel of this project."""
+    return family_of(row["kernel"]) not in peer_families()
+
+
+def geomean(values: Iterable[float]) -> float:
+    """The geometric mean of at least one positive value."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def efficiency(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
+    """Per (op, dtype, kind of mask): median over 1-5 % of (t_dense / t_ours) * density.
+
+    1 would be dense GEMM's rate on the nonzeros alone.
+    """
+    groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for ratio in ratios(rows, FROM_TOKEN_MAJOR):
+        density = ratio.ours["density"]
+        if ratio.peer["kernel"] == "dense" and 0.01 <= density <= 0.05:
+            group = (ratio.ours["op"], ratio.ours["dtype"], mask_kind(ratio.ours["mask"]))
+            groups[group].append(ratio.value * density)
+    return {group: statistics.median(values) for group, values in groups.items()}
+
+
+def overheads(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """Per op: seconds of the adapter alone, and what the op adds to it without and with grad."""
+    medians: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in timed(rows):
+        if is_overhead(row):
+            medians[row["op"]][row["mode"]] = row["median_s"]
+    return {
+        op: {
+            mode: median - (modes["adapter"] if mode != "adapter" else 0.0)
+            for mode, median in modes.items()
+        }
+        for op, modes in medians.items()
+        if "adapter" in modes
+    }
+
+
+def mask_kind(mask: str) -> str:
+    """uniform, real, or generated."""
+    return mask if mask == "uniform" else "real" if mask.startswith("real:") else "generated"
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def summary(rows: list[Row], limit: int | None = None) -> list[Table]:
+    """What a run says, a screenful per device; `limit` bounds the lists of cases that peers win."""
+    devices = by_device(rows)
+    return [
+        replace(table, title=f"{device}: {table.title}") if len(devices) > 1 else table
+        for device, own in devices.items()
+        for table in _summary(own, limit)
+    ]
+
+
+def _summary(rows: list[Row], limit: int | None) -> list[Table]:
+    charges = (FROM_TOKEN_MAJOR, OP)
+    tables = [
+        roof_table(rows),
+        *(speedup_table(rows, charge) for charge in charges),
+        efficiency_table(rows),
+        overhead_table(rows),
+        *(losing_table(rows, charge, limit) for charge in charges),
+        status_table(rows),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def noise_note(rows: list[Row], limit: float = 0.2) -> str | None:
+    """A warning if many times vary a lot, as they do where other processes share the cores."""
+    found = [row for row in timed(rows) if len(row["samples_s"]) > 1]
+    noisy = [row for row in found if noise(row["samples_s"]) > limit]
+    if len(noisy) <= len(found) / 20:
+        return None
+    return (
+        f"{len(noisy)} of {len(found)} times vary by more than {limit:.0%} (half of p20-p80 over "
+        "the median): something else ran on this machine. Distrust small ratios; measure again."
+    )
+
+
+def roof_table(rows: list[Row]) -> Table:
+    """What the machine could do at most, in the same run."""
+    table = Table("Roofs, measured in this run", ["what", "rate"])
+    for row in timed(rows):
+        if row["op"] != "roof":
+            continue
+        seconds = row["median_s"]
+        if row["flops"]:
+            size = f"{row['m']}x{row['n']}x{row['k']}"
+            cells = [f"{row['dtype']} GEMM, {size}", f"{row['flops'] / seconds / 1e12:.3g} TFLOP/s"]
+        elif row["bytes"]:
+            what = {"copy": "copy, read and written", "read_l2": "L2 cache, read"}[row["kernel"]]
+            cells = [what, f"{row['bytes'] / seconds / 1e9:.4g} GB/s"]
+        else:
+            cells = ["kernel launch, one after the other", f"{seconds * 1e6:.2f} us"]
+        table.rows.append(cells)
+    return table
+
+
+def speedup_table(rows: list[Row], charge: str) -> Table:
+    """Geometric mean and worst case against each peer."""
+    groups: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for ratio in ratios(rows, charge):
+        group = (ratio.ours["op"], ratio.ours["dtype"], mask_kind(ratio.ours["mask"]))
+        groups[group][ratio.peer["kernel"]].append(ratio.value)
+    peers = list(dict.fromkeys(peer for by_peer in groups.values() for peer in by_peer))
+    table = Table(
+        f"Times faster than, charge {charge}: geometric mean (worst case)",
+        ["op, dtype, masks", "cases", *peers],
+    )
+    for group, by_peer in sorted(groups.items()):
+        count = max(len(values) for values in by_peer.values())
+        cells = [
+            f"{geomean(by_peer[peer]):.1f} ({min(by_peer[peer]):.1f})" if peer in by_peer else "-"
+            for peer in peers
+        ]
+        table.rows.append([", ".join(group), str(count), *cells])
+    return table
+
+
+def efficiency_table(rows: list[Row]) -> Table:
+    """Efficiency against the 1/density limit."""
+    table = Table(
+        "Efficiency: (t_dense / t_sparse) * density, median over 1-5 %",
+        ["op, dtype, masks", "efficiency"],
+    )
+    for group, value in sorted(efficiency(rows).items()):
+        table.rows.append([", ".join(group), f"{value:.2f}"])
+    return table
+
+
+def overhead_table(rows: list[Row]) -> Table:
+    """Microseconds of a call beside its kernel."""
+    table = Table(
+        "Call overhead in us: the op less its bare adapter",
+        ["op", "adapter", "+ op, no grad", "+ op, with grad"],
+    )
+    for op, modes in overheads(rows).items():
+        cells = [
+            f"{modes[mode] * 1e6:.1f}" if mode in modes else "-"
+            for mode in ("adapter", "no_grad", "grad")
+        ]
+        table.rows.append([op, *cells])
+    return table
+
+
+def losing_table(rows: list[Row], charge: str, limit: int | None = None) -> Table:
+    """The cases that a peer wins, worst first, up to a limit."""
+    lost = sorted((r for r in ratios(rows, charge) if r.value < 1), key=lambda r: r.value)
+    total = len(ratios(rows, charge))
+    shown = lost[:limit]
+    more = f"; the worst {len(shown)}, `report` has all" if len(shown) < len(lost) else ""
+    table = Table(
+        f"A peer is faster, charge {charge}: {len(lost)} of {total} comparisons{more}",
+        ["case", "peer", "ours ms", "peer ms", "ratio"],
+    )
+    for ratio in shown:
+        times = map(milliseconds, ratio)
+        case, peer = ratio.ours["case"], ratio.peer["kernel"]
+        table.rows.append([case, peer, *times, f"{ratio.value:.2f}"])
+    return table
+
+
+def status_table(rows: list[Row]) -> Table:
+    """Pairs that have no time, with the reason; equal ones are counted together."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        if row["status"] != "ok" and row["charge"] == OP:
+            reason = row["reason"].split(", got")[0].split("; this has")[0]
+            found[row["status"], reason].append(row["kernel"])
+    table = Table("Pairs without a time", ["reason", "status", "pairs", "kernels"])
+    for (status, reason), kernels in sorted(found.items()):
+        names = ", ".join(dict.fromkeys(kernels))
+        table.rows.append([reason[:90], status, str(len(kernels)), names])
+    return table
+
+
+def case_tables(rows: list[Row]) -> list[Table]:
+    """Every case, by device and charge."""
+    tables = [
+        case_table(own, charge, device)
+        for device, own in by_device(rows).items()
+        for charge in (FROM_TOKEN_MAJOR, OP)
+    ]
+    return [table for table in tables if table.rows]
+
+
+def case_table(rows: list[Row], charge: str, device: str) -> Table:
+    """Every case: our time, dense, and the fastest other peer."""
+    cases: dict[str, list[Ratio]] = defaultdict(list)
+    for ratio in ratios(rows, charge):
+        cases[ratio.ours["case"]].append(ratio)
+    table = Table(
+        f"Cases on {device}, charge {charge}",
+        ["case", "kernel", "ms", "x dense", "fastest sparse peer", "ms", "x peer"],
+    )
+    for case, found in cases.items():
+        dense = [ratio for ratio in found if ratio.peer["kernel"] == "dense"]
+        sparse = [ratio for ratio in found if ratio.peer["kernel"] != "dense"]
+        best = min(sparse, key=lambda ratio: ratio.value, default=None)
+        ours = found[0].ours
+        table.rows.append(
+            [
+                case,
+                ours["backend"],
+                milliseconds(ours),
+                f"{dense[0].value:.1f}" if dense else "-",
+                best.peer["kernel"] if best else "-",
+                milliseconds(best.peer) if best else "-",
+                f"{best.value:.1f}" if best else "-",
+            ]
+        )
+    return table

@@ -1,0 +1,57 @@
+"""What is measured: the cases of a suite, and which contenders meet in each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from bench.contenders import ours, peers
+from bench.contenders.base import Contender
+from bench.contenders.overhead import is_overhead, overhead_contenders
+from bench.layer.case import LayerCase
+from bench.layer.contenders import LayerContender
+from bench.layer.contenders import contenders as layer_contenders
+from bench.suites import SUITES
+from rosa_kernels.testing import Case
+
+
+def suite(name: str, seed: int = 0, device: str = "cpu") -> list[Case]:
+    """The cases of a suite on a device, what says most first."""
+    if name not in SUITES:
+        raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
+    return SUITES[name].cases(device, seed)
+
+
+def contenders(case: Case, device: str = "cpu") -> list[Contender] | list[LayerContender]:
+    """All that compete in a case: "auto", every registered kernel, and the peers."""
+    if isinstance(case, LayerCase):
+        return layer_contenders(case, device)
+    if is_overhead(case):
+        return overhead_contenders(case)
+    return [*ours.contenders(case, device), *peers.contenders(case, device)]
+
+
+def pairs(
+    name: str, seed: int = 0, device: str = "cpu"
+) -> Iterator[tuple[Case, Contender | LayerContender]]:
+    """Every (case, contender) of a suite; the command line and pytest-benchmark iterate these."""
+    for case in suite(name, seed, device):
+        for contender in contenders(case, device):
+            yield case, contender
+
+
+def case_id(case: Case) -> str:
+    """The name of a case in results: everything that defines it."""
+    name = (
+        f"{case.op}/{case.mask}/{case.m}x{case.n}/k{case.k}/"
+        f"{case.density:g}/{dtype_name(case.dtype)}/{case.seed}"
+    )
+    if isinstance(case, LayerCase):
+        name += f"/r{case.rank}" + (f"/dropout{case.dropout:g}" if case.dropout else "")
+    return name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
