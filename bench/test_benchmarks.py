@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contenders.base import Contender, Problem
-from bench.run.check import Check
-from bench.run.runner import quiet_torch
-from bench.suites.cases import case_id, pairs
 from rosa_kernels.testing import Case
+
+from .contenders.base import Contender, Problem
+from .run.check import Check
+from .run.runner import quiet_torch
+from .suites.cases import case_id, pairs
 
 pytest.importorskip("pytest_benchmark")
 

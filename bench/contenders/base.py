@@ -9,12 +9,12 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from bench import masks
 from rosa_kernels import CsrPattern
 from rosa_kernels.testing import Case, make_inputs
 
-OP, FROM_TOKEN_MAJOR = "op", "from_token_major"
-DEVICES = frozenset({"cpu", "cuda"})
+from .. import masks
+from ..measuring.names import DEVICES, FROM_TOKEN_MAJOR, OP
+
 Run = Callable[[], Tensor]
 
 

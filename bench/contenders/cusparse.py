@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.contenders import cusparse_api as api
-from bench.contenders.base import OP, Contender, Problem, Run, Unsupported, token_major
+from ..measuring.names import OP
+from . import cusparse_api as api
+from .base import Contender, Problem, Run, Unsupported, token_major
 
 _CUDA = frozenset({"cuda"})
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.contenders.base import Contender, Problem, Run
+from .base import Contender, Problem, Run
 
 _CUDA = frozenset({"cuda"})
 _16_BIT = (torch.bfloat16, torch.float16)

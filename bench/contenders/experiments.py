@@ -7,18 +7,16 @@ kernels that "auto" could take: mode "experiment" keeps them out of every other 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
-from bench.contenders import ours
-from bench.contenders.base import FROM_TOKEN_MAJOR, Contender, Problem, Run
-from bench.contenders.overhead import is_overhead
-from bench.measuring.results import Row
-from bench.report.tables import Table, geomean, milliseconds, timed
 from rosa_kernels.testing import Case
+
+from . import ours
+from .base import Contender, Problem, Run
+from .overhead import is_overhead
 
 T = TypeVar("T")
 
@@ -39,7 +37,7 @@ def contenders(case: Case, device: str) -> list[Contender]:
     if case.op != "sddmm" or device != "cuda" or is_overhead(case):
         return []
     return [
-        under(base, suffix, settings)
+        with_settings(base, suffix, settings)
         for base in ours.contenders(case, device)
         if base.name in _KERNELS
         for suffix, settings in SETTINGS.items()
@@ -51,7 +49,7 @@ def kernel_of(name: str) -> str:
     return name.split(" ")[0]
 
 
-def under(base: Contender, suffix: str, settings: Mapping[str, str]) -> Contender:
+def with_settings(base: Contender, suffix: str, settings: Mapping[str, str]) -> Contender:
     """A contender whose calls see the settings in their environment, and nobody else's do."""
 
     def prepare(problem: Problem, charge: str) -> Run:
@@ -85,32 +83,3 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def tables(rows: Iterable[Row]) -> list[Table]:
-    """Time of every experiment over that of the same kernel's default; empty without any."""
-    times: dict[tuple[str, str, str, str], dict[str, Row]] = defaultdict(dict)
-    for row in timed(rows):
-        if row["charge"] == FROM_TOKEN_MAJOR and row["mode"] in (MODE, "no_grad"):
-            kernel = kernel_of(row["kernel"])
-            suffix = row["kernel"][len(kernel) + 1 :]
-            times[row["run_id"], row["device"], row["case"], kernel][suffix] = row
-    table = Table(
-        "Experiments: time over that of the kernel's default, below 1 is faster",
-        ["case", "kernel", "ms", *SETTINGS],
-    )
-    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (_, _, case, kernel), found in times.items():
-        if "" not in found or len(found) == 1:
-            continue
-        cells = []
-        for suffix in SETTINGS:
-            ratio = found[suffix]["median_s"] / found[""]["median_s"] if suffix in found else None
-            cells.append("-" if ratio is None else f"{ratio:.3f}")
-            if ratio is not None:
-                ratios[kernel][suffix].append(ratio)
-        table.rows.append([case, kernel, milliseconds(found[""]), *cells])
-    for kernel, by_suffix in ratios.items():
-        cells = [f"{geomean(by_suffix[s]):.3f}" if s in by_suffix else "-" for s in SETTINGS]
-        table.rows.append(["geometric mean", kernel, "", *cells])
-    return [table] if table.rows else []

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
-from bench.contenders.base import FROM_TOKEN_MAJOR, OP, Contender, Problem, Run, token_major
+from ..measuring.names import FROM_TOKEN_MAJOR, OP
+from .base import Contender, Problem, Run, token_major
 
 _DTYPES = (torch.float32, torch.float64)
 

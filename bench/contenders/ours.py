@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 import rosa_kernels as rk
-from bench.contenders.base import FROM_TOKEN_MAJOR, OP, Contender, Problem, Run
-from bench.contenders.peers import peer_names
-from bench.contenders.workspace import workspace_bytes
 from rosa_kernels.kernel import AUTO_FINITE
 from rosa_kernels.testing import Case
+
+from ..measuring.names import FROM_TOKEN_MAJOR, OP
+from .base import Contender, Problem, Run
+from .peers import peer_names
+from .workspace import workspace_bytes
 
 # Past this many multiply-adds the oracle, which is written to be read, takes longer than all other
 # contenders together.
@@ -34,7 +36,7 @@ def contenders(case: Case, device: str = "cpu") -> list[Contender]:
     ]
 
 
-def choosable(op: str, name: str) -> bool:
+def auto_may_take(op: str, name: str) -> bool:
     """Whether "auto" might take a kernel at all; of one that is not registered here, True."""
     found = [kernel for kernel in rk.kernels(op) if kernel.name == name]
     return not any(kernel.finite_only or kernel.on_request for kernel in found)

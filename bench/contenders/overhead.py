@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from bench.contenders import ours
-from bench.contenders.base import OP, Contender, Problem, Run
 from rosa_kernels.testing import Case
+
+from ..measuring.names import OP
+from . import ours
+from .base import Contender, Problem, Run
 
 _SIZE, _TOKENS = 32, 8
 

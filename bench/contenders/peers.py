@@ -5,9 +5,10 @@ A peer's name up to the first "-" is its family: tables of ratios give the best 
 
 from __future__ import annotations
 
-from bench.contenders import cusparse, dense, numpy_scipy, spops, sputnik, torch_sparse
-from bench.contenders.base import Contender
 from rosa_kernels.testing import Case
+
+from . import cusparse, dense, numpy_scipy, spops, sputnik, torch_sparse
+from .base import Contender
 
 # Dense first: every ratio to the roof is drawn against it.
 _PEERS = (

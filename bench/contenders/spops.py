@@ -18,7 +18,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench.contenders.base import OP, Contender, Problem, Run, token_major
+from ..measuring.names import OP
+from .base import Contender, Problem, Run, token_major
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ATTRIBUTES = ("spmm", "sddmm", "csr_add")

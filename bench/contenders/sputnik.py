@@ -14,9 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.contenders.base import OP, Contender, Problem, Run, token_major
 from rosa_kernels.backends import native
 from rosa_kernels.backends.native import csr_of, matrix_of, vector_of
+
+from ..measuring.names import OP
+from .base import Contender, Problem, Run, token_major
 
 _CUDA = frozenset({"cuda"})
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from bench.contenders.base import OP, Contender, Problem, Run, token_major
+from ..measuring.names import OP
+from .base import Contender, Problem, Run, token_major
 
 _DTYPES = (torch.float32, torch.float64)
 

@@ -7,10 +7,11 @@ from itertools import pairwise
 import torch
 
 import rosa_kernels as rk
-from bench.contenders.base import Problem
 from rosa_kernels.backends import native, native_cuda
 from rosa_kernels.backends.slabs import SLAB_BYTES, slab_edges
 from rosa_kernels.tile_plan import SLABS
+
+from .base import Problem
 
 _IN_PLACE = ("csr_add_", "csr_gather", "csr_scatter_")
 

@@ -10,8 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from bench.layer.parametrization import LayerSpec, rosa_nnz
 from rosa_kernels.testing import Case
+
+from .parametrization import LayerSpec, rosa_nnz
 
 LAYER, MODEL = "rosa_layer", "rosa_model"
 OPS = (LAYER, MODEL)
@@ -207,7 +208,7 @@ class Adapted:
 
     Attributes:
         module: what is called.
-        trained: per layer its trained parameters, by the names of :class:`Form`.
+        trained: per layer its trained parameters, by the names of :class:`Parametrization`.
         attach: what is done once there is an optimizer, before the first step.
         keeps: (layer, x) -> which elements of x its dropout keeps, by the same draw from torch's
             generator that the next forward makes; None where it drops nothing.

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.layer.case import LAYER, Adapted, LayerProblem
-from bench.layer.parametrization import Form
+from .case import LAYER, Adapted, LayerProblem
+from .parametrization import Parametrization
 
 # Tokens, rows of a full gradient, and entries of dS that are compared; NaN and shapes are looked
 # for in all.
@@ -56,10 +56,10 @@ class Check:
         self._tokens = _some(case.k, _TOKENS, generator)
         self._rows = _some(case.m, _ROWS, generator)
 
-    def __call__(self, adapted: Adapted, forms: dict[str, Form]) -> float:
+    def __call__(self, adapted: Adapted, parametrizations: dict[str, Parametrization]) -> float:
         """The largest error found, relative to the scale of its element (of the model: its norm).
 
-        `forms` are what the contender is to compute now: with its present numbers.
+        `parametrizations` are what the contender is to compute now: with its present numbers.
 
         Raises:
             AssertionError: what is wrong, where, by how much.
@@ -67,8 +67,8 @@ class Check:
         result = self._result(adapted)
         if self.problem.case.op == LAYER:
             weight = adapted.trained["linear"].get("weight")
-            return self._layer(result, forms["linear"], weight)
-        return self._model(result, adapted, forms)
+            return self._layer(result, parametrizations["linear"], weight)
+        return self._model(result, adapted, parametrizations)
 
     def _result(self, adapted: Adapted) -> Result:
         problem = self.problem
@@ -95,8 +95,10 @@ class Check:
 
     # -- one layer ---------------------------------------------------------------------------------
 
-    def _layer(self, result: Result, form: Form, trained: Tensor | None) -> float:
-        refs = self._references(form, result.keep, trained)
+    def _layer(
+        self, result: Result, parametrization: Parametrization, trained: Tensor | None
+    ) -> float:
+        refs = self._references(parametrization, result.keep, trained)
         case = self.problem.case
         got: dict[str, Any] = {"y": result.y, "dx": result.dx, **result.gradients["linear"]}
         u = _U32 if not case.is_16_bit else float(torch.finfo(case.dtype).eps) / 2
@@ -122,27 +124,34 @@ class Check:
         return worst
 
     def _references(
-        self, form: Form, keep: Tensor | None, trained: Tensor | None
+        self, parametrization: Parametrization, keep: Tensor | None, trained: Tensor | None
     ) -> dict[str, tuple[tuple[int, ...], Any, Tensor, Tensor]]:
         """Per tensor: its shape, which of it is compared, the exact values, their scale."""
         problem, case = self.problem, self.problem.case
         m, n, tokens = case.m, case.n, case.k
         base = problem.specs["linear"].weight if trained is None else trained.detach()
         w = base.double()
-        if form.pattern is not None and form.values is not None:
-            rows, cols = form.pattern.row_indices.long(), form.pattern.col_indices.long()
-            w[rows, cols] += form.values.double()
+        if parametrization.pattern is not None and parametrization.values is not None:
+            rows, cols = (
+                parametrization.pattern.row_indices.long(),
+                parametrization.pattern.col_indices.long(),
+            )
+            w[rows, cols] += parametrization.values.double()
         x, dy = self._x.double(), self._dy.double()
         some = self._tokens.to(x.device)
         xs, ds = x[some], dy[some]
         y, y2 = xs @ w.t(), xs.square() @ w.square().t()
         dx, dx2 = ds @ w, ds.square() @ w.square()
         refs: dict[str, tuple[tuple[int, ...], Any, Tensor, Tensor]] = {}
-        if form.a is not None and form.b is not None:
-            a, b, s = form.a.double(), form.b.double(), form.scaling
+        if parametrization.a is not None and parametrization.b is not None:
+            a, b, s = (
+                parametrization.a.double(),
+                parametrization.b.double(),
+                parametrization.scaling,
+            )
             factor = torch.ones_like(x)
             if keep is not None:
-                factor = self._factor(form, keep, factor)
+                factor = self._factor(parametrization, keep, factor)
             dropped = x * factor
             h, h2 = dropped @ a.t(), dropped.square() @ a.square().t()
             g, g2 = dy @ b, dy.square() @ b.square()
@@ -163,71 +172,78 @@ class Check:
                 s * g.t() @ dropped,
                 s * (g2.t() @ dropped.square()).sqrt(),
             )
-        if form.pattern is not None:
-            count = form.pattern.nnz
+        if parametrization.pattern is not None:
+            count = parametrization.pattern.nnz
             at = _some(count, _ENTRIES, torch.Generator().manual_seed(case.seed)).to(x.device)
-            rows = form.pattern.row_indices.long()[at]
-            cols = form.pattern.col_indices.long()[at]
+            rows = parametrization.pattern.row_indices.long()[at]
+            cols = parametrization.pattern.col_indices.long()[at]
             products = dy[:, rows] * x[:, cols]
             refs["values"] = ((count,), at, products.sum(0), products.square().sum(0).sqrt())
         at = self._rows.to(x.device)
         dw, dw2 = dy[:, at].t() @ x, dy[:, at].square().t() @ x.square()
         refs["weight"] = ((m, n), at, dw, dw2.sqrt())
-        refs = {name: ref for name, ref in refs.items() if name in form.trains}
+        refs = {name: ref for name, ref in refs.items() if name in parametrization.trains}
         refs["y"] = ((tokens, m), some, y, y2.sqrt())
         refs["dx"] = ((tokens, n), some, dx, dx2.sqrt())
         return refs
 
-    def _factor(self, form: Form, keep: Tensor, ones: Tensor) -> Tensor:
+    def _factor(self, parametrization: Parametrization, keep: Tensor, ones: Tensor) -> Tensor:
         """What dropout multiplies x with; a selector drops among the columns that it takes."""
         kept = keep.double() / (1 - self.problem.case.dropout)
-        if form.selector is None:
+        if parametrization.selector is None:
             return kept
-        ones[:, form.selector] = kept
+        ones[:, parametrization.selector] = kept
         return ones
 
     # -- the model ---------------------------------------------------------------------------------
 
-    def _model(self, result: Result, adapted: Adapted, forms: dict[str, Form]) -> float:
+    def _model(
+        self, result: Result, adapted: Adapted, parametrizations: dict[str, Parametrization]
+    ) -> float:
         root = self.problem.base(torch.float64)
         weights: dict[str, nn.Parameter] = {}
-        for name, form in forms.items():
+        for name, parametrization in parametrizations.items():
             weights[name] = root.get_submodule(name).weight  # type: ignore[assignment]
             with torch.no_grad():
-                if "weight" in form.trains:
+                if "weight" in parametrization.trains:
                     weights[name].copy_(adapted.trained[name]["weight"])
-                weights[name].add_(form.delta())
-            weights[name].requires_grad_(bool(form.trains))
+                weights[name].add_(parametrization.delta())
+            weights[name].requires_grad_(bool(parametrization.trains))
         y = self.problem.run(root, self._x)
         worst = _norm_error("y", result.y, y.detach())
         if y.requires_grad:
             y.backward(self._dy.double())
-        for name, form in forms.items():
-            if not form.trains:
+        for name, parametrization in parametrizations.items():
+            if not parametrization.trains:
                 continue
             dense = weights[name].grad
             assert dense is not None
-            for part, ref in _through(form, dense).items():
+            for part, ref in _through(parametrization, dense).items():
                 got = result.gradients[name][part]
                 worst = max(worst, _norm_error(f"{name}.{part}", got, ref))
         return worst
 
 
-def _through(form: Form, dense: Tensor) -> dict[str, Tensor]:
-    """The gradients of a form's parts from that of the dense weight they add up to."""
+def _through(parametrization: Parametrization, dense: Tensor) -> dict[str, Tensor]:
+    """The gradients of a parametrization's parts from that of the dense weight they add up to."""
     found = {}
-    for part in form.trains:
+    for part in parametrization.trains:
         if part == "weight":
             found[part] = dense
         elif part == "values":
-            assert form.pattern is not None
-            rows, cols = form.pattern.row_indices.long(), form.pattern.col_indices.long()
+            assert parametrization.pattern is not None
+            rows, cols = (
+                parametrization.pattern.row_indices.long(),
+                parametrization.pattern.col_indices.long(),
+            )
             found[part] = dense[rows, cols]
         else:
-            assert form.a is not None
-            assert form.b is not None
-            a, b = form.a.double(), form.b.double()
-            found[part] = form.scaling * (b.t() @ dense if part == "a" else dense @ a.t())
+            assert parametrization.a is not None
+            assert parametrization.b is not None
+            a, b = parametrization.a.double(), parametrization.b.double()
+            found[part] = parametrization.scaling * (
+                b.t() @ dense if part == "a" else dense @ a.t()
+            )
     return found
 
 

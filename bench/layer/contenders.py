@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import rosa_kernels as rk
-from bench.contenders.base import DEVICES, OP
-from bench.layer import peft
-from bench.layer.case import FWD_BWD, LAYER, Adapted, LayerCase, LayerProblem
-from bench.layer.parametrization import ALPHA, Form, NoMask
+
+from ..measuring.names import DEVICES, OP
+from . import peft
+from .case import FWD_BWD, LAYER, Adapted, LayerCase, LayerProblem
+from .parametrization import ALPHA, Parametrization, TooFewEntries
 
 # Our own LoRA is what ours is held against first: the same code less the sparse branch, and in
 # float32 on a CPU faster than PEFT's.
 REFERENCE, PEFT_REFERENCE, OURS = "lora", "peft-lora", "rosa"
 SUPER_TUNING, SHIRA, FULL, FROZEN = "peft-supra", "peft-shira", "full", "frozen"
-Adapt = Callable[[nn.Module, dict[str, Form], float], Adapted]
+Adapt = Callable[[nn.Module, dict[str, Parametrization], float], Adapted]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class LayerContender:
     """One way to train a layer, in one mode; the fields are those of `bench.contenders.base`.
 
     Attributes:
-        kind: which :class:`Form` it trains.
-        adapt: (model, forms by layer, dropout) -> the model with its layers in it.
+        kind: which :class:`Parametrization` it trains.
+        adapt: (model, parametrizations by layer, dropout) -> the model with its layers in it.
         missing: why it cannot run here at all, or None.
     """
 
@@ -55,23 +56,23 @@ class LayerContender:
         if reason is not None:
             return reason
         try:
-            self.forms(problem)
-        except NoMask as error:
+            self.parametrizations(problem)
+        except TooFewEntries as error:
             return str(error)
         return None
 
-    def forms(self, problem: LayerProblem) -> dict[str, Form]:
+    def parametrizations(self, problem: LayerProblem) -> dict[str, Parametrization]:
         """What it adds to each layer."""
-        return {name: spec.form(self.kind) for name, spec in problem.specs.items()}
+        return {name: spec.parametrization(self.kind) for name, spec in problem.specs.items()}
 
-    def build(self, problem: LayerProblem, forms: dict[str, Form]) -> Adapted:
+    def build(self, problem: LayerProblem, parametrizations: dict[str, Parametrization]) -> Adapted:
         """A new model with its layers in it."""
         # Under autocast full fine-tuning has float32 weights: sums of small steps vanish in a
         # 16-bit one. That is what AMP does, and what the optimizer states are beside.
         wide = self.kind == "full" and problem.case.is_16_bit
         root = problem.base(torch.float32 if wide else None)
         root.train()
-        return self.adapt(root, forms, problem.case.dropout)
+        return self.adapt(root, parametrizations, problem.case.dropout)
 
 
 def contenders(case: LayerCase, device: str = "cpu") -> list[LayerContender]:
@@ -93,27 +94,29 @@ def replace_layer(root: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, layer)
 
 
-def _ours(root: nn.Module, forms: dict[str, Form], dropout: float, *, path: str) -> Adapted:
+def _ours(
+    root: nn.Module, parametrizations: dict[str, Parametrization], dropout: float, *, path: str
+) -> Adapted:
     layers: dict[str, rk.nn.RosaLinear] = {}
-    for name, form in forms.items():
+    for name, parametrization in parametrizations.items():
         layer = rk.nn.RosaLinear.from_linear(
             root.get_submodule(name),
-            form.rank,
-            form.pattern,
+            parametrization.rank,
+            parametrization.pattern,
             ALPHA,
             dropout,
-            selector=form.selector,
+            selector=parametrization.selector,
         )
         if path == "separate":
             layer._cannot_be_written = lambda: "asked for"  # type: ignore[method-assign]
         replace_layer(root, name, layer)
         layers[name] = layer
     trained: dict[str, dict[str, nn.Parameter]] = {}
-    for name, form in forms.items():
+    for name, parametrization in parametrizations.items():
         adapter = layers[name].adapter()
         own = {"a": adapter.lora_a, "b": adapter.lora_b, "values": adapter.values}
-        trained[name] = {part: own[part] for part in form.trains}  # type: ignore[misc]
-        form.start(trained[name])
+        trained[name] = {part: own[part] for part in parametrization.trains}  # type: ignore[misc]
+        parametrization.initialize(trained[name])
 
     def attach(optimizer: torch.optim.Optimizer) -> object:
         if path != "resident":
@@ -132,13 +135,15 @@ def _ours(root: nn.Module, forms: dict[str, Form], dropout: float, *, path: str)
     return Adapted(root, trained, attach, keeps if dropout else None)
 
 
-def _torch(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
+def _torch(
+    root: nn.Module, parametrizations: dict[str, Parametrization], dropout: float
+) -> Adapted:
     trained: dict[str, dict[str, nn.Parameter]] = {}
-    for name, form in forms.items():
+    for name, parametrization in parametrizations.items():
         weight = root.get_submodule(name).weight
         assert isinstance(weight, nn.Parameter)
-        weight.requires_grad_(bool(form.trains))
-        trained[name] = {"weight": weight} if form.trains else {}
+        weight.requires_grad_(bool(parametrization.trains))
+        trained[name] = {"weight": weight} if parametrization.trains else {}
     return Adapted(root, trained)
 
 
@@ -146,7 +151,7 @@ def _present() -> None:
     """Nothing is missing."""
 
 
-# name, backend, kind of form, adapt, missing
+# name, backend, kind of parametrization, adapt, missing
 _CONTENDERS: tuple[tuple[str, str, str, Adapt, Callable[[], str | None]], ...] = (
     (OURS, "rosa-kernels, resident", "rosa", partial(_ours, path="resident"), _present),
     ("rosa-scatter", "rosa-kernels, scatter", "rosa", partial(_ours, path="scatter"), _present),
@@ -161,3 +166,9 @@ _CONTENDERS: tuple[tuple[str, str, str, Adapt, Callable[[], str | None]], ...] =
     (FULL, "torch", "full", _torch, _present),
     (FROZEN, "torch", "frozen", _torch, _present),
 )
+
+
+def contender_of(case: LayerCase, name: str, mode: str, device: str) -> LayerContender:
+    """The contender of that name and mode."""
+    (found,) = (c for c in contenders(case, device) if (c.name, c.mode) == (name, mode))
+    return found

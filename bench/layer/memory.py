@@ -1,6 +1,6 @@
 """What a step needs: resident pages, live tensors, what waits for backward, what stays.
 
-On a CPU each contender is weighed in a process of its own. There the C heap maps every block from
+On a CPU each contender is measured in a process of its own. There the C heap maps every block from
 128 KiB up by itself and gives it back when it is freed, so that the peak of the resident set is
 that of the contender and of nobody before it. Beside it stand exact counts of tensor bytes.
 """
@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import masks
-from bench.layer.case import Adapted, LayerCase, LayerProblem
-from bench.measuring import timing
-from bench.measuring.results import Row
+from .. import masks
+from ..measuring.memory import with_peak
+from ..measuring.results import Row
+from .case import Adapted, LayerCase, LayerProblem
+from .contenders import contender_of
+from .step import quiet, step_of
 
 _M_MMAP_THRESHOLD = -3  # mallopt's name for it; to set it ends glibc's moving it
 _MAPPED_FROM = 128 * 2**10
@@ -31,8 +33,8 @@ _WARM_CALLS = 2
 Call = Callable[[], Any]
 
 
-class Weigher:
-    """Weighs the contenders of a run, in child processes where the device is a CPU.
+class MemoryMeter:
+    """Measures the memory of the contenders of a run, in child processes where the device is a CPU.
 
     The children are forked off a server that has imported torch but never computed: a fork of a
     process whose OpenMP pool has started hangs, and starting Python anew takes six seconds.
@@ -40,14 +42,15 @@ class Weigher:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["bench.layer.runner", "bench.__main__", "peft"])
+        # By this module's own name: the wheel installs it under another one.
+        self._context.set_forkserver_preload([__name__, "peft"])
 
     def __call__(self, case: LayerCase, name: str, mode: str, device: str, threads: int) -> Row:
         """The columns of memory of one contender in one mode."""
         if device != "cpu":
-            return weigh(case, name, mode, device, threads)
+            return measure_memory(case, name, mode, device, threads)
         with ProcessPoolExecutor(1, self._context, _settle_heap) as pool:
-            return pool.submit(weigh, case, name, mode, device, threads).result()
+            return pool.submit(measure_memory, case, name, mode, device, threads).result()
 
 
 def _settle_heap() -> None:
@@ -56,9 +59,8 @@ def _settle_heap() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
-def weigh(case: LayerCase, name: str, mode: str, device: str, threads: int) -> Row:
+def measure_memory(case: LayerCase, name: str, mode: str, device: str, threads: int) -> Row:
     """The columns of memory, measured in this process."""
-    from bench.layer.runner import contender_of, quiet, step_of
 
     torch.set_num_threads(threads)
     contender = contender_of(case, name, mode, device)
@@ -66,17 +68,17 @@ def weigh(case: LayerCase, name: str, mode: str, device: str, threads: int) -> R
     problem.base()  # what all contenders share is there before anything is counted
     with quiet():
         before = _tensor_bytes()
-        forms = contender.forms(problem)
-        adapted = contender.build(problem, forms)
-        del forms
-        masks.pattern_of.cache_clear()  # a peer has its own form of the mask
+        parametrizations = contender.parametrizations(problem)
+        adapted = contender.build(problem, parametrizations)
+        del parametrizations
+        masks.pattern_of.cache_clear()  # a peer has its own copy of the mask
         call = step_of(problem, adapted, mode)
         for _ in range(_WARM_CALLS):
             call()
         call.clear()
         inputs = problem.x.nbytes + problem.dy.nbytes
         held = _tensor_bytes() - before + inputs
-        peak = timing.with_peak(call, device)[1]
+        peak = with_peak(call, device)[1]
         call.clear()
         live = peak if device == "cuda" else live_peak(call)
         call.clear()

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from bench import masks
 from rosa_kernels import CsrPattern
+
+from .. import masks
 
 ALPHA = 16.0
 
@@ -21,7 +22,7 @@ def rosa_nnz(m: int, n: int, rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class Form:
+class Parametrization:
     """What a contender adds to one weight: S + scaling B A, and which of it trains.
 
     Attributes:
@@ -66,14 +67,14 @@ class Form:
             delta = sparse + delta
         return delta
 
-    def start(self, trained: Mapping[str, nn.Parameter]) -> None:
+    def initialize(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Give parameters these numbers, as float32 masters whatever the weight is."""
         with torch.no_grad():
             for part, parameter in trained.items():
                 number: Tensor = getattr(self, part)
                 parameter.data = number.to(parameter.device, torch.float32).clone()
 
-    def now(self, trained: Mapping[str, Tensor]) -> Form:
+    def updated(self, trained: Mapping[str, Tensor]) -> Parametrization:
         """The same with the numbers that a contender's parameters have now."""
         return replace(
             self,
@@ -83,7 +84,7 @@ class Form:
         )
 
 
-class NoMask(ValueError):
+class TooFewEntries(ValueError):
     """A mask that cannot have as many entries as the budget asks for."""
 
 
@@ -96,28 +97,28 @@ class LayerSpec:
     rank: int
     seed: int
 
-    def form(self, kind: str) -> Form:
-        """The form of that kind: "frozen", "full", "lora", "rosa", "sparse" or "cla".
+    def parametrization(self, kind: str) -> Parametrization:
+        """The parametrization of that kind: "frozen", "full", "lora", "rosa", "sparse" or "cla".
 
         Raises:
-            NoMask: the mask has too few entries.
+            TooFewEntries: the mask has too few entries.
         """
         if kind in ("frozen", "full"):
-            return Form(trains=("weight",) if kind == "full" else ())
+            return Parametrization(trains=("weight",) if kind == "full" else ())
         m, n = self.weight.shape
         if kind == "sparse":
             pattern = self.pattern(self.rank * (m + n))
-            return Form(("values",), pattern=pattern, values=self._values(pattern))
+            return Parametrization(("values",), pattern=pattern, values=self._values(pattern))
         if kind == "cla":
             rank = min(self.rank * (m + n) // m, n)
             selector = torch.arange(rank, device=self.weight.device)
             a = torch.eye(rank, n, device=self.weight.device)
             b = self._normal(m, rank, 2) / rank**0.5
-            return Form(("b",), a, b, ALPHA / rank, selector=selector)
+            return Parametrization(("b",), a, b, ALPHA / rank, selector=selector)
         rank = self.rank if kind == "lora" else self.rank // 2
         # With W's entries of 1 / sqrt(n): the low-rank branch has an effect of its size.
         a, b = self._normal(rank, n, 1) / n**0.5, self._normal(m, rank, 2) / (ALPHA / rank**0.5)
-        low = Form(("a", "b"), a, b, ALPHA / rank)
+        low = Parametrization(("a", "b"), a, b, ALPHA / rank)
         if kind == "lora":
             return low
         pattern = self.pattern(rosa_nnz(m, n, self.rank))
@@ -129,7 +130,7 @@ class LayerSpec:
         m, n = self.weight.shape
         pattern = masks.pattern_of(self.mask, m, n, min(nnz / (m * n), 1.0), self.seed)
         if pattern.nnz < nnz:
-            raise NoMask(f"{self.mask} has {pattern.nnz} entries; the budget asks for {nnz}")
+            raise TooFewEntries(f"{self.mask} has {pattern.nnz} entries; the budget asks for {nnz}")
         if pattern.nnz > nnz:
             generator = torch.Generator().manual_seed(self.seed)
             kept = torch.randperm(pattern.nnz, generator=generator)[:nnz].sort().values

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.layer.case import Adapted
-from bench.layer.parametrization import ALPHA, Form
+from .case import Adapted
+from .parametrization import ALPHA, Parametrization
 
 _NAME = "default"
 
@@ -28,31 +28,37 @@ def missing(package: str) -> str | None:
     return None if found else f"{package} is not installed"
 
 
-def lora(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
+def lora(root: nn.Module, parametrizations: dict[str, Parametrization], dropout: float) -> Adapted:
     """`peft.LoraConfig`."""
     from peft import LoraConfig
 
-    rank = _one(form.rank for form in forms.values())
+    rank = _one(parametrization.rank for parametrization in parametrizations.values())
     config = LoraConfig(
-        r=rank, lora_alpha=int(ALPHA), lora_dropout=dropout, target_modules=list(forms), bias="none"
+        r=rank,
+        lora_alpha=int(ALPHA),
+        lora_dropout=dropout,
+        target_modules=list(parametrizations),
+        bias="none",
     )
 
     def parts(layer: Any) -> dict[str, nn.Parameter]:
         return {"a": layer.lora_A[_NAME].weight, "b": layer.lora_B[_NAME].weight}
 
-    return _inject(root, forms, config, parts, _dropping(dropout))
+    return _inject(root, parametrizations, config, parts, _dropping(dropout))
 
 
-def super_tuning(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
-    """`peft.SupertuningConfig`: sparse, and low-rank beside it (its "Supra") where the form is."""
+def super_tuning(
+    root: nn.Module, parametrizations: dict[str, Parametrization], dropout: float
+) -> Adapted:
+    """`peft.SupertuningConfig`: sparse, or with a rank its "Supra", low-rank beside sparse."""
     from peft import SupertuningConfig
 
     low_rank: dict[str, Any] = {}
-    ranks = {form.rank for form in forms.values()}
+    ranks = {parametrization.rank for parametrization in parametrizations.values()}
     if ranks != {0}:
         low_rank = {"r": _one(ranks), "lora_alpha": ALPHA, "lora_dropout": dropout}
     # One entry a layer: the support is replaced below, which config has no option for.
-    config = SupertuningConfig(target_modules=list(forms), sparsity=0.9, **low_rank)
+    config = SupertuningConfig(target_modules=list(parametrizations), sparsity=0.9, **low_rank)
 
     def parts(layer: Any) -> dict[str, nn.Parameter]:
         found = {"values": layer.supertuning_values[_NAME]}
@@ -61,23 +67,23 @@ def super_tuning(root: nn.Module, forms: dict[str, Form], dropout: float) -> Ada
             found["b"] = layer.supertuning_lora_B[_NAME].weight
         return found
 
-    adapted = _inject(root, forms, config, parts, _dropping(dropout))
-    for name, form in forms.items():
+    adapted = _inject(root, parametrizations, config, parts, _dropping(dropout))
+    for name, parametrization in parametrizations.items():
         layer: Any = adapted.module.get_submodule(name)
-        layer.supertuning_indices[_NAME] = _flat(form).int()
+        layer.supertuning_indices[_NAME] = _flat(parametrization).int()
     return adapted
 
 
-def shira(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
+def shira(root: nn.Module, parametrizations: dict[str, Parametrization], dropout: float) -> Adapted:
     """`peft.ShiraConfig`, whose masks have r (m + n) entries."""
     from peft import ShiraConfig
 
     masks = {}
-    for name, form in forms.items():
-        assert form.pattern is not None
-        masks[name] = form.pattern
+    for name, parametrization in parametrizations.items():
+        assert parametrization.pattern is not None
+        masks[name] = parametrization.pattern
     ranks = {p.nnz // sum(p.shape) for p in masks.values()}
-    config: Any = ShiraConfig(r=_one(ranks), target_modules=list(forms))
+    config: Any = ShiraConfig(r=_one(ranks), target_modules=list(parametrizations))
     by_layer = {id(root.get_submodule(name)): pattern for name, pattern in masks.items()}
 
     def mask_of(layer: nn.Module, r: int, **options: Any) -> Tensor:
@@ -87,14 +93,16 @@ def shira(root: nn.Module, forms: dict[str, Form], dropout: float) -> Adapted:
         return mask
 
     config.mask_fn = mask_of
-    adapted = _inject(root, forms, config, lambda layer: {"values": layer.shira_weight[_NAME]})
+    adapted = _inject(
+        root, parametrizations, config, lambda layer: {"values": layer.shira_weight[_NAME]}
+    )
     config.mask_fn = None  # or the model would hold our masks beside its indices
     return adapted
 
 
 def _inject(
     root: nn.Module,
-    forms: dict[str, Form],
+    parametrizations: dict[str, Parametrization],
     config: Any,
     parts: Callable[[Any], dict[str, nn.Parameter]],
     keeps: Callable[[str, Tensor], Tensor] | None = None,
@@ -103,10 +111,12 @@ def _inject(
 
     root = peft.inject_adapter_in_model(config, root)
     trained: dict[str, dict[str, nn.Parameter]] = {}
-    for name, form in forms.items():
+    for name, parametrization in parametrizations.items():
         found = parts(root.get_submodule(name))
-        trained[name] = {part: found[part] for part in form.trains}
-        form.start(trained[name])  # float32 masters, as PEFT itself makes of a 16-bit model's
+        trained[name] = {part: found[part] for part in parametrization.trains}
+        parametrization.initialize(
+            trained[name]
+        )  # float32 masters, as PEFT itself makes of a 16-bit model's
         for parameter in trained[name].values():
             parameter.requires_grad_()
     return Adapted(root, trained, keeps=keeps)
@@ -118,10 +128,13 @@ def _dropping(dropout: float) -> Callable[[str, Tensor], Tensor] | None:
     return lambda name, x: nn.functional.dropout(torch.ones_like(x), dropout) != 0
 
 
-def _flat(form: Form) -> Tensor:
-    assert form.pattern is not None
-    rows, cols = form.pattern.row_indices.long(), form.pattern.col_indices.long()
-    return rows * form.pattern.shape[1] + cols
+def _flat(parametrization: Parametrization) -> Tensor:
+    assert parametrization.pattern is not None
+    rows, cols = (
+        parametrization.pattern.row_indices.long(),
+        parametrization.pattern.col_indices.long(),
+    )
+    return rows * parametrization.pattern.shape[1] + cols
 
 
 def _one(found: Any) -> int:

@@ -1,83 +1,23 @@
-"""One case of a layer: check every contender, weigh it, time those that are right."""
+"""One case of a layer: check every contender, measure its memory, time those that are right."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from bench.layer.case import FWD_BWD, STEP_FUSED, Adapted, LayerCase, LayerProblem
-from bench.layer.check import Check
-from bench.layer.contenders import LayerContender, contenders
-from bench.layer.memory import Weigher
-from bench.measuring import clocks, timing
-from bench.measuring.results import Row
+from ..measuring import clocks, timing
+from ..measuring.results import Row
+from .case import FWD_BWD, LayerCase, LayerProblem
+from .check import Check
+from .contenders import LayerContender
+from .memory import MemoryMeter
+from .step import Step, quiet, step_of
 
-# The step that is checked moves every parameter by about this much, as the weights themselves are
-# of this size: a weight that was not written anew is seen. Those that are timed hardly move.
-_CHECKED_LR, _TIMED_LR = 1e-2, 1e-7
-Weigh = Callable[[LayerCase, str, str, str, int], Row]
-
-
-class Step:
-    """What is timed: forward and backward, and AdamW if the mode has it."""
-
-    def __init__(self, problem: LayerProblem, adapted: Adapted, mode: str) -> None:
-        self._problem, self._module = problem, adapted.module
-        self._parameters, self._leaf = adapted.parameters, problem.leaf()
-        self.optimizer: torch.optim.Optimizer | None = None
-        self._handle: object = None
-        if self._parameters:
-            fused = True if mode == STEP_FUSED else None
-            self.optimizer = torch.optim.AdamW(self._parameters, lr=_TIMED_LR, fused=fused)
-            self._handle = adapted.attach(self.optimizer)
-        self._stepped = self.optimizer if mode != FWD_BWD else None
-
-    def __call__(self) -> None:
-        # Gradients of the last call go first, in every mode: who trains holds one set of them.
-        self.clear()
-        self._problem.run(self._module, self._leaf).backward(self._problem.dy)
-        if self._stepped is not None:
-            self._stepped.step()
-
-    def clear(self) -> None:
-        """Let go of the gradients."""
-        self._leaf.grad = None
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    def once_far(self) -> None:
-        """One call whose step moves the parameters visibly."""
-        assert self._stepped is not None
-        for group in self._stepped.param_groups:
-            group["lr"] = _CHECKED_LR
-        self()
-        for group in self._stepped.param_groups:
-            group["lr"] = _TIMED_LR
-
-
-def step_of(problem: LayerProblem, adapted: Adapted, mode: str) -> Step:
-    """The call of a mode."""
-    return Step(problem, adapted, mode)
-
-
-def contender_of(case: LayerCase, name: str, mode: str, device: str) -> LayerContender:
-    """The contender of that name and mode."""
-    (found,) = (c for c in contenders(case, device) if (c.name, c.mode) == (name, mode))
-    return found
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the notices of torch about sparse tensors and of PEFT about its configs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+MeasureMemory = Callable[[LayerCase, str, str, str, int], Row]
 
 
 @dataclass
@@ -91,16 +31,16 @@ class _Entry:
 def run_case(
     case: LayerCase,
     competing: Sequence[LayerContender],
-    rule: timing.Rule,
+    rule: timing.StoppingRule,
     device: str,
     failure: Callable[[Exception], Row],
-    weigh: Weigh | None = None,
+    measure_memory: MeasureMemory | None = None,
     timer: str = clocks.COLD,
 ) -> list[Row]:
     """The columns of all contenders of a case beyond the case's own, in the order given.
 
-    A contender is checked before its step and after it, then weighed, then timed in turns with the
-    others. `failure` makes the columns of an exception.
+    A contender is checked before its step and after it. Then its memory is measured. Those that are
+    right are timed in turns. `failure` makes the columns of an exception.
     """
     entries = [_Entry(contender) for contender in competing]
     with quiet():
@@ -110,7 +50,7 @@ def run_case(
         except Exception as error:  # the reason goes into every row of the case
             return [_columns(entry, failure(error)) for entry in entries]
         for entry in entries:
-            _examine(entry, problem, check, failure, weigh or Weigher())
+            _examine(entry, problem, check, failure, measure_memory or MemoryMeter())
         calls = {str(i): e.call for i, e in enumerate(entries) if e.call is not None}
         estimates = {str(i): e.estimate for i, e in enumerate(entries)}
         try:
@@ -130,26 +70,29 @@ def _examine(
     problem: LayerProblem,
     check: Check,
     failure: Callable[[Exception], Row],
-    weigh: Weigh,
+    measure_memory: MeasureMemory,
 ) -> None:
-    """Build, check and weigh a contender; leaves a call only if it may be timed."""
+    """Build a contender, check it, measure its memory; leaves a call only if it may be timed."""
     contender, case = entry.contender, problem.case
     reason = contender.reject(problem)
     if reason is not None:
         entry.columns = {"status": "unsupported", "reason": reason}
         return
     try:
-        forms = contender.forms(problem)
+        parametrizations = contender.parametrizations(problem)
         entry.columns = size_columns(contender, problem)
-        adapted = contender.build(problem, forms)
+        adapted = contender.build(problem, parametrizations)
         call = step_of(problem, adapted, contender.mode)
-        worst = check(adapted, forms)
+        worst = check(adapted, parametrizations)
         if contender.mode != FWD_BWD:
-            call.once_far()
-            now = {name: form.now(adapted.trained[name]) for name, form in forms.items()}
+            call.step_visibly()
+            now = {
+                name: parametrization.updated(adapted.trained[name])
+                for name, parametrization in parametrizations.items()
+            }
             worst = max(worst, check(adapted, now))
         entry.columns["max_err"] = worst
-        entry.columns |= weigh(
+        entry.columns |= measure_memory(
             case, contender.name, contender.mode, problem.device, torch.get_num_threads()
         )
         start = time.perf_counter()
@@ -165,18 +108,18 @@ def _examine(
 def size_columns(contender: LayerContender, problem: LayerProblem) -> Row:
     """What trains, and the products that forward and backward need at least."""
     tokens, trainable, nnz, flops = problem.case.k, 0, 0, 0
-    forms = contender.forms(problem)
-    for name, form in forms.items():
+    parametrizations = contender.parametrizations(problem)
+    for name, parametrization in parametrizations.items():
         m, n = problem.specs[name].weight.shape
-        trainable += form.trainable((m, n))
-        nnz += form.nnz
-        flops += (6 if "weight" in form.trains else 4) * tokens * m * n
-        if form.selector is not None:
-            flops += 6 * tokens * form.rank * m
-        elif form.rank:
-            flops += 6 * tokens * form.rank * (m + n)
-        flops += 2 * tokens * form.nnz
-    ranks = {form.rank for form in forms.values()}
+        trainable += parametrization.trainable((m, n))
+        nnz += parametrization.nnz
+        flops += (6 if "weight" in parametrization.trains else 4) * tokens * m * n
+        if parametrization.selector is not None:
+            flops += 6 * tokens * parametrization.rank * m
+        elif parametrization.rank:
+            flops += 6 * tokens * parametrization.rank * (m + n)
+        flops += 2 * tokens * parametrization.nnz
+    ranks = {parametrization.rank for parametrization in parametrizations.values()}
     rank = ranks.pop() if len(ranks) == 1 else None
     return {"nnz": nnz, "rank": rank, "trainable": trainable, "flops": flops}
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
-from bench.report.tables import Table
+from .table import Table
 
 
 def _rich() -> bool:
@@ -30,7 +30,7 @@ def show(table: Table) -> None:
 
     shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        shown.add_column(column, justify="left" if i < table.texts else "right", no_wrap=i == 0)
     for row in table.rows:
         shown.add_row(*row)
     Console().print(shown)

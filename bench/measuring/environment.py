@@ -14,17 +14,15 @@ from pathlib import Path
 
 import torch
 
-from bench.contenders import cusparse_api
-from bench.measuring.results import SCHEMA_VERSION, Row
+from .results import SCHEMA_VERSION, Row
 
-_ROOT = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def run_record(argv: list[str]) -> Row:
     """The columns that identify a run."""
     now = datetime.now(UTC)
-    sha = _output("git", "-C", str(_ROOT), "rev-parse", "HEAD")
-    status = _output("git", "-C", str(_ROOT), "status", "--porcelain")
+    sha, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": f"{now:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}",
@@ -52,15 +50,13 @@ def device_record(device: str) -> Row:
 
 
 def extra_record() -> dict[str, str | None]:
-    """What `env` shows beside the columns: peers and Python."""
-    cusparse = cusparse_api.library() if torch.cuda.is_available() else "no CUDA device"
+    """What `env` shows beside the columns: Python and packages."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": str(os.cpu_count()),
         "cpu capability of torch": torch.backends.cpu.get_cpu_capability(),
         **{name: _version(name) for name in ("rosa-kernels", "numpy", "scipy", "matplotlib")},
-        "cuSPARSE": cusparse if isinstance(cusparse, str) else cusparse.version,
     }
 
 
@@ -106,6 +102,16 @@ def _clock_under_load() -> float | None:
 
 def _number(text: str | None) -> float | None:
     return float(text) if text and text.replace(".", "", 1).isdigit() else None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout that this code runs from, or None.
+
+    An installed wheel lies in no checkout of this project, but may lie in that of another one.
+    """
+    if _PACKAGE.name != "bench":  # the wheel's name is another
+        return None
+    return _output("git", "-C", str(_PACKAGE.parent), *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.measuring.clocks import Call, Flush
+from .clocks import Call, Flush
 
 # (name, start, duration); both in microseconds.
 Event = tuple[str, float, float]

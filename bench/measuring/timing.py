@@ -1,20 +1,14 @@
-"""Time and memory of calls. Contenders of one case take turns, so that drift hits all alike."""
+"""Time of calls. Contenders of one case take turns, so that drift hits all alike."""
 
 from __future__ import annotations
 
-import ctypes
 import random
 import statistics
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from bench.measuring.clocks import HOST, Call, Clock, timer_of
-from bench.measuring.results import Row
+from .clocks import HOST, Call, Clock, timer_of
+from .results import Row
 
 # A sample shorter than this is mostly the clock and the loop: such calls are timed in batches.
 _SHORTEST_SAMPLE_S = 200e-6
@@ -24,11 +18,10 @@ _ROUNDS, _IN_A_ROW = 5, 4
 _ONCE = 3
 # Below this, a call that was also checked or watched for memory says too little about its time.
 _ROUGH_S = 20e-3
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Rule:
+class StoppingRule:
     """When a contender has been timed enough.
 
     Attributes:
@@ -89,7 +82,7 @@ def time_columns(samples: Samples) -> Row:
 
 def interleaved(
     calls: Mapping[str, Call],
-    rule: Rule,
+    rule: StoppingRule,
     clock: Clock,
     estimates: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
@@ -125,7 +118,7 @@ def interleaved(
     return results
 
 
-def _finished(done: Samples, rule: Rule, turn: int) -> bool:
+def _finished(done: Samples, rule: StoppingRule, turn: int) -> bool:
     count = len(done.seconds)
     if done.seconds[0] * done.calls_per_sample > _ONCE * rule.cap_s:
         return True
@@ -136,45 +129,3 @@ def _finished(done: Samples, rule: Rule, turn: int) -> bool:
     # A busy neighbour stalls every thread barrier by the same 8 ms: for a moment the samples agree
     # perfectly. Only agreement over several turns counts.
     return turn >= _ROUNDS and noise(done.seconds) < rule.noise
-
-
-# -- memory ---------------------------------------------------------------------------------------
-
-
-def with_peak(call: Call, device: str) -> tuple[Any, int | None]:
-    """The result of a call, and the peak memory beyond what was held before, the result included.
-
-    On CUDA the peak of torch's allocator. On Linux the peak of the process's resident set: exact to
-    pages, it sees what any library allocates, but not memory that the C heap had kept resident; the
-    heap is trimmed first. None elsewhere.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"):
-        return call(), None
-    _trim_heap()
-    try:
-        _CLEAR.write_text("5")  # resets VmHWM, the peak, to the present size
-    except OSError:  # a kernel or container that forbids it
-        return call(), None
-    before = _status_bytes("VmRSS")
-    result = call()
-    return result, max(_status_bytes("VmHWM") - before, 0)
-
-
-def _trim_heap() -> None:
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc's; other C libraries return memory by themselves
-        libc.malloc_trim(0)
-
-
-def _status_bytes(key: str) -> int:
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"with_peak: expected {key} in {_STATUS}, got none")

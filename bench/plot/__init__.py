@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.measuring.results import Row
-from bench.plot import density, gain, heatmap, layer, pairs, style, tokens
-from bench.plot import rows as plot_rows
-from bench.report import case_results, tables, targets
-from bench.report import layer as layer_tables
+from ..measuring.names import PRODUCTS
+from ..measuring.results import Row
+from ..report import case_results, targets
+from ..report import layer as layer_tables
+from ..report.rows import by_device, timed
+from . import density, gain, heatmap, layer, pairs, style, tokens
+from . import rows as plot_rows
 
 
 def draw_all(rows: list[Row], out: Path) -> list[Path]:
     """Every plot that the rows of one run have points for; returns the files written."""
     written: list[Path] = []
     with style.context():
-        for device, own in tables.by_device(tables.timed(rows)).items():
+        for device, own in by_device(timed(rows)).items():
             if device == "cpu":
                 written += _draw(own, plot_rows.sweeps(own), out, "")
             else:
@@ -47,7 +49,7 @@ def _draw(rows: list[Row], sweeps: plot_rows.Sweeps, out: Path, suffix: str) -> 
         op, m, n, share, dtype = key
         name = f"{op}_over_tokens_{m}x{n}_{share * 100:g}pc_{dtype}{suffix}"
         written += tokens.over_tokens(rows, key, curves, out, name)
-    for dtype in dict.fromkeys(row["dtype"] for row in rows if row["op"] in plot_rows.PRODUCTS):
+    for dtype in dict.fromkeys(row["dtype"] for row in rows if row["op"] in PRODUCTS):
         chosen = [row for row in rows if row["dtype"] == dtype]
         written += heatmap.speedup_heatmap(chosen, out, f"speedup_heatmap_{dtype}{suffix}")
         lengths = plot_rows.tokens_of_real_masks(chosen)
@@ -61,7 +63,7 @@ def _draw(rows: list[Row], sweeps: plot_rows.Sweeps, out: Path, suffix: str) -> 
 def _draw_gpu(rows: list[Row], out: Path, suffix: str) -> list[Path]:
     """What is drawn for a GPU alone: the gain over dense GEMM, and our kernels side by side."""
     written: list[Path] = []
-    found = case_results.races(rows)
+    found = case_results.case_results(rows)
     for dtype, curves in plot_rows.speedups(found, targets.LEAST_SIZE).items():
         name = f"speedup_over_dense_{dtype}{suffix}"
         written += gain.speedup_over_dense(curves, dtype, found[0].auto, out, name)

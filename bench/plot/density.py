@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench.measuring.results import Row
-from bench.plot import rows as plot_rows
-from bench.plot import style
-from bench.report import tables
+from ..measuring.names import AUTO, PRODUCTS
+from ..measuring.results import Row
+from . import rows as plot_rows
+from . import style
 
 
 def time_vs_density(
@@ -20,7 +20,7 @@ def time_vs_density(
     title: str = "Time over density",
 ) -> list[Path]:
     """One panel per op and mask; `rows` are those of the run, for its roofs."""
-    ops = [op for op in plot_rows.PRODUCTS if any(key[0] == op for key in swept)]
+    ops = [op for op in PRODUCTS if any(key[0] == op for key in swept)]
     masks = plot_rows.masks(swept)
     sample = plot_rows.any_row(swept)
     fig = style.figure(
@@ -57,7 +57,7 @@ def _time_panel(
             continue
         xs = [density for density, _ in points]
         ys = [row["median_s"] * 1e3 for _, row in points]
-        look = style.look(kernel)
+        look = style.line_style(kernel)
         axes.plot(xs, ys, **look)
         axes.fill_between(
             xs,
@@ -80,7 +80,7 @@ def _time_panel(
         axes.plot(xs, ys, color=style.INK, linestyle=(0, (5, 3)), linewidth=1, zorder=2)
         middle = len(xs) // 2
         along(axes, xs[middle], ys[middle], "limit: dense × density")
-    ours = swept.get((op, mask, tables.OURS), {})
+    ours = swept.get((op, mask, AUTO), {})
     if ours and bandwidth:
         floor = {density: row["bytes"] / bandwidth * 1e3 for density, row in ours.items()}
         axes.plot(
@@ -110,7 +110,7 @@ def memory_vs_density(swept: plot_rows.Sweep, out: Path, name: str) -> list[Path
     points = [row for by_density in swept.values() for row in by_density.values()]
     if all(row["peak_bytes"] is None for row in points):
         return []
-    ops = [op for op in plot_rows.PRODUCTS if any(key[0] == op for key in swept)]
+    ops = [op for op in PRODUCTS if any(key[0] == op for key in swept)]
     sample, mask = points[0], plot_rows.masks(swept)[0]
     fig = style.figure(
         0.6 + 4.4 * len(ops),
@@ -152,7 +152,7 @@ def _memory_panel(
         if not points:
             continue
         xs, ys = [x for x, _ in points], [row["peak_bytes"] / 1e6 for _, row in points]
-        look = style.look(kernel)
+        look = style.line_style(kernel)
         axes.plot(xs, ys, **look)
         ends.append((style.name_of(kernel), xs[-1], ys[-1], look["color"]))
         densities |= set(xs)

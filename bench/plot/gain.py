@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.measuring.results import Row
-from bench.plot import rows as plot_rows
-from bench.plot import style
-from bench.report import tables
+from ..measuring.results import Row
+from ..report.rows import geomean
+from . import rows as plot_rows
+from . import style
 
 _KINDS = {
     "generated": (style.OURS_COLOR, "o", "generated masks"),
@@ -36,7 +36,7 @@ def speedup_over_dense(
         for kind, by_density in curves[k].items():
             color, marker, label = _KINDS[kind]
             xs = sorted(by_density)
-            means = [tables.geomean(by_density[x]) for x in xs]
+            means = [geomean(by_density[x]) for x in xs]
             line = "none" if len(xs) == 1 else "-"
             (handle,) = axes.plot(xs, means, color=color, marker=marker, linestyle=line)
             if label not in seen or line == "-":

@@ -9,12 +9,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
-from bench.contenders.base import FROM_TOKEN_MAJOR
-from bench.contenders.peers import peer_families, peer_names
-from bench.measuring.results import Row
-from bench.plot import rows as plot_rows
-from bench.plot import style
-from bench.report import tables
+from ..contenders.peers import peer_families, peer_names
+from ..measuring.names import FROM_TOKEN_MAJOR, PRODUCTS
+from ..measuring.results import Row
+from ..report.rows import geomean, ratios_to_peers
+from . import rows as plot_rows
+from . import style
 
 _MOST_LINES = 80  # a page and a half
 # Mid tone at 1: orange where a peer is faster, blue where ours is; safe for colour-blind readers.
@@ -23,10 +23,10 @@ _DIVERGING = LinearSegmentedColormap.from_list("wins", ["#E66100", "#FBF7F2", "#
 
 def speedup_heatmap(rows: list[Row], out: Path, name: str) -> list[Path]:
     """A line per case, or where there are too many of them per kind of case."""
-    found = [r for r in tables.ratios(rows, FROM_TOKEN_MAJOR) if r.ours["op"] in plot_rows.PRODUCTS]
+    found = [r for r in ratios_to_peers(rows, FROM_TOKEN_MAJOR) if r.ours["op"] in PRODUCTS]
     if not found:
         return []
-    ops = [op for op in plot_rows.PRODUCTS if any(r.ours["op"] == op for r in found)]
+    ops = [op for op in PRODUCTS if any(r.ours["op"] == op for r in found)]
     lines, line_of = plot_rows.lines(found, _MOST_LINES)
     peers = {
         op: [
@@ -56,7 +56,7 @@ def speedup_heatmap(rows: list[Row], out: Path, name: str) -> list[Path]:
         for i, line in enumerate(lines):
             for j, peer in enumerate(peers[op]):
                 if (line, peer) in table:
-                    _cell(axes, i, j, tables.geomean(table[line, peer]), norm)
+                    _cell(axes, i, j, geomean(table[line, peer]), norm)
         axes.set_xlim(-0.5, len(peers[op]) - 0.5)
         axes.set_ylim(len(lines) - 0.5, -0.5)
         names = [style.name_of(peer) for peer in peers[op]]

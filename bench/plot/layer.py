@@ -6,11 +6,11 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench.layer.case import FWD_BWD, MODEL
-from bench.layer.contenders import REFERENCE
-from bench.measuring.results import Row
-from bench.plot import style
-from bench.report import layer
+from ..layer.case import FWD_BWD, MODEL
+from ..layer.contenders import REFERENCE
+from ..measuring.results import Row
+from ..report import layer
+from . import style
 
 _OURS = {
     "rosa": "RoSA",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench.measuring.results import Row
-from bench.plot import rows as plot_rows
-from bench.plot import style
-from bench.report import tables
+from ..measuring.names import AUTO, PRODUCTS
+from ..measuring.results import Row
+from . import rows as plot_rows
+from . import style
 
 
 def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
@@ -17,10 +17,10 @@ def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
     pairs = plot_rows.real_pairs(rows)
     if not pairs:
         return []
-    ops = [op for op in plot_rows.PRODUCTS if any(key[0] == op for key in pairs)]
+    ops = [op for op in PRODUCTS if any(key[0] == op for key in pairs)]
     sizes = sorted({large for _, large in pairs})
     tallest = [max(len(pairs.get((op, large), ())) for op in ops) for large in sizes]
-    sample = next(iter(pairs.values()))[0].real[tables.OURS]
+    sample = next(iter(pairs.values()))[0].real[AUTO]
     fig = style.figure(
         1.6 + 4.0 * len(ops),
         1.5 + sum(0.32 * count + 0.6 for count in tallest),
@@ -49,10 +49,10 @@ def _dumbbells(axes: Axes, pairs: list[plot_rows.RealPair]) -> None:
     """Per layer: ours and the fastest sparse peer, real filled, uniform hollow."""
     seen: set[str] = set()
     for i, (_, real, uniform) in enumerate(pairs):
-        sparse = [k for k in real if k in uniform and k not in (tables.OURS, "dense")]
+        sparse = [k for k in real if k in uniform and k not in (AUTO, "dense")]
         best = min(sparse, key=lambda k: real[k]["median_s"], default=None)
         for kernel, color, who in (
-            (tables.OURS, style.OURS_COLOR, style.OURS_NAME),
+            (AUTO, style.OURS_COLOR, style.OURS_NAME),
             (best, "#6699CC", "fastest sparse peer"),
         ):
             if kernel is None or kernel not in real or kernel not in uniform:

@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from bench.contenders.base import FROM_TOKEN_MAJOR
-from bench.contenders.peers import family_of, peer_families, peer_names
-from bench.measuring.results import Row
-from bench.report import ratios, tables
-from bench.report.case_results import Race
+from ..contenders.peers import family_of, peer_families, peer_names
+from ..measuring.names import AUTO, FROM_TOKEN_MAJOR, PRODUCTS
+from ..measuring.results import Row
+from ..report import ratios
+from ..report.case_results import CaseResult
+from ..report.rows import Ratio, is_ours, mask_kind
 
-PRODUCTS = ("sddmm", "spmm")
 TITLES = {"sddmm": "SDDMM", "spmm": "SpMM"}
 CHARGE_NOTE = "token-major inputs, conversions paid"
 # Real masks are at most 1536 x 576; larger ones are replicated.
@@ -45,7 +45,7 @@ def is_point(row: Row) -> bool:
         row["op"] in PRODUCTS
         and row["charge"] == FROM_TOKEN_MAJOR
         and row["mode"] == "no_grad"
-        and (row["kernel"] == tables.OURS or not tables.is_ours(row))
+        and (row["kernel"] == AUTO or not is_ours(row))
     )
 
 
@@ -99,8 +99,8 @@ def drawn(present: Iterable[str]) -> list[str]:
     """Kernels in the order in which they are drawn."""
     present = set(present)
     known = dict.fromkeys((*peer_names(), *peer_families()))
-    own = sorted(present - known.keys() - {tables.OURS})
-    return [*(name for name in known if name in present), *own, tables.OURS]
+    own = sorted(present - known.keys() - {AUTO})
+    return [*(name for name in known if name in present), *own, AUTO]
 
 
 def any_row(swept: Sweep) -> Row:
@@ -128,7 +128,7 @@ def problem(row: Row) -> Problem:
 
 def problem_order(problem: Problem) -> tuple[object, ...]:
     mask, m, n, k, density = problem
-    kind = ("uniform", "generated", "real").index(tables.mask_kind(mask))
+    kind = ("uniform", "generated", "real").index(mask_kind(mask))
     return (m * n * k, k) if kind != 2 and m * n < _LARGE else (0, 0), kind, mask, k, m * n, density
 
 
@@ -137,7 +137,7 @@ def problem_label(problem: Problem) -> str:
     return f"{mask.removeprefix('real:')}  {percent(density)}  {m}×{n}, {k} tokens"
 
 
-def lines(found: list[tables.Ratio], most: int) -> tuple[list[str], Callable[[Row], str]]:
+def lines(found: list[Ratio], most: int) -> tuple[list[str], Callable[[Row], str]]:
     """The lines of a table of ratios, in order, and which one a row belongs to.
 
     A line per problem, or per kind of mask, band of density and tokens where those are too many.
@@ -148,12 +148,12 @@ def lines(found: list[tables.Ratio], most: int) -> tuple[list[str], Callable[[Ro
         return ordered, lambda row: labels[problem(row)]
 
     def group(row: Row) -> str:
-        kind = tables.mask_kind(row["mask"])
+        kind = mask_kind(row["mask"])
         return f"{kind}  {ratios.band(row['density'])}, {row['k']} tokens"
 
     groups: dict[str, tuple[object, ...]] = {}
     for r in found:
-        order = (tables.mask_kind(r.ours["mask"]), r.ours["k"], r.ours["density"])
+        order = (mask_kind(r.ours["mask"]), r.ours["k"], r.ours["density"])
         name = group(r.ours)
         groups[name] = min(groups.get(name, order), order)
     return sorted(groups, key=lambda name: groups[name]), group
@@ -168,7 +168,7 @@ def real_pairs(rows: list[Row]) -> dict[tuple[str, bool], list[RealPair]]:
     pairs: dict[tuple[str, bool], list[RealPair]] = defaultdict(list)
     for (op, (mask, m, n, k, density)), kernels in by_problem.items():
         uniform = by_problem.get((op, ("uniform", m, n, k, density)))
-        if tables.mask_kind(mask) == "real" and uniform:
+        if mask_kind(mask) == "real" and uniform:
             label = f"{mask.removeprefix('real:')}  {m}×{n}"
             pairs[op, m * n > _LARGE].append(RealPair(label, kernels, uniform))
     return dict(pairs)
@@ -176,7 +176,7 @@ def real_pairs(rows: list[Row]) -> dict[tuple[str, bool], list[RealPair]]:
 
 def tokens_of_real_masks(rows: list[Row]) -> list[int]:
     """The numbers of tokens that real masks were measured at."""
-    real = (row for row in rows if is_point(row) and tables.mask_kind(row["mask"]) == "real")
+    real = (row for row in rows if is_point(row) and mask_kind(row["mask"]) == "real")
     return sorted({row["k"] for row in real})
 
 
@@ -193,7 +193,7 @@ def fastest_of_families(rows: list[Row]) -> list[Row]:
     kept: list[Row] = []
     best: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        if tables.is_ours(row) or row["op"] == "roof":
+        if is_ours(row) or row["op"] == "roof":
             kept.append(row)
             continue
         family = family_of(row["kernel"])
@@ -211,7 +211,7 @@ def own_kernels(rows: list[Row]) -> list[Row]:
         if row["op"] in PRODUCTS
         and row["charge"] == FROM_TOKEN_MAJOR
         and row["mode"] == "no_grad"
-        and tables.is_ours(row)
+        and is_ours(row)
     ]
 
 
@@ -221,18 +221,18 @@ def token_curves(rows: list[Row]) -> dict[tuple[str, int, int, float, str], Toke
         lambda: defaultdict(lambda: defaultdict(dict))
     )
     for row in rows:
-        if is_point(row) and tables.mask_kind(row["mask"]) != "real":
+        if is_point(row) and mask_kind(row["mask"]) != "real":
             key = (row["op"], row["m"], row["n"], row["density"], row["dtype"])
             found[key][row["mask"]][row["kernel"]][row["k"]] = row
     curves = {}
     for key, by_mask in found.items():
-        long = {m: c for m, c in by_mask.items() if len(c.get(tables.OURS, ())) >= _LONG_CURVE}
+        long = {m: c for m, c in by_mask.items() if len(c.get(AUTO, ())) >= _LONG_CURVE}
         if long:
             curves[key] = long
     return curves
 
 
-def speedups(found: Iterable[Race], least_size: int) -> dict[str, Speedups]:
+def speedups(found: Iterable[CaseResult], least_size: int) -> dict[str, Speedups]:
     """By dtype: SDDMM over dense + gather on large masks, by kind, and the best sparse peer's.
 
     Keys of the middle level: "uniform", "generated", "real", and "peers", which is the fastest
@@ -241,16 +241,16 @@ def speedups(found: Iterable[Race], least_size: int) -> dict[str, Speedups]:
     curves: dict[str, Speedups] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     )
-    for race in found:
-        row, dense = race.auto, race.peers.get("dense")
+    for result in found:
+        row, dense = result.auto, result.peers.get("dense")
         if row["op"] != "sddmm" or dense is None or row["m"] * row["n"] < least_size:
             continue
-        kind = tables.mask_kind(row["mask"])
+        kind = mask_kind(row["mask"])
         at = curves[row["dtype"]][row["k"]]
         # Real masks, and uniform ones of the same density, differ in it by a thousandth.
         density = float(f"{row['density']:.2g}")
         at[kind][density].append(dense["median_s"] / row["median_s"])
-        sparse = [r["median_s"] for family, r in race.peers.items() if family != "dense"]
+        sparse = [r["median_s"] for family, r in result.peers.items() if family != "dense"]
         if kind == "generated" and sparse:
             at["peers"][density].append(dense["median_s"] / min(sparse))
     return {

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench.contenders.peers import family_of
-from bench.measuring.results import Row
-from bench.plot import rows as plot_rows
+from ..contenders.peers import family_of
+from ..measuring.results import Row
+from . import rows as plot_rows
 
 OURS_COLOR, INK, FAINT = "#D55E00", "#333333", "#999999"
 # Muted members of Paul Tol's colour-blind-safe sets; markers tell them apart in grey too.
@@ -60,7 +60,7 @@ _RC: dict[Any, Any] = {
 }
 
 
-def look(kernel: str) -> dict[str, Any]:
+def line_style(kernel: str) -> dict[str, Any]:
     """Colour, marker and weight of a contender's line."""
     if kernel == "auto":
         return {"color": OURS_COLOR, "marker": "o", "linewidth": 2.6, "markersize": 6, "zorder": 5}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from bench.measuring.results import Row
-from bench.plot import density, style
-from bench.plot import rows as plot_rows
-from bench.report import tables
+from ..measuring.names import AUTO
+from ..measuring.results import Row
+from . import density, style
+from . import rows as plot_rows
 
 
 def over_tokens(
@@ -21,7 +21,7 @@ def over_tokens(
 ) -> list[Path]:
     """A panel per mask; `rows` are those of the run, for its roofs."""
     op, m, n, share, dtype = key
-    sample = next(iter(curves[next(iter(curves))][tables.OURS].values()))
+    sample = next(iter(curves[next(iter(curves))][AUTO].values()))
     fig = style.figure(
         1.2 + 4.2 * len(curves),
         4.2,
@@ -50,10 +50,10 @@ def _token_panel(
     for kernel in plot_rows.drawn(by_kernel):
         points = sorted(by_kernel[kernel].items())
         xs, ys = [k for k, _ in points], [row["median_s"] * 1e6 for _, row in points]
-        look = style.look(kernel)
+        look = style.line_style(kernel)
         axes.plot(xs, ys, **look)
         ends.append((style.name_of(kernel), xs[-1], ys[-1], look["color"]))
-    ours = sorted(by_kernel[tables.OURS].items())
+    ours = sorted(by_kernel[AUTO].items())
     if bandwidth is not None:
         floor = [row["bytes"] / bandwidth * 1e6 for _, row in ours]
         axes.plot([k for k, _ in ours], floor, color=style.FAINT, linestyle=":", linewidth=1.2)

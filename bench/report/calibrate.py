@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from bench.measuring.results import ResultsError, Row
 from rosa_kernels.backends.machine import machine_of, save_calibration
+
+from ..measuring.results import ResultsError, Row
 
 # Which rate a roof measures, and the column it is a rate of; launches are times.
 _RATES = {

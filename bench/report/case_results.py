@@ -6,15 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.contenders import ours
-from bench.contenders.base import FROM_TOKEN_MAJOR, OP
-from bench.contenders.peers import family_of
-from bench.measuring.results import Row
-from bench.report.tables import OURS, PRODUCTS, is_ours, is_overhead, timed
+from ..contenders import ours
+from ..contenders.peers import family_of
+from ..measuring.names import AUTO, FROM_TOKEN_MAJOR, OP, PRODUCTS
+from ..measuring.results import Row
+from .rows import is_ours, is_overhead, timed
 
 
 @dataclass(frozen=True)
-class Race:
+class CaseResult:
     """One case of one run: who was how fast.
 
     Attributes:
@@ -39,7 +39,7 @@ class Race:
         return min(self.own.values(), key=lambda row: row["median_s"], default=None)
 
 
-def races(rows: Iterable[Row]) -> list[Race]:
+def case_results(rows: Iterable[Row]) -> list[CaseResult]:
     """All cases that "auto" has a time in, from token-major where there are activations."""
     roofs: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     cases: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
@@ -53,14 +53,14 @@ def races(rows: Iterable[Row]) -> list[Race]:
             cases[*run, row["case"]].append(row)
     found = []
     for (*run, _), entries in cases.items():
-        race = _race(entries, roofs[tuple(run)])
-        if race is not None:
-            found.append(race)
+        result = _case_result(entries, roofs[tuple(run)])
+        if result is not None:
+            found.append(result)
     return found
 
 
-def _race(rows: Sequence[Row], roofs: dict[str, Row]) -> Race | None:
-    auto = next((row for row in rows if row["kernel"] == OURS), None)
+def _case_result(rows: Sequence[Row], roofs: dict[str, Row]) -> CaseResult | None:
+    auto = next((row for row in rows if row["kernel"] == AUTO), None)
     if auto is None or is_overhead(auto):
         return None
     own: dict[str, Row] = {}
@@ -72,7 +72,7 @@ def _race(rows: Sequence[Row], roofs: dict[str, Row]) -> Race | None:
                 peers[family] = row
         elif _by_name(row):
             own[row["backend"]] = row
-    return Race(auto, own, peers, roofs)
+    return CaseResult(auto, own, peers, roofs)
 
 
 def _by_name(row: Row) -> bool:
@@ -80,5 +80,9 @@ def _by_name(row: Row) -> bool:
 
     Not the oracle, which is there for where nothing else is.
     """
-    chosen = row["kernel"].startswith(OURS)
-    return not chosen and row["kernel"] != "reference" and ours.choosable(row["op"], row["backend"])
+    chosen = row["kernel"].startswith(AUTO)
+    return (
+        not chosen
+        and row["kernel"] != "reference"
+        and ours.auto_may_take(row["op"], row["backend"])
+    )

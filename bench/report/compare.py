@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.measuring.results import Row, key
-from bench.report.tables import Table, milliseconds
+from ..measuring.results import Row, key
+from ..measuring.table import Table
+from .rows import milliseconds
 
 VERDICTS = (
     "slower",

@@ -9,13 +9,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.contenders.base import OP
-from bench.contenders.peers import peer_families
-from bench.measuring.clocks import WITH_HOST
-from bench.measuring.results import Row
-from bench.report import targets
-from bench.report.case_results import Race, races
-from bench.report.tables import OURS, PRODUCTS, Table, geomean, mask_kind, milliseconds, with_host
+from ..contenders.peers import peer_families
+from ..measuring.clocks import WITH_HOST
+from ..measuring.names import AUTO, OP, PRODUCTS
+from ..measuring.results import Row
+from ..measuring.table import Table
+from . import targets
+from .case_results import CaseResult, case_results
+from .rows import geomean, mask_kind, milliseconds, with_host
 
 _GROUP = "device, op, dtype, masks, density, tokens"
 # Upper ends of the bands of density that cases are grouped by.
@@ -48,32 +49,34 @@ def short_table(rows: Iterable[Row]) -> Table:
         "auto, times faster than: dense (+ gather for SDDMM), cuSPARSE, the fastest other peer",
         ["case", "auto took", "ms", "x dense", "x cuSPARSE", "x other", "fastest own", "ms"],
     )
-    found = races(rows)
-    sddmm = [race for race in found if race.auto["op"] == "sddmm"]
-    for race in sddmm:
-        row, best = race.auto, race.best_own()
+    found = case_results(rows)
+    sddmm = [result for result in found if result.auto["op"] == "sddmm"]
+    for result in sddmm:
+        row, best = result.auto, result.best_own()
         table.rows.append(
             [
                 f"sddmm {row['mask']} {row['m']}x{row['n']} k{row['k']}",
                 row["backend"],
                 milliseconds(row),
-                *(_against([race], peer) for peer in ("dense", "cusparse")),
-                _against_others([race]),
+                *(_against([result], peer) for peer in ("dense", "cusparse")),
+                _against_others([result]),
                 *(("-", "-") if best is None else (best["backend"], milliseconds(best))),
             ]
         )
-    masked = [race for race in sddmm if mask_kind(race.auto["mask"]) == "real"]
-    groups: dict[str, list[Race]] = {f"geometric mean: sddmm, {len(masked)} real masks": masked}
-    for race in found:
-        row = race.auto
+    masked = [result for result in sddmm if mask_kind(result.auto["mask"]) == "real"]
+    groups: dict[str, list[CaseResult]] = {
+        f"geometric mean: sddmm, {len(masked)} real masks": masked
+    }
+    for result in found:
+        row = result.auto
         if row["op"] != "sddmm":
             what = f" {mask_kind(row['mask'])} k{row['k']}" if row["op"] in PRODUCTS else ""
-            groups.setdefault(f"geometric mean: {row['op']}{what}", []).append(race)
+            groups.setdefault(f"geometric mean: {row['op']}{what}", []).append(result)
     for what, members in groups.items():
         if members:
-            taken = _counts(Counter(race.auto["backend"] for race in members))
+            taken = _counts(Counter(result.auto["backend"] for result in members))
             cells = [_against(members, peer) for peer in ("dense", "cusparse")]
-            mean = f"{geomean(race.auto['median_s'] for race in members) * 1e3:.3f}"
+            mean = f"{geomean(result.auto['median_s'] for result in members) * 1e3:.3f}"
             table.rows.append([what, taken, mean, *cells, _against_others(members), "", ""])
     return table
 
@@ -82,26 +85,26 @@ def untimed(rows: Iterable[Row]) -> list[str]:
     """The cases that "auto" has no time in, and why; those that were not run are counted."""
     found: Counter[str] = Counter()
     for row in rows:
-        if row["kernel"] == OURS and row["status"] != "ok" and row["charge"] == OP:
+        if row["kernel"] == AUTO and row["status"] != "ok" and row["charge"] == OP:
             whose = "" if row["reason"].startswith("not run") else f"{row['case']}: "
             found[f"{whose}{row['status']}, {row['reason']}"[:_WIDEST]] += 1
     return [f"{count} x auto without a time: {reason}" for reason, count in found.items()]
 
 
-def _against(members: Sequence[Race], family: str) -> str:
+def _against(members: Sequence[CaseResult], family: str) -> str:
     """The geometric mean against a family of peers; marked if time of the host is in theirs."""
-    ratios = [ratio for race in members if (ratio := race.against(family)) is not None]
+    ratios = [ratio for result in members if (ratio := result.against(family)) is not None]
     if not ratios:
         return "-"
-    host = any(with_host(race.peers[family]) for race in members if family in race.peers)
+    host = any(with_host(result.peers[family]) for result in members if family in result.peers)
     return f"{geomean(ratios):.2f}" + (WITH_HOST if host else "")
 
 
-def _against_others(members: Sequence[Race]) -> str:
+def _against_others(members: Sequence[CaseResult]) -> str:
     """The family that comes closest, beside dense and cuSPARSE."""
-    families = {family for race in members for family in race.peers} - {"dense", "cusparse"}
+    families = {family for result in members for family in result.peers} - {"dense", "cusparse"}
     means = {
-        family: geomean(race.against(family) for race in members if family in race.peers)
+        family: geomean(result.against(family) for result in members if family in result.peers)
         for family in families
     }
     if not means:
@@ -112,7 +115,7 @@ def _against_others(members: Sequence[Race]) -> str:
 
 def tables(rows: Iterable[Row], limit: int | None = None) -> list[Table]:
     """Ratios to peers, to our own kernels, the wrong choices of "auto", and the targets."""
-    found = races(rows)
+    found = case_results(rows)
     made = [
         peers_table(found),
         own_table(found),
@@ -122,44 +125,48 @@ def tables(rows: Iterable[Row], limit: int | None = None) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def peers_table(found: Sequence[Race]) -> Table:
+def peers_table(found: Sequence[CaseResult]) -> Table:
     """Geometric mean and worst case against the fastest of each family."""
-    families = [family for family in peer_families() if any(family in race.peers for race in found)]
+    families = [
+        family for family in peer_families() if any(family in result.peers for result in found)
+    ]
     table = Table(
         "Times faster than the fastest of a family of peers: geometric mean (worst)",
         [_GROUP, "cases", *families],
     )
     for group, members in _grouped(found):
-        cells = [_spread([race.against(family) for race in members], min) for family in families]
+        cells = [
+            _spread([result.against(family) for result in members], min) for family in families
+        ]
         table.rows.append([group, str(len(members)), *cells])
     return table
 
 
-def own_table(found: Sequence[Race]) -> Table:
+def own_table(found: Sequence[CaseResult]) -> Table:
     """How much slower "auto" is than the best of our kernels, and which these were."""
     table = Table(
         "auto against the best of our own kernels: times slower, geometric mean (worst)",
         [_GROUP, "cases", "slower", "auto took", "the fastest was"],
     )
-    for group, members in _grouped([race for race in found if race.own]):
-        slower = [race.auto["median_s"] / race.best_own()["median_s"] for race in members]
-        taken = Counter(race.auto["backend"] for race in members)
-        best = Counter(race.best_own()["backend"] for race in members)
+    for group, members in _grouped([result for result in found if result.own]):
+        slower = [result.auto["median_s"] / result.best_own()["median_s"] for result in members]
+        taken = Counter(result.auto["backend"] for result in members)
+        best = Counter(result.best_own()["backend"] for result in members)
         table.rows.append(
             [group, str(len(members)), _spread(slower, max), _counts(taken), _counts(best)]
         )
     return table
 
 
-def choices_table(found: Sequence[Race], limit: int | None = None) -> Table:
+def choices_table(found: Sequence[CaseResult], limit: int | None = None) -> Table:
     """The cases in which "auto" should have taken another of our kernels, worst first."""
     wrong = []
-    for race in found:
-        best = race.best_own()
-        if best is not None and best["backend"] != race.auto["backend"]:
-            factor = race.auto["median_s"] / best["median_s"]
+    for result in found:
+        best = result.best_own()
+        if best is not None and best["backend"] != result.auto["backend"]:
+            factor = result.auto["median_s"] / best["median_s"]
             if factor > _WRONG:
-                wrong.append((factor, race.auto, best))
+                wrong.append((factor, result.auto, best))
     wrong.sort(key=lambda entry: -entry[0])
     shown = wrong[:limit]
     more = f"; the worst {len(shown)}, `ratios` has all" if len(shown) < len(wrong) else ""
@@ -173,12 +180,12 @@ def choices_table(found: Sequence[Race], limit: int | None = None) -> Table:
     return table
 
 
-def _grouped(found: Iterable[Race]) -> list[tuple[str, list[Race]]]:
-    groups: dict[tuple[Any, ...], list[Race]] = defaultdict(list)
-    for race in found:
-        row = race.auto
+def _grouped(found: Iterable[CaseResult]) -> list[tuple[str, list[CaseResult]]]:
+    groups: dict[tuple[Any, ...], list[CaseResult]] = defaultdict(list)
+    for result in found:
+        row = result.auto
         what = (row["device"], row["op"], row["dtype"], mask_kind(row["mask"]))
-        groups[*what, _band(row["density"]), row["k"]].append(race)
+        groups[*what, _band(row["density"]), row["k"]].append(result)
     named = []
     for key in sorted(groups):
         row = groups[key][0].auto

@@ -2,109 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-from bench.contenders.base import FROM_TOKEN_MAJOR, OP
-from bench.contenders.peers import family_of, peer_families
-from bench.measuring.clocks import WITH_HOST
-from bench.measuring.results import Row
-from bench.measuring.timing import noise
-
-OURS = "auto"
-PRODUCTS = ("sddmm", "spmm")
-
-
-class Ratio(NamedTuple):
-    """How many times faster ours is than a peer, at one case."""
-
-    ours: Row
-    peer: Row
-
-    @property
-    def value(self) -> float:
-        """t_peer / t_ours: above 1 ours is faster."""
-        return self.peer["median_s"] / self.ours["median_s"]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table of strings."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-
-    def text(self) -> str:
-        """Plain text, columns aligned."""
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        body = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([self.title, *(f"  {line}" for line in body)])
-
-
-def timed(rows: Iterable[Row]) -> list[Row]:
-    """The rows that have a time."""
-    return [row for row in rows if row["status"] == "ok"]
-
-
-def milliseconds(row: Row, digits: int = 3) -> str:
-    """A row's median in ms; "+host" after it says that time of the host is in it."""
-    return f"{row['median_s'] * 1e3:.{digits}f}" + (WITH_HOST if with_host(row) else "")
-
-
-def with_host(row: Row) -> bool:
-    """Whether time of the host is in a device's time."""
-    return (row["timer"] or "").endswith(WITH_HOST)
-
-
-def is_overhead(row: Row) -> bool:
-    """Whether a row belongs to a case that measures what a call costs beside its kernel."""
-    return row["kernel"] == OURS and row["m"] is not None and row["m"] * row["n"] <= 64 * 64
-
-
-def ratios(rows: Iterable[Row], charge: str) -> list[Ratio]:
-    """Ours against every peer, case by case, within the run and the device."""
-    cases: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
-    for row in timed(rows):
-        if row["mode"] == "no_grad" and row["charge"] == charge and row["op"] != "roof":
-            cases[row["run_id"], row["device"], row["case"]][row["kernel"]] = row
-    return [
-        Ratio(kernels[OURS], row)
-        for kernels in cases.values()
-        if OURS in kernels
-        for row in kernels.values()
-        if not is_ours(row)
-    ]
-
-
-def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each device; cases of one name on two devices are not comparable."""
-    found: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        found[row["device"]].append(row)
-    return found
-
-
-def is_ours(row: Row) -> bool:
-    """Whether a row is of a kernel of this project."""
-    return family_of(row["kernel"]) not in peer_families()
-
-
-def geomean(values: Iterable[float]) -> float:
-    """The geometric mean of at least one positive value."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
+from ..measuring.names import FROM_TOKEN_MAJOR, OP
+from ..measuring.results import Row
+from ..measuring.table import Table
+from ..measuring.timing import noise
+from .rows import (
+    Ratio,
+    by_device,
+    geomean,
+    is_overhead,
+    mask_kind,
+    milliseconds,
+    ratios_to_peers,
+    timed,
+)
 
 
 def efficiency(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
@@ -113,7 +29,7 @@ def efficiency(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
     1 would be dense GEMM's rate on the nonzeros alone.
     """
     groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for ratio in ratios(rows, FROM_TOKEN_MAJOR):
+    for ratio in ratios_to_peers(rows, FROM_TOKEN_MAJOR):
         density = ratio.ours["density"]
         if ratio.peer["kernel"] == "dense" and 0.01 <= density <= 0.05:
             group = (ratio.ours["op"], ratio.ours["dtype"], mask_kind(ratio.ours["mask"]))
@@ -135,11 +51,6 @@ def overheads(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
         for op, modes in medians.items()
         if "adapter" in modes
     }
-
-
-def mask_kind(mask: str) -> str:
-    """uniform, real, or generated."""
-    return mask if mask == "uniform" else "real" if mask.startswith("real:") else "generated"
 
 
 # -- tables --------------------------------------------------------------------------------------
@@ -204,7 +115,7 @@ def speedup_table(rows: list[Row], charge: str) -> Table:
     groups: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
-    for ratio in ratios(rows, charge):
+    for ratio in ratios_to_peers(rows, charge):
         group = (ratio.ours["op"], ratio.ours["dtype"], mask_kind(ratio.ours["mask"]))
         groups[group][ratio.peer["kernel"]].append(ratio.value)
     peers = list(dict.fromkeys(peer for by_peer in groups.values() for peer in by_peer))
@@ -250,8 +161,8 @@ def overhead_table(rows: list[Row]) -> Table:
 
 def losing_table(rows: list[Row], charge: str, limit: int | None = None) -> Table:
     """The cases that a peer wins, worst first, up to a limit."""
-    lost = sorted((r for r in ratios(rows, charge) if r.value < 1), key=lambda r: r.value)
-    total = len(ratios(rows, charge))
+    lost = sorted((r for r in ratios_to_peers(rows, charge) if r.value < 1), key=lambda r: r.value)
+    total = len(ratios_to_peers(rows, charge))
     shown = lost[:limit]
     more = f"; the worst {len(shown)}, `report` has all" if len(shown) < len(lost) else ""
     table = Table(
@@ -292,7 +203,7 @@ def case_tables(rows: list[Row]) -> list[Table]:
 def case_table(rows: list[Row], charge: str, device: str) -> Table:
     """Every case: our time, dense, and the fastest other peer."""
     cases: dict[str, list[Ratio]] = defaultdict(list)
-    for ratio in ratios(rows, charge):
+    for ratio in ratios_to_peers(rows, charge):
         cases[ratio.ours["case"]].append(ratio)
     table = Table(
         f"Cases on {device}, charge {charge}",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.measuring.results import Row
-from bench.report.case_results import Race
-from bench.report.tables import Table, geomean, mask_kind
+from ..measuring.results import Row
+from ..measuring.table import Table
+from .case_results import CaseResult
+from .rows import geomean, mask_kind
 
 _TOKENS = (2048, 8192, 16384)
 # 4096 x 4096 and larger; real masks are replicated to multiples of their own size, 4032 x 4032.
@@ -30,20 +31,20 @@ class Target:
     what: str
     least: float
     applies: Callable[[Row], bool]
-    ratio: Callable[[Race], float | None]
+    ratio: Callable[[CaseResult], float | None]
     every: bool = False
 
 
-def table(found: Sequence[Race]) -> Table:
+def table(found: Sequence[CaseResult]) -> Table:
     """Every target: reached, missed or not measured. Empty without rows of a GPU."""
     made = Table(
         "Targets on one GPU", ["target", "to reach", "geometric mean (worst)", "cases", "verdict"]
     )
-    cuda = [race for race in found if race.auto["device"] == "cuda"]
+    cuda = [result for result in found if result.auto["device"] == "cuda"]
     if not cuda:
         return made
     for target in TARGETS:
-        ratios = [target.ratio(race) for race in cuda if target.applies(race.auto)]
+        ratios = [target.ratio(result) for result in cuda if target.applies(result.auto)]
         measured = [ratio for ratio in ratios if ratio is not None]
         how = "every case" if target.every else "mean"
         cells = [target.what, f"{how} {target.least:g}"]
@@ -86,12 +87,12 @@ def _uniform_csr_add(row: Row) -> bool:
     return row["op"] == "csr_add_" and row["mask"] == "uniform"
 
 
-def _against(family: str) -> Callable[[Race], float | None]:
-    return lambda race: race.against(family)
+def _against(family: str) -> Callable[[CaseResult], float | None]:
+    return lambda result: result.against(family)
 
 
-def _against_all(race: Race) -> float | None:
-    ratios = [race.against(family) for family in race.peers]
+def _against_all(result: CaseResult) -> float | None:
+    ratios = [result.against(family) for family in result.peers]
     return min((ratio for ratio in ratios if ratio is not None), default=None)
 
 
@@ -108,9 +109,9 @@ def scattered_floor_s(row: Row, copy: Row) -> float:
     return traffic * copy["median_s"] / copy["bytes"]
 
 
-def _against_floor(race: Race) -> float | None:
-    copy = race.roofs.get("copy")
-    return None if copy is None else scattered_floor_s(race.auto, copy) / race.auto["median_s"]
+def _against_floor(result: CaseResult) -> float | None:
+    copy = result.roofs.get("copy")
+    return None if copy is None else scattered_floor_s(result.auto, copy) / result.auto["median_s"]
 
 
 _REAL_LIKE = ("generated", "real")

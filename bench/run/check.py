@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.contenders.base import Problem
 from rosa_kernels import CsrPattern
 from rosa_kernels.testing import assert_within_bound, oracle
+
+from ..contenders.base import Problem
 
 # Float64 terms behind the rows that are checked: products, or elements of rows of a dense matrix.
 # On a CPU a 4096 x 4096 case at 5 % and 2048 tokens has 1.7e9 in all, half a minute; 4M take 0.1 s.

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from bench.contenders.base import OP
-from bench.measuring import clocks, timing
-from bench.measuring.results import Row
-from bench.suites.cases import dtype_name
 from rosa_kernels.backends import native
+
+from ..measuring import clocks, timing
+from ..measuring.names import OP, dtype_name
+from ..measuring.results import Row
 
 # On a GPU: well past L2, and matrices that fill it several times over.
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -22,7 +22,7 @@ _L2_BYTES, _L2_PASSES = 24 * 2**20, 64
 _LAUNCHES = 100
 
 
-def roof_rows(dtypes: Sequence[torch.dtype], rule: timing.Rule, device: str) -> list[Row]:
+def roof_rows(dtypes: Sequence[torch.dtype], rule: timing.StoppingRule, device: str) -> list[Row]:
     """Copy bandwidth and the GEMM rate of each dtype; on CUDA, L2 bandwidth and launches too.
 
     Columns of the results' schema; the others are for the caller to fill.

@@ -11,20 +11,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench.contenders.base import Contender, Problem, Run, Unsupported
-from bench.contenders.overhead import is_overhead
-from bench.layer.case import LayerCase
-from bench.layer.contenders import LayerContender
-from bench.layer.runner import run_case as run_layer_case
-from bench.measuring import clocks, timing
-from bench.measuring.results import COLUMNS, Row
-from bench.run import roofs
-from bench.run.check import Check
-from bench.run.sizes import size_columns
-from bench.suites.cases import case_id, dtype_name
 from rosa_kernels.testing import Case
 
-# Slower calls are not made once more just to weigh them: that would cost the quick suite 20 s.
+from ..contenders.base import Contender, Problem, Run, Unsupported
+from ..contenders.overhead import is_overhead
+from ..layer.case import LayerCase
+from ..layer.contenders import LayerContender
+from ..layer.runner import run_case as run_layer_case
+from ..measuring import clocks, timing
+from ..measuring.memory import with_peak
+from ..measuring.names import dtype_name
+from ..measuring.results import COLUMNS, Row
+from ..suites.cases import case_id
+from . import roofs
+from .check import Check
+from .sizes import size_columns
+
+# Slower calls are not made again just to measure their memory: that would cost the quick suite
+# 20 s.
 _REPEAT_BELOW_S = 0.1
 _EMPTY: Row = dict.fromkeys(COLUMNS)
 _OOM_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
@@ -44,7 +48,7 @@ class _Entry:
 def run_case(
     case: Case,
     contenders: Sequence[Contender | LayerContender],
-    rule: timing.Rule,
+    rule: timing.StoppingRule,
     device: str = "cpu",
     timer: str = clocks.COLD,
 ) -> list[Row]:
@@ -71,7 +75,7 @@ def _timer(case: Case, device: str, asked: str) -> str:
 
 
 def _run_case(
-    case: Case, contenders: Sequence[Contender], rule: timing.Rule, device: str, timer: str
+    case: Case, contenders: Sequence[Contender], rule: timing.StoppingRule, device: str, timer: str
 ) -> list[Row]:
     base = _EMPTY | case_columns(case)
     entries = [
@@ -132,7 +136,7 @@ def skipped(case: Case, contenders: Sequence[Contender | LayerContender], reason
     return _rows(_EMPTY | case_columns(case), entries)
 
 
-def roof_rows(dtypes: Sequence[torch.dtype], rule: timing.Rule, device: str) -> list[Row]:
+def roof_rows(dtypes: Sequence[torch.dtype], rule: timing.StoppingRule, device: str) -> list[Row]:
     """What the machine can do, as full rows."""
     return [_EMPTY | row for row in roofs.roof_rows(dtypes, rule, device)]
 
@@ -153,7 +157,7 @@ def lost(device: str) -> str | None:
 
 
 def _examine(entry: _Entry, problem: Problem, check: Check, timer: str) -> None:
-    """Reject, prepare, check and weigh a contender; leaves a call only if it may be timed."""
+    """Prepare a contender, check it, measure its memory; leaves a call only if it may be timed."""
     contender = entry.contender
     reason = contender.reject(problem)
     if reason is not None:
@@ -185,7 +189,7 @@ def _examine(entry: _Entry, problem: Problem, check: Check, timer: str) -> None:
 
 def _watched(call: Run, device: str) -> tuple[Tensor, int | None, float]:
     start = time.perf_counter()
-    got, peak = timing.with_peak(call, device)
+    got, peak = with_peak(call, device)
     return got, peak, time.perf_counter() - start
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.contenders.base import Contender, Problem
-from bench.measuring.results import Row
+from ..contenders.base import Contender, Problem
+from ..measuring.results import Row
 
 _INDEX = 4  # bytes of an int32
 

@@ -9,23 +9,24 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 import rosa_kernels as rk
-from bench.contenders.base import Contender, Problem
-from bench.contenders.experiments import EARLY, kernel_of
-from bench.layer.contenders import LayerContender
-from bench.measuring import clocks, kernel_times
-from bench.measuring.results import Row
-from bench.report.tables import PRODUCTS, Table, geomean
-from bench.run import runner
-from bench.run.check import Check
-from bench.suites.cases import case_id
 from rosa_kernels.testing import Case
+
+from ..contenders.base import Contender, Problem
+from ..contenders.experiments import EARLY, kernel_of
+from ..layer.contenders import LayerContender
+from ..measuring import clocks, kernel_times
+from ..measuring.names import PRODUCTS
+from ..measuring.results import Row
+from ..report.stages import microseconds
+from ..suites.cases import case_id
+from . import runner
+from .check import Check
 
 Plan = Sequence[tuple[Case, Sequence[Contender | LayerContender]]]
 
@@ -58,7 +59,8 @@ def measure(device: str, plan: Plan, base: Row, out: Path, end: float) -> list[R
 
 
 def _line(row: Row) -> str:
-    return f"{row['kernel']} {row['status'] if row['status'] != 'ok' else _us(row['call_us'])}"
+    ok = row["status"] == "ok"
+    return f"{row['kernel']} {microseconds(row['call_us']) if ok else row['status']}"
 
 
 def bare(device: str, plan: Plan, end: float) -> None:
@@ -156,84 +158,3 @@ def _append(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-
-
-# -- table -----------------------------------------------------------------------------------------
-
-Times = dict[str, tuple[float | None, float | None]]  # what -> measured, predicted
-
-
-def tables(rows: Sequence[Row], limit: int | None = None) -> list[Table]:
-    """For each op every stage of every kernel, and the geometric means of measured / predicted.
-
-    `limit` bounds the lines beside the means.
-    """
-    made = []
-    for op in PRODUCTS:
-        own = [row for row in rows if row["status"] == "ok" and row["op"] == op]
-        if own:
-            made.append(_table(op, own, limit))
-    return made
-
-
-def _table(op: str, rows: Sequence[Row], limit: int | None) -> Table:
-    lines = [(row, _times(row)) for row in rows]
-    found = dict.fromkeys(what for _, times in lines for what in times)
-    ends = ("sum", "launch", "call")
-    stages = sorted(
-        (what for what in found if what not in ends),
-        key=lambda what: (*kernel_times.ORDER, what).index(what),
-    )
-    columns = [*stages, *(what for what in ends if what in found)]
-    shown = lines[:limit]
-    more = f"; the first {len(shown)} of {len(lines)}" if len(shown) < len(lines) else ""
-    table = Table(
-        f"Stages of {op} in us: measured/predicted and their ratio; launch: the call less its "
-        f"kernels{more}",
-        ["case", "kernel", *columns],
-    )
-    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row, times in lines:
-        for what, (measured, predicted) in times.items():
-            if measured and predicted and measured > 0:
-                ratios[row["kernel"]][what].append(measured / predicted)
-    for row, times in shown:
-        case = f"{row['mask']} k{row['k']}"
-        table.rows.append([case, row["kernel"], *(_cell(times.get(what)) for what in columns)])
-    for kernel, by_stage in ratios.items():
-        means = [f"{geomean(by_stage[what]):.2f}" if what in by_stage else "" for what in columns]
-        table.rows.append(["geometric mean", kernel, *means])
-    return table
-
-
-def _times(row: Row) -> Times:
-    measured: dict[str, float] = row["stages_us"]
-    predicted: dict[str, float] = dict(row["predicted_us"] or {})
-    launch = predicted.pop("launch", None)
-    total = sum(predicted.values()) if predicted else None
-    times: Times = {}
-    for stage, us in measured.items():
-        parts = [predicted.pop(part) for part in stage.split("+") if part in predicted]
-        times[stage] = us, sum(parts) if parts else None
-    # What is predicted and was not seen to run.
-    times |= {stage: (None, us) for stage, us in predicted.items() if us > 0}
-    spent = sum(measured.values()) if measured else None
-    if spent is not None or total is not None:
-        times["sum"] = spent, total
-        times["launch"] = None if spent is None else row["call_us"] - spent, launch
-    times["call"] = row["call_us"], None if total is None else total + (launch or 0.0)
-    return times
-
-
-def _cell(times: tuple[float | None, float | None] | None) -> str:
-    measured, predicted = times or (None, None)
-    if predicted is None:
-        return "" if measured is None else _us(measured)
-    if measured is None:
-        return f"-/{_us(predicted)}"
-    ratio = f" {measured / predicted:.2f}" if predicted else ""
-    return f"{_us(measured)}/{_us(predicted)}{ratio}"
-
-
-def _us(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}"

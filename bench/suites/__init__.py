@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bench.contenders.overhead import overhead_cases
-from bench.suites import cpu, cuda, layer
 from rosa_kernels.testing import Case
+
+from ..contenders.overhead import overhead_cases
+from . import cpu, cuda, layer
 
 
 class Suite(NamedTuple):

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from bench import masks
-from bench.contenders import ours
 from rosa_kernels.testing import Case
 
-PRODUCTS = ("sddmm", "spmm")
+from .. import masks
+from ..contenders import ours
+from ..measuring.names import PRODUCTS
+
 ROSA_DENSITY = 0.006
 DECODE_TOKENS = (1, 16, 64, 4, 8, 32, 2)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

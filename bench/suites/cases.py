@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from bench.contenders import ours, peers
-from bench.contenders.base import Contender
-from bench.contenders.overhead import is_overhead, overhead_contenders
-from bench.layer.case import LayerCase
-from bench.layer.contenders import LayerContender
-from bench.layer.contenders import contenders as layer_contenders
-from bench.suites import SUITES
 from rosa_kernels.testing import Case
+
+from ..contenders import ours, peers
+from ..contenders.base import Contender
+from ..contenders.overhead import is_overhead, overhead_contenders
+from ..layer.case import LayerCase
+from ..layer.contenders import LayerContender
+from ..layer.contenders import contenders as layer_contenders
+from ..measuring.names import dtype_name
+from . import SUITES
 
 
 def suite(name: str, seed: int = 0, device: str = "cpu") -> list[Case]:
@@ -50,8 +50,3 @@ def case_id(case: Case) -> str:
     if isinstance(case, LayerCase):
         name += f"/r{case.rank}" + (f"/dropout{case.dropout:g}" if case.dropout else "")
     return name
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32 for torch.float32."""
-    return str(dtype).removeprefix("torch.")

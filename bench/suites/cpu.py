@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench import masks
-from bench.contenders.overhead import overhead_cases
-from bench.suites.builders import (
+from rosa_kernels.testing import Case
+
+from .. import masks
+from ..contenders.overhead import overhead_cases
+from ..measuring.names import PRODUCTS
+from .builders import (
     BF16,
     DECODE_TOKENS,
     F32,
     MODELS,
-    PRODUCTS,
     ROSA_DENSITY,
     elementwise,
     of_layer,
     real,
     sweep,
 )
-from rosa_kernels.testing import Case
 
 _SQUARE = (4096, 4096)
 _BOTH = ("uniform", "q_proj")

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from bench import masks
-from bench.contenders.overhead import overhead_cases
-from bench.suites.builders import (
+from rosa_kernels.testing import Case
+
+from .. import masks
+from ..contenders.overhead import overhead_cases
+from .builders import (
     BF16,
     DECODE_TOKENS,
     F16,
@@ -25,7 +27,6 @@ from bench.suites.builders import (
     real,
     sweep,
 )
-from rosa_kernels.testing import Case
 
 SQUARE, WIDE, TALL, TALLER = (4096, 4096), (4096, 11008), (11008, 4096), (14336, 4096)
 SHAPES = (SQUARE, TALL, WIDE, TALLER)

@@ -6,8 +6,8 @@ either device is the one that speeds are promised for.
 
 from __future__ import annotations
 
-from bench.layer.case import FWD_BWD, STEP, STEP_FUSED, LayerCase, layer_case, model_case
-from bench.suites.builders import BF16
+from ..layer.case import FWD_BWD, STEP, STEP_FUSED, LayerCase, layer_case, model_case
+from .builders import BF16
 
 _ALL = (FWD_BWD, STEP, STEP_FUSED)
 DROPOUT = 0.05

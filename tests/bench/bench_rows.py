@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.contenders.base import FROM_TOKEN_MAJOR
 from bench.measuring import results
+from bench.measuring.names import FROM_TOKEN_MAJOR
 
 
 def a_row(**columns) -> results.Row:

@@ -16,8 +16,9 @@ from bench_rows import a_row, failed
 from bench import __main__ as cli
 from bench import suites
 from bench.contenders import ours
-from bench.contenders.base import FROM_TOKEN_MAJOR, OP, Contender, Problem, Unsupported
-from bench.measuring import results, timing
+from bench.contenders.base import Contender, Problem, Unsupported
+from bench.measuring import memory, results, timing
+from bench.measuring.names import FROM_TOKEN_MAJOR, OP
 from bench.run import check, runner
 from bench.suites import cases
 from rosa_kernels import registry
@@ -33,7 +34,7 @@ SMALL = {
     "csr_gather": Case("csr_gather", 40, 24, 1, 0.1),
     "csr_scatter_": Case("csr_scatter_", 40, 24, 1, 0.1),
 }
-FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 
 
 def contender(prepare, **options) -> Contender:
@@ -307,7 +308,7 @@ def test_contenders_take_turns_until_quiet_or_out_of_time():
         return next(durations[name]) * count
 
     calls = {name: (lambda name=name: name) for name in durations}
-    rule = timing.Rule(cap_s=2.0, noise=0.02, min_samples=5, max_samples=60)
+    rule = timing.StoppingRule(cap_s=2.0, noise=0.02, min_samples=5, max_samples=60)
     got = timing.interleaved(calls, rule, clock, dict.fromkeys(calls, 0.4))
     assert len(got["steady"].seconds) == 5
     assert got["noisy"].spent >= rule.cap_s
@@ -322,7 +323,7 @@ def test_short_calls_are_timed_in_batches():
         counts.append(count)
         return 2e-6 * count
 
-    got = timing.interleaved({"tiny": lambda: None}, timing.Rule(), clock)["tiny"]
+    got = timing.interleaved({"tiny": lambda: None}, timing.StoppingRule(), clock)["tiny"]
     assert got.calls_per_sample == 100
     assert counts[-1] == 100
     assert got.seconds == pytest.approx([2e-6] * len(got.seconds))
@@ -330,7 +331,7 @@ def test_short_calls_are_timed_in_batches():
 
 def test_peak_memory_sees_an_allocation():
     size = 64 * 2**20
-    _, peak = timing.with_peak(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
+    _, peak = memory.with_peak(lambda: torch.ones(size, dtype=torch.uint8), "cpu")
     if peak is None:
         pytest.skip("the system does not tell")
     assert size <= peak < size + 16 * 2**20

@@ -16,7 +16,7 @@ from bench.run import runner
 from rosa_kernels.testing import Case
 
 FLUSH = 0.06  # ms
-FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 SMALL = Case("sddmm", 40, 24, 9, 0.1)
 
 
@@ -143,7 +143,7 @@ def test_a_host_that_takes_longer_than_the_longest_delay_is_marked(stream):
 
 def test_short_calls_are_many_per_sample_each_of_them_cold(stream):
     calls = {"short": stream.call(0.005), "long": stream.call(3.0)}
-    timed = timing.interleaved(calls, timing.Rule(max_samples=5), cold())
+    timed = timing.interleaved(calls, timing.StoppingRule(max_samples=5), cold())
     assert timed["short"].calls_per_sample == 40
     assert timed["long"].calls_per_sample == 1
     assert timed["short"].seconds == pytest.approx([5e-6] * len(timed["short"].seconds))

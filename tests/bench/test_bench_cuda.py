@@ -16,13 +16,13 @@ pytest.importorskip("numpy")
 from bench import __main__ as cli
 from bench.contenders import dense, sputnik
 from bench.contenders.base import Contender, Problem
-from bench.measuring import environment, results, timing
-from bench.run import roofs, runner, session
+from bench.measuring import environment, memory, results, timing
+from bench.run import plan, roofs, runner, session
 from bench.suites import cases
 from rosa_kernels.backends import native
 from rosa_kernels.testing import Case
 
-FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 
 
 def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
@@ -40,7 +40,7 @@ def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
-    assert timing.with_peak(call, "cuda") == ("result", 500)
+    assert memory.with_peak(call, "cuda") == ("result", 500)
 
 
 # -- devices --------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
 )
 def test_auto_takes_the_gpu_where_there_is_one(monkeypatch, asked, available, devices):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert session._devices(asked) == devices
+    assert plan._devices(asked) == devices
 
 
 def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys):
@@ -117,7 +117,7 @@ def test_a_budget_is_shared_by_devices_and_suites(gpu, tmp_path, monkeypatch):
     ends = []
     monkeypatch.setattr(session.time, "monotonic", lambda: 1000.0)
     monkeypatch.setattr(
-        session._Session, "measure", lambda self, part, end, spent: ends.append((part.suite, end))
+        session.Session, "measure", lambda self, part, end, spent: ends.append((part.suite, end))
     )
     options = ["--suite", "overhead", "tokens", "--time-budget", "80", "--out", str(tmp_path)]
     cli.main(["run", *options, "--no-plots"])

@@ -18,14 +18,15 @@ pytest.importorskip("numpy")
 
 from bench.contenders import cusparse
 from bench.contenders import cusparse_api as api
-from bench.contenders.base import FROM_TOKEN_MAJOR, OP, Problem
+from bench.contenders.base import Problem
 from bench.measuring import timing
+from bench.measuring.names import FROM_TOKEN_MAJOR, OP
 from bench.run import runner
 from rosa_kernels.testing import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 
-FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 SUCCESS, EXECUTION_FAILED, NOT_SUPPORTED = 0, 6, 10
 DTYPES = {code: dtype for dtype, code in api.DATA_TYPES.items()}
 

@@ -7,21 +7,25 @@ import os
 import pytest
 import torch
 
+from bench.report.rows import ratios_to_peers
+
 pytest.importorskip("numpy")
 
 from bench_rows import a_row
 
 from bench import __main__ as cli
 from bench.contenders import experiments
-from bench.contenders.base import FROM_TOKEN_MAJOR, Contender, Problem
+from bench.contenders.base import Contender, Problem
 from bench.contenders.overhead import overhead_cases
 from bench.layer.case import layer_case
 from bench.measuring import results, timing
-from bench.report import case_results, tables
+from bench.measuring.names import FROM_TOKEN_MAJOR
+from bench.report import case_results
+from bench.report import experiments as experiment_tables
 from bench.run import runner
 from rosa_kernels.testing import Case
 
-FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 CASE = Case("sddmm", 40, 24, 9, 0.1, torch.bfloat16)
 
 
@@ -56,7 +60,7 @@ def test_the_settings_are_there_during_the_call_alone(monkeypatch):
 
     base = Contender("sddmm", "cuda/tile", "cuda", prepare, workspace=lambda problem: look())
     settings = experiments.SETTINGS["panels=32 early"]
-    tried = experiments.under(base, "panels=32 early", settings)
+    tried = experiments.with_settings(base, "panels=32 early", settings)
     assert (tried.name, tried.mode) == ("cuda/tile panels=32 early", "experiment")
     call = tried.prepare(None, "op")
     call()
@@ -73,7 +77,7 @@ def test_a_wrong_experiment_is_not_timed():
         return lambda: torch.ones(problem.pattern.nnz, dtype=torch.bfloat16)
 
     base = Contender("sddmm", "cuda/tile", "cuda", wrong, token_major=True)
-    rows = runner.run_case(CASE, [experiments.under(base, "early", {})], FAST)
+    rows = runner.run_case(CASE, [experiments.with_settings(base, "early", {})], FAST)
     assert {(row["kernel"], row["status"]) for row in rows} == {("cuda/tile early", "incorrect")}
 
 
@@ -85,15 +89,15 @@ def test_experiments_are_neither_ours_nor_peers_and_have_their_table():
         a_row(**common, kernel="cuda/tile early", backend="cuda/tile", mode="experiment", ms=0.5),
         a_row(**common, kernel="dense", ms=3.0),
     ]
-    (race,) = case_results.races(rows)
-    assert race.best_own()["median_s"] == 1e-3
-    assert set(race.peers) == {"dense"}
-    assert [ratio.peer["kernel"] for ratio in tables.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
-    (table,) = experiments.tables(rows)
+    (result,) = case_results.case_results(rows)
+    assert result.best_own()["median_s"] == 1e-3
+    assert set(result.peers) == {"dense"}
+    assert [ratio.peer["kernel"] for ratio in ratios_to_peers(rows, FROM_TOKEN_MAJOR)] == ["dense"]
+    (table,) = experiment_tables.tables(rows)
     assert table.columns[3:] == ["panels=32", "early", "panels=32 early"]
     assert table.rows[0][1:] == ["cuda/tile", "1.000", "-", "0.500", "-"]
     assert table.rows[1] == ["geometric mean", "cuda/tile", "", "-", "0.500", "-"]
-    assert not experiments.tables(rows[:2])
+    assert not experiment_tables.tables(rows[:2])
 
 
 def test_on_a_cpu_the_options_of_cuda_are_ignored_and_said_to_be(tmp_path, capsys):

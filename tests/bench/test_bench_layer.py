@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 
+from bench.measuring.names import dtype_name
+
 pytest.importorskip("numpy")
 
 from bench_rows import a_row, failed
@@ -19,14 +21,14 @@ from bench.layer import contenders as layer_contenders
 from bench.layer import memory
 from bench.layer.case import FWD_BWD, MODES, STEP, LayerProblem, layer_case, model_case
 from bench.layer.check import Check
-from bench.layer.parametrization import NoMask
-from bench.layer.runner import step_of
+from bench.layer.parametrization import TooFewEntries
+from bench.layer.step import step_of
 from bench.measuring import results, timing
 from bench.report import layer
 from bench.run import runner
 from bench.suites import cases
 
-FAST = timing.Rule(cap_s=0.001, min_samples=2, max_samples=2)
+FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 TINY = layer_case(48, 40, 16, rank=4, modes=(FWD_BWD, STEP))
 NUMBERS = {"peak_bytes": 1, "held_bytes": 2, "live_bytes": 3, "saved_bytes": 4}
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -34,8 +36,8 @@ HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 @pytest.fixture(autouse=True)
 def no_children(monkeypatch):
-    """Weighing in a process of its own takes seconds; it has its own test."""
-    monkeypatch.setattr("bench.layer.runner.Weigher", lambda: lambda *args: dict(NUMBERS))
+    """Measuring memory in a process of its own takes seconds; it has its own test."""
+    monkeypatch.setattr("bench.layer.runner.MemoryMeter", lambda: lambda *args: dict(NUMBERS))
 
 
 def contender(name: str, case=TINY, mode=FWD_BWD) -> layer_contenders.LayerContender:
@@ -53,11 +55,11 @@ def test_everybody_but_full_trains_as_much_as_lora():
         budget = case.rank * (case.m + case.n)
         for kind in ("lora", "rosa", "sparse", "cla"):
             try:
-                form = problem.specs["linear"].form(kind)
-            except NoMask:
+                parametrization = problem.specs["linear"].parametrization(kind)
+            except TooFewEntries:
                 assert (kind, case.mask) == ("sparse", "real:14.down_proj")
                 continue
-            trainable = form.trainable((case.m, case.n))
+            trainable = parametrization.trainable((case.m, case.n))
             if kind == "cla":  # a whole number of columns
                 assert budget - case.m < trainable <= budget
             else:
@@ -68,7 +70,7 @@ def test_the_suites_have_the_shapes_that_speeds_are_promised_for():
     def promised(device):
         found = set()
         for case in cases.suite("layer", device=device):
-            row = {"device": device, "dtype": cases.dtype_name(case.dtype)}
+            row = {"device": device, "dtype": dtype_name(case.dtype)}
             row |= {key: getattr(case, key) for key in ("op", "m", "n", "k", "dropout")}
             if layer.promised(row):
                 found |= {(case.m, case.n, case.k, mode) for mode in case.modes}
@@ -93,7 +95,7 @@ def test_a_real_mask_is_thinned_but_never_filled_up():
         for pattern in (whole, part)
     }
     assert at[part] < at[whole]
-    with pytest.raises(NoMask, match=r"has 5308 entries; the budget asks for 5309"):
+    with pytest.raises(TooFewEntries, match=r"has 5308 entries; the budget asks for 5309"):
         spec.pattern(5309)
 
 
@@ -144,8 +146,8 @@ def test_a_case_of_a_layer_makes_rows_of_the_schema(tmp_path):
 def wrong(change, part):
     """An adapt function whose parameter `part` gets a gradient that `change` makes of it."""
 
-    def adapt(root, forms, dropout):
-        adapted = contender("rosa").adapt(root, forms, dropout)
+    def adapt(root, parametrizations, dropout):
+        adapted = contender("rosa").adapt(root, parametrizations, dropout)
         adapted.trained["linear"][part].register_hook(change)
         return adapted
 
@@ -167,8 +169,8 @@ def test_a_wrong_gradient_is_incorrect_and_not_timed(part):
 
 
 def test_a_weight_that_is_not_written_anew_after_the_step_is_seen():
-    def adapt(root, forms, dropout):
-        adapted = contender("rosa").adapt(root, forms, dropout)
+    def adapt(root, parametrizations, dropout):
+        adapted = contender("rosa").adapt(root, parametrizations, dropout)
         return dataclasses.replace(adapted, attach=partial(attach_and_forget, adapted.attach))
 
     def attach_and_forget(attach, optimizer):
@@ -182,7 +184,7 @@ def test_a_weight_that_is_not_written_anew_after_the_step_is_seen():
 
 
 def test_a_contender_that_raises_is_an_error_and_the_others_go_on():
-    def adapt(root, forms, dropout):
+    def adapt(root, parametrizations, dropout):
         raise RuntimeError("no such layer")
 
     competing = [dataclasses.replace(contender("rosa"), adapt=adapt), contender("lora")]
@@ -214,15 +216,18 @@ def test_the_model_is_right_in_a_whole_step():
     check = Check(problem)
     for name in ("rosa", "lora"):
         found = contender(name, case, STEP)
-        forms = found.forms(problem)
-        adapted = found.build(problem, forms)
+        parametrizations = found.parametrizations(problem)
+        adapted = found.build(problem, parametrizations)
         step = step_of(problem, adapted, STEP)
-        assert check(adapted, forms) < 1e-4
-        step.once_far()
-        now = {key: form.now(adapted.trained[key]) for key, form in forms.items()}
+        assert check(adapted, parametrizations) < 1e-4
+        step.step_visibly()
+        now = {
+            key: parametrization.updated(adapted.trained[key])
+            for key, parametrization in parametrizations.items()
+        }
         assert check(adapted, now) < 1e-4
         with pytest.raises(AssertionError, match="of its norm"):
-            check(adapted, forms)  # it is somewhere else by now
+            check(adapted, parametrizations)  # it is somewhere else by now
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -244,23 +249,23 @@ def test_the_bytes_that_wait_for_backward_are_the_inputs_and_the_projections():
     x, projected = problem.x.nbytes, 16 * 4
     for name, rank in (("lora", 4), ("rosa", 2), ("cla", None)):
         found = contender(name)
-        forms = found.forms(problem)
-        got = memory.saved_bytes(problem, found.build(problem, forms))
+        parametrizations = found.parametrizations(problem)
+        got = memory.saved_bytes(problem, found.build(problem, parametrizations))
         if rank is None:  # a selector saves its columns only
             assert got < x
         else:
             assert x + rank * projected <= got
-            pattern = forms["linear"].pattern
+            pattern = parametrizations["linear"].pattern
             indices = 0 if pattern is None else 4 * (pattern.nnz + 49)
             assert got <= x + rank * projected + indices + 64
 
 
 @pytest.mark.slow
-def test_weighed_in_a_process_of_its_own_pages_and_tensors_agree():
+def test_pages_and_tensors_agree_in_a_process_of_its_own():
     case = layer_case(1024, 1024, 256)
-    weigh = memory.Weigher()
+    meter = memory.MemoryMeter()
     found = {
-        name: weigh(case, name, FWD_BWD, "cpu", 1) for name in ("lora", "rosa", "full", "frozen")
+        name: meter(case, name, FWD_BWD, "cpu", 1) for name in ("lora", "rosa", "full", "frozen")
     }
     weight = 4 * 1024 * 1024
     for columns in found.values():

@@ -7,6 +7,8 @@ import xml.etree.ElementTree
 
 import pytest
 
+from bench.report.rows import ratios_to_peers
+
 pytest.importorskip("matplotlib")
 
 from bench_rows import a_row, gpu_rows
@@ -15,7 +17,6 @@ from bench import __main__ as cli
 from bench import plot
 from bench.measuring import results
 from bench.plot import rows as plot_rows
-from bench.report import tables
 from bench.suites import cases
 
 
@@ -100,7 +101,7 @@ def test_of_a_family_only_the_fastest_is_drawn_for_a_gpu():
 
 def test_too_many_problems_share_lines():
     suite = cases.suite("density", device="cuda")
-    found = tables.ratios(gpu_rows(suite), "from_token_major")
+    found = ratios_to_peers(gpu_rows(suite), "from_token_major")
     every, _ = plot_rows.lines(found, most=10**6)
     few, line_of = plot_rows.lines(found, most=80)
     assert len(every) > 400

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from bench.report.rows import geomean, milliseconds, ratios_to_peers
+
 pytest.importorskip("numpy")
 
 from bench_rows import a_row, failed, gpu_rows
 
 from bench import __main__ as cli
-from bench.contenders.base import FROM_TOKEN_MAJOR, OP
 from bench.measuring import results
+from bench.measuring.names import FROM_TOKEN_MAJOR, OP
+from bench.measuring.table import Table
 from bench.report import case_results, compare, ratios, tables, targets
 from bench.suites import cases
 from rosa_kernels.testing import Case
@@ -26,10 +29,10 @@ def test_ratios_geomeans_and_efficiency_are_derived_from_rows():
             a_row(**common, kernel="spops", backend="spops", ms=spops),
             a_row(**common, kernel="cpu/portable", ms=50.0),
         ]
-    found = tables.ratios(rows, FROM_TOKEN_MAJOR)
+    found = ratios_to_peers(rows, FROM_TOKEN_MAJOR)
     assert sorted(r.value for r in found if r.peer["kernel"] == "spops") == [0.5, 4.0]
     assert {r.peer["kernel"] for r in found} == {"dense", "spops"}
-    assert tables.geomean([0.5, 4.0]) == pytest.approx(2**0.5)
+    assert geomean([0.5, 4.0]) == pytest.approx(2**0.5)
     assert tables.efficiency(rows) == {("spmm", "float32", "uniform"): pytest.approx(0.5)}
     table = tables.losing_table(rows, FROM_TOKEN_MAJOR)
     assert [line[0] for line in table.rows] == ["d0.05"]
@@ -90,9 +93,9 @@ def test_times_of_different_timers_are_not_compared():
 
 
 def test_a_time_with_the_hosts_in_it_is_marked():
-    assert tables.milliseconds(a_row(ms=2.0, timer="cold+host")) == "2.000+host"
-    assert tables.milliseconds(a_row(ms=2.0, timer="cold")) == "2.000"
-    assert tables.milliseconds(a_row(ms=2.0), 1) == "2.0"
+    assert milliseconds(a_row(ms=2.0, timer="cold+host")) == "2.000+host"
+    assert milliseconds(a_row(ms=2.0, timer="cold")) == "2.000"
+    assert milliseconds(a_row(ms=2.0), 1) == "2.0"
 
 
 # -- ratios and targets; all rows of a GPU are synthetic ------------------------------------------
@@ -106,8 +109,8 @@ def on_gpu(case: str, kernel: str, ms: float, **columns) -> results.Row:
 
 def test_cases_of_one_name_on_two_devices_are_not_compared():
     rows = [a_row(), a_row(kernel="dense", ms=2.0), a_row(device="cuda", kernel="spops", ms=3.0)]
-    assert [ratio.peer["kernel"] for ratio in tables.ratios(rows, FROM_TOKEN_MAJOR)] == ["dense"]
-    assert {race.auto["device"] for race in case_results.races(rows)} == {"cpu"}
+    assert [ratio.peer["kernel"] for ratio in ratios_to_peers(rows, FROM_TOKEN_MAJOR)] == ["dense"]
+    assert {result.auto["device"] for result in case_results.case_results(rows)} == {"cpu"}
 
 
 def test_a_race_has_the_fastest_of_each_family_and_our_own_kernels():
@@ -122,12 +125,12 @@ def test_a_race_has_the_fastest_of_each_family_and_our_own_kernels():
         on_gpu("a", "cusparse-fp32", 9.0),
         on_gpu("a", "cusparse-fp32", 5.0, charge=OP),
     ]
-    (race,) = case_results.races(rows)
-    assert set(race.own) == {"cuda/tile", "cuda/gather", "dense"}
-    assert race.best_own()["kernel"] == "rosa-dense"
-    assert race.against("dense") == pytest.approx(2.5)
-    assert race.against("cusparse") == pytest.approx(9.0)
-    assert race.against("spops") is None
+    (result,) = case_results.case_results(rows)
+    assert set(result.own) == {"cuda/tile", "cuda/gather", "dense"}
+    assert result.best_own()["kernel"] == "rosa-dense"
+    assert result.against("dense") == pytest.approx(2.5)
+    assert result.against("cusparse") == pytest.approx(9.0)
+    assert result.against("spops") is None
 
 
 def test_kernels_that_auto_may_not_take_are_no_measure_of_its_choice():
@@ -137,9 +140,9 @@ def test_kernels_that_auto_may_not_take_are_no_measure_of_its_choice():
         on_gpu("a", "cuda/gather", 2.0, op="spmm"),
         on_gpu("a", "cuda/tile", 1.0, op="spmm"),  # Inf and NaN leak from it
     ]
-    (race,) = case_results.races(rows)
-    assert set(race.own) == {"cuda/gather"}
-    assert not ratios.choices_table([race]).rows
+    (result,) = case_results.case_results(rows)
+    assert set(result.own) == {"cuda/gather"}
+    assert not ratios.choices_table([result]).rows
 
 
 def test_wrong_choices_are_listed_worst_first_and_noise_is_not():
@@ -147,7 +150,7 @@ def test_wrong_choices_are_listed_worst_first_and_noise_is_not():
     for case, best in (("near", 0.97), ("bad", 0.5), ("worse", 0.25)):
         rows += [on_gpu(case, "auto", 1.0), on_gpu(case, "cuda/tile", 1.0)]
         rows.append(on_gpu(case, "cuda/gather", best))
-    found = case_results.races(rows)
+    found = case_results.case_results(rows)
     table = ratios.choices_table(found)
     assert [line[0] for line in table.rows] == ["worse", "bad"]
     assert table.rows[0][1:] == ["cuda/tile", "1.000", "cuda/gather", "0.250", "4.00"]
@@ -167,7 +170,7 @@ def test_bands_of_density(density, name):
 
 
 def verdicts(rows) -> dict[str, list[str]]:
-    return {line[0]: line[1:] for line in targets.table(case_results.races(rows)).rows}
+    return {line[0]: line[1:] for line in targets.table(case_results.case_results(rows)).rows}
 
 
 def test_targets_are_reached_missed_or_not_measured():
@@ -192,7 +195,9 @@ def test_targets_are_reached_missed_or_not_measured():
 
 
 def test_targets_are_of_one_gpu_only():
-    assert not targets.table(case_results.races([a_row(), a_row(kernel="dense", ms=9.0)])).rows
+    assert not targets.table(
+        case_results.case_results([a_row(), a_row(kernel="dense", ms=9.0)])
+    ).rows
 
 
 def test_the_floor_of_scattered_adds_counts_sectors():
@@ -279,3 +284,10 @@ def test_a_synthetic_row_is_a_row(tmp_path):
     rows = gpu_rows([Case("csr_add_", 64, 64, 1, 0.1), Case("sddmm", 64, 64, 8, 0.1)])
     results.append(tmp_path / "results.jsonl", rows)
     assert results.read(tmp_path / "results.jsonl") == rows
+
+
+def test_a_table_aligns_text_left_and_numbers_right():
+    table = Table("Title", ["name", "kind", "ms"], [["a", "long kind", "1.5"]], texts=2)
+    assert table.text() == "Title\n  name  kind        ms\n  a     long kind  1.5"
+    markdown = "| name | kind | ms |\n| --- | --- | ---: |\n| a | long kind | 1.5 |\n"
+    assert table.markdown() == markdown

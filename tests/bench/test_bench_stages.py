@@ -13,6 +13,7 @@ pytest.importorskip("numpy")
 from bench import __main__ as cli
 from bench.contenders.base import Contender, Problem
 from bench.measuring import kernel_times
+from bench.report import stages as stage_tables
 from bench.run import stages
 from rosa_kernels.choice import Candidate
 from rosa_kernels.kernel import Estimate
@@ -180,7 +181,7 @@ def test_measured_stands_beside_predicted():
         a_stage_row("cpu/x", stages_us={}, predicted_us=None, call_us=7.0),
         a_stage_row(status="error"),
     ]
-    (table,) = stages.tables(rows)
+    (table,) = stage_tables.tables(rows)
     assert table.columns[2:] == [
         *("pack", "tiles", "gather", "finalize", "Memcpy DtoD", "sum", "launch", "call")
     ]
@@ -191,11 +192,11 @@ def test_measured_stands_beside_predicted():
     assert table.rows[1][2:4] == ["-/80.0", "-/50.0"]
     assert table.rows[2][2:] == ["", "", "", "", "", "", "", "7.0"]
     assert table.rows[3][:4] == ["geometric mean", "cuda/tile", "1.10", "2.00"]
-    (table,) = stages.tables(rows, limit=1)
+    (table,) = stage_tables.tables(rows, limit=1)
     assert [line[0] for line in table.rows] == ["real:14.q_proj k8192", *["geometric mean"] * 2]
     assert "the first 1 of 3" in table.title
     both = [*rows, rows[0] | {"op": "spmm"}]
-    assert len(stages.tables(both)) == 2
+    assert len(stage_tables.tables(both)) == 2
 
 
 def test_one_launch_of_two_stages_stands_beside_their_sum():
@@ -204,7 +205,7 @@ def test_one_launch_of_two_stages_stands_beside_their_sum():
         predicted_us={"stage": 2.0, "gather": 2.0, "launch": 2.5},
         call_us=8.0,
     )
-    (table,) = stages.tables([row])
+    (table,) = stage_tables.tables([row])
     assert table.columns[2:] == ["stage+gather", "sum", "launch", "call"]
     assert table.rows[0][2:] == ["6.0/4.0 1.50", "6.0/4.0 1.50", "2.0/2.5 0.80", "8.0/6.5 1.23"]
 

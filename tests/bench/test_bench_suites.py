@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from bench.measuring.names import dtype_name
+
 pytest.importorskip("numpy")
 
 from bench import masks
@@ -19,7 +21,7 @@ DEVICES = ("cpu", "cuda")
 def row_of(case) -> dict:
     """What a row says of its case."""
     names = ("op", "m", "n", "k", "density", "mask")
-    return {name: getattr(case, name) for name in names} | {"dtype": cases.dtype_name(case.dtype)}
+    return {name: getattr(case, name) for name in names} | {"dtype": dtype_name(case.dtype)}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,77 @@
+"""What a run measures: the suites, devices and contenders that its arguments leave."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from rosa_kernels.testing import Case
+
+from ..contenders import experiments
+from ..contenders.base import Contender
+from ..layer.contenders import LayerContender
+from ..suites.cases import contenders, suite
+
+Entry = tuple[Case, list[Contender | LayerContender]]
+
+
+class UsageError(ValueError):
+    """Arguments that parse but make no sense together."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One suite on one device."""
+
+    device: str
+    suite: str
+    plan: list[Entry]
+
+
+def parts(args: argparse.Namespace) -> list[Part]:
+    """The parts that the arguments leave something of, in the order given.
+
+    Raises:
+        UsageError: a device that is not here, a name that no contender has, or nothing left.
+    """
+    found = []
+    known: dict[str, None] = {}
+    for device in _devices(args.device):
+        for name in args.suite:
+            part = Part(device, name, [])
+            for case in suite(name, args.seed, device):
+                competing = contenders(case, device)
+                known |= dict.fromkeys(c.name for c in competing)
+                if args.experiments:
+                    competing = [*competing, *experiments.contenders(case, device)]
+                competing = [c for c in competing if _wanted(c.name, args)]
+                if competing and (not args.ops or case.op in args.ops):
+                    part.plan.append((case, competing))
+            if part.plan:
+                found.append(part)
+    for option, names in (("--kernels", args.kernels), ("--without", args.without)):
+        unknown = sorted(set(names or ()) - set(known))
+        if unknown:
+            raise UsageError(
+                f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}"
+            )
+    if not found:
+        names = " or ".join(args.suite)
+        raise UsageError(f"run: expected filters that leave a pair of {names}, got none left")
+    return found
+
+
+def _wanted(name: str, args: argparse.Namespace) -> bool:
+    name = experiments.kernel_of(name)
+    return (not args.kernels or name in args.kernels) and name not in (args.without or ())
+
+
+def _devices(asked: str) -> list[str]:
+    available = torch.cuda.is_available()
+    if asked == "cuda" and not available:
+        raise UsageError("--device: expected a machine with CUDA, got none")
+    if asked == "auto":
+        return ["cuda", "cpu"] if available else ["cpu"]
+    return [asked]
