@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -82,20 +84,69 @@ def test_wheel_holds_the_package_and_runs_on_its_own(tmp_path: Path) -> None:
     assert len([n for n in names if re.fullmatch(r"rosa_kernels/_C\..*\.so", n)]) == 1
     assert {"rosa_kernels/_C.pyi", "rosa_kernels/py.typed"} <= set(names)
     assert any(n.endswith("/LICENSE") for n in names)
-    assert {n.split("/")[0].split("-")[0] for n in names} == {"rosa_kernels", "rosa_train"}
+    packages = {"rosa_kernels", "rosa_train", "rosa_bench"}  # none is called bench or tests
+    assert {n.split("/")[0].split("-")[0] for n in names} == packages
+    masks = [n for n in names if n.startswith("rosa_bench/masks/")]
+    assert {Path(n).suffix for n in masks} == {".py", ".npz", ".md"}
+    not_shipped = ("rosa_bench/rows/", "rosa_bench/test_", "rosa_bench/__pycache__")
+    assert not [n for n in names if n.startswith(not_shipped)]
 
     target = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
-    code = "import rosa_kernels as rk; from rosa_kernels import _C; print(rk.__file__, _C.__file__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(target)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert all(Path(path).is_relative_to(target) for path in done.stdout.split())
+    empty = tmp_path / "empty"
+    empty.mkdir()
+
+    def installed(*command: str | Path) -> str:
+        """What a command prints that sees the wheel, in a folder without a checkout."""
+        environment = {**os.environ, "PYTHONPATH": str(target)}
+        done = subprocess.run(
+            command, env=environment, cwd=empty, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    code = "import rosa_kernels as rk, rosa_bench; from rosa_kernels import _C; "
+    paths = installed(sys.executable, "-c", code + "print(rk.__file__, rosa_bench, _C.__file__)")
+    assert paths.count(str(target)) == 3
+    assert "usage: python -m rosa_train" in installed(target / "bin" / "rosa-train", "--help")
+
+    if not find_spec("numpy"):
+        return
+    bench = target / "bin" / "rosa-bench"
+    assert installed(bench, "--help").startswith("usage: rosa-bench ")
+    assert "real:14.q_proj" in installed(bench, "list", "--suite", "first", "--device", "cpu")
+    short = ("--device", "cpu", "--no-plots", "--time-budget", "10", "--out", "here")
+    # The overhead of a call; and a layer, whose memory is measured in a process of its own.
+    printed = installed(bench, "run", "--suite", "overhead", *short)
+    assert "Call overhead in us" in printed
+    layers = ("--suite", "layer", "--kernels", "lora", "--ops", "rosa_layer")
+    installed(sys.executable, "-m", "rosa_bench", "run", *layers, *short)
+    rows = [json.loads(line) for line in (empty / "here/results.jsonl").read_text().splitlines()]
+    assert {row["op"] for row in rows if row["status"] == "ok"} >= {"sddmm", "rosa_layer"}
+    assert {(row["git_sha"], row["git_dirty"]) for row in rows} == {(None, None)}
+
+
+def test_git_is_not_asked_about_an_installed_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numpy")
+    from bench.measuring import environment
+
+    # An environment may lie in the checkout of another project.
+    monkeypatch.setattr(environment, "_PACKAGE", ROOT / "rosa_bench")
+    monkeypatch.setattr(environment, "_output", lambda *command: "of another project")
+    record = environment.run_record([])
+    assert (record["git_sha"], record["git_dirty"]) == (None, None)
+
+
+def test_the_benchmark_names_the_extra_that_is_missing() -> None:
+    code = """
+import sys, warnings
+sys.modules["numpy"] = None  # importing it now raises
+warnings.simplefilter("ignore")  # torch says that it has no numpy
+from bench.__main__ import main
+sys.exit(main(["list"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "bench: expected numpy, got none: pip install 'rosa-kernels[bench]'\n"
 
 
 @pytest.mark.parametrize(
