@@ -209,7 +209,7 @@ def checks(
         command = [
             *(*under, sys.executable, "-W", "ignore", TREE / "cpp" / "tools" / "gpu_check.py"),
             *("--device", run.device, "--ops", *ops, "--kernels", kernel),
-            *("--until", f"{time.monotonic() + max(limit_s - CHECK_MARGIN_S, 1):.1f}"),
+            *("--until", f"{time.monotonic() + limit_s - min(CHECK_MARGIN_S, limit_s / 2):.1f}"),
             *("--sizes", *(("small",) if under else ("large", "small"))),
         ]
         tasks.append(
