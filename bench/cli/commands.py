@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from rosa_kernels.testing import Case
+from rosa_train.cli.tables import Table
 
 from ..contenders import cusparse_api
 from ..contenders.base import Problem
 from ..contenders.ours import ops
 from ..measuring import console, environment, results
-from ..measuring.table import Table
 from ..report import calibrate, compare, experiments, ratios, tables
 from ..report import layer as layer_tables
 from ..report import stages as stage_tables

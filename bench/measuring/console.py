@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 
-from .table import Table
+from rosa_train.cli import tables
 
 
-def _rich() -> bool:
-    if not sys.stdout.isatty():
-        return False
-    try:
-        import rich  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def show(table: Table) -> None:
-    """Print a table."""
-    if not _rich():
-        print(f"\n{table.text()}")
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if i < table.texts else "right", no_wrap=i == 0)
-    for row in table.rows:
-        shown.add_row(*row)
-    Console().print(shown)
+def show(table: tables.Table) -> None:
+    """Print a table, apart from what stands before it."""
+    print()
+    tables.show(table)
 
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """Yields a function to call after each case, with a line about it."""
-    if not _rich():
+    if not tables.on_terminal():
         width, done = len(str(total)), 0
 
         def line(text: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from rosa_train.cli.tables import Table
+
 from ..measuring.results import Row, key
-from ..measuring.table import Table
 from .rows import milliseconds
 
 VERDICTS = (

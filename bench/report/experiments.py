@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from rosa_train.cli.tables import Table
+
 from ..contenders.experiments import MODE, SETTINGS, kernel_of
 from ..measuring.names import FROM_TOKEN_MAJOR
 from ..measuring.results import Row
-from ..measuring.table import Table
 from .rows import geomean, milliseconds, timed
 
 

@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from rosa_train.cli.tables import Table
+
 from ..layer.case import FWD_BWD, LAYER, MODEL, OPS, STEP
 from ..layer.contenders import FULL, OURS, PEFT_REFERENCE, REFERENCE, SHIRA, SUPER_TUNING
 from ..measuring.results import Row
-from ..measuring.table import Table
 from .rows import geomean, milliseconds
 
 Group = dict[str, Row]  # kernel -> row

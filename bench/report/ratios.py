@@ -9,11 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from rosa_train.cli.tables import Table
+
 from ..contenders.peers import peer_families
 from ..measuring.clocks import WITH_HOST
 from ..measuring.names import AUTO, OP, PRODUCTS
 from ..measuring.results import Row
-from ..measuring.table import Table
 from . import targets
 from .case_results import CaseResult, case_results
 from .rows import geomean, mask_kind, milliseconds, with_host

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from rosa_train.cli.tables import Table
+
 from ..measuring import kernel_times
 from ..measuring.names import PRODUCTS
 from ..measuring.results import Row
-from ..measuring.table import Table
 from .rows import geomean
 
 Times = dict[str, tuple[float | None, float | None]]  # what -> measured, predicted

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
+from rosa_train.cli.tables import Table
+
 from ..measuring.names import FROM_TOKEN_MAJOR, OP
 from ..measuring.results import Row
-from ..measuring.table import Table
 from ..measuring.timing import noise
 from .rows import (
     Ratio,

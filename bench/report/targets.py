@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rosa_train.cli.tables import Table
+
 from ..measuring.results import Row
-from ..measuring.table import Table
 from .case_results import CaseResult
 from .rows import geomean, mask_kind
 

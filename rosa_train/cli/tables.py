@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from dataclasses import dataclass, field
 
@@ -29,23 +30,26 @@ class Table:
         return "\n".join([self.title, *(f"  {line}" for line in body)])
 
     def markdown(self) -> str:
+        """The table without its title, as Markdown."""
         rule = ["---"] * self.texts + ["---:"] * (len(self.columns) - self.texts)
         lines = [self.columns, rule, *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def on_terminal() -> bool:
+    """Whether rich is installed and somebody looks."""
+    return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
+
+
 def show(table: Table) -> None:
     """Print a table."""
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table as RichTable
-    except ImportError:
+    if not on_terminal():
         print(table.text())
         return
-    if not sys.stdout.isatty():
-        print(table.text())
-        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
     shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(table.columns):
         shown.add_column(column, justify="left" if i < table.texts else "right", no_wrap=i == 0)

@@ -13,10 +13,10 @@ from bench_rows import a_row, failed, gpu_rows
 from bench import __main__ as cli
 from bench.measuring import results
 from bench.measuring.names import FROM_TOKEN_MAJOR, OP
-from bench.measuring.table import Table
 from bench.report import case_results, compare, ratios, tables, targets
 from bench.suites import cases
 from rosa_kernels.testing import Case
+from rosa_train.cli.tables import Table
 
 
 def test_ratios_geomeans_and_efficiency_are_derived_from_rows():
