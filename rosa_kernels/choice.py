@@ -52,10 +52,10 @@ def candidates(
 def choose_fastest(found: list[Candidate]) -> Candidate | None:
     """The kernel to take, or None if none can serve.
 
-    The first that can serve, by priority. If its time is predicted, all whose time is compete, by
-    the upper end of their uncertainty: a dense product runs as fast as measured on any mask, a
-    sparse kernel's time depends on the mask in ways a model may miss. So near ties go to the dense
-    one, and losing to it, which any user could have called, costs at most what is uncertain.
+    It is the first that can serve, by priority, if the time of that one is not predicted. Otherwise
+    those whose times are predicted compete, and the shortest time at worst wins. A dense product
+    runs as fast as measured on any mask. A sparse kernel's time depends on the mask in ways that a
+    model may miss. So near ties go to the dense product, which any user could have called.
     """
     serving = [candidate for candidate in found if candidate.reason is None]
     if not serving or serving[0].estimate is None:
