@@ -49,8 +49,8 @@ export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 # Neither emulated kernels nor torch.compile, and of the instruction sets the one that users get.
 check: build
 	ctest --test-dir $(BUILD) $(CTEST_FLAGS) --label-exclude 'simt|cuda|install'
-	python -m pytest -q -m "not (slow or emulated or compiled or gpu)" \
-	  -k "not (portable or avx2 or reference-cpu or dense-cpu)" tests/ops tests/nn tests/test_layering.py
+	python -m pytest -q -m "not (slow or emulated or compiled or gpu or other_isa)" \
+	  -k "not (reference-cpu or dense-cpu)" tests/ops tests/nn tests/test_layering.py
 
 test: build
 	ctest --test-dir $(BUILD) $(CTEST_FLAGS) $(CTEST_ARGS)

@@ -11,5 +11,5 @@ lies below it, which tests/test_layering.py holds::
     contenders  layer     our kernels and the peers / a layer or a model in training
     measuring   masks     clocks, memory, result files, tables of strings / sparsity patterns
 
-``rows/`` holds measured rows, no code.
+In a checkout, ``rows/`` holds measured rows.
 """

@@ -74,6 +74,8 @@ def cached_kernel(op: str, device_type: str, dtype: torch.dtype, backend: str) -
 def select(op: str, call: Call, backend: str = AUTO) -> Kernel:
     """The best kernel that serves `call`; with an explicit `backend`, one of that backend.
 
+    For devices that are here: a machine that is only named has :func:`candidates`.
+
     Raises:
         RuntimeError: none can; the message gives every candidate's reason.
     """

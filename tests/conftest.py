@@ -115,7 +115,10 @@ KERNELS_OF = {"csr_add": "csr_add_"}
 def served(op: str) -> list[object]:
     params = []
     absent = {} if _NO_SIMT is None else {"simt": _NO_SIMT}
-    for kernel in rk.kernels(KERNELS_OF.get(op, op)):
+    kernels = rk.kernels(KERNELS_OF.get(op, op))
+    # The instruction set that users of this machine get; kernels come best first.
+    users = next((k.name for k in kernels if k.backend == "cpu" and k.unavailable is None), None)
+    for kernel in kernels:
         for device in sorted(kernel.devices):
             if device == "cuda" and not torch.cuda.is_available():
                 absent["cuda"] = "needs a CUDA device"  # once, and not for each of a dozen kernels
@@ -123,6 +126,8 @@ def served(op: str) -> list[object]:
             marks = [pytest.mark.gpu] if device == "cuda" else []
             if kernel.backend == "simt":
                 marks.append(pytest.mark.emulated)
+            if kernel.backend == "cpu" and kernel.variant and kernel.name != users:
+                marks.append(pytest.mark.other_isa)
             if kernel.unavailable is not None:
                 marks.append(pytest.mark.skip(reason=kernel.unavailable))
             value = Served(op, kernel.name, device, kernel.run, kernel.dtypes, kernel.finite_only)

@@ -21,7 +21,9 @@ def test_python_of_the_first_pages_runs() -> None:
         for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     ]
     assert len(blocks) >= 4
-    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "cuda/wgmma" in done.stdout  # explain's table
 

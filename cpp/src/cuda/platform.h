@@ -42,8 +42,8 @@ using Type = T;
 #define ROSA_SHARED(name, ...) \
   auto& name = ::rosa::simt::static_shared<::rosa::cuda::Type<__VA_ARGS__>>([] {})
 
-// The next launch may use all shared memory of the device. On a GPU the permission lasts; here every
-// launch is as the first of a process.
+// The next launch may use all shared memory of the device. On a GPU the permission lasts; here
+// every launch is as the first of a process.
 template <auto kKernel>
 void allow_shared_memory() {
   ::rosa::simt::allow_shared_memory();
