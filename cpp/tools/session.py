@@ -7,6 +7,7 @@ results are right.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -221,11 +222,9 @@ class _Running:
         """End it and its children, without waiting for those that a driver holds."""
         if self._process is None:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(patience_s)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass
 
     def finish(self, end: float) -> Step:
         """Wait for its end, its limit or the session's."""

@@ -156,7 +156,7 @@ def test_under_torchrun(source: Path, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += [f"--master-port={free_port()}", str(script)]
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'train'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(metrics.read(tmp_path / "out" / "metrics.jsonl")) == 6  # 5 steps and the masks
