@@ -38,8 +38,9 @@ TileChoice choose_tile(SddmmVariant variant, int tile_cols, const DeviceProperti
   if (variant == SddmmVariant::kWgmma) return {0, wgmma_shared_bytes(), 1};
   if (tile_cols == Tile256::kCols) return choice_of<Tile256>(device);
   // Two stages take 68 KiB in place of 96. Where that puts a second block on a multiprocessor
-  // (compute capability 8.0), it hides L2's latency, and the first one's sampling, better than a
-  // third stage does. 9.0 holds two blocks of three stages, 8.6 and 8.9 one of either.
+  // (compute capability 8.0), it should hide L2's latency, and the first one's sampling, better
+  // than a third stage does (not measured). 9.0 holds two blocks of three stages, 8.6 and 8.9 one
+  // of either.
   const TileChoice two = choice_of<Tile128Short>(device), three = choice_of<Tile128>(device);
   return two.blocks > three.blocks ? two : three;
 }
