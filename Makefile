@@ -1,23 +1,23 @@
-# Every target sets up .venv by itself, and only does what changed. A machine needs Python with
-# its headers and venv module, a C++ compiler, make and git; the rest comes from the index.
+# Every target sets up .venv if it needs it, and does only what changed. A machine needs Python with
+# its headers and venv module, a C++ compiler, make and git. The rest comes from the package index.
 #
 #   make            build into the checkout
-#   make check      for the editing loop: CPU kernels, ops and layer, in under two minutes
-#   make test       native tests (CUDA kernels in an emulator, too), then pytest
-#   make bench      the quick benchmark suite, on the GPU as well where there is one
+#   make check      tests for the editing loop: CPU kernels, ops and layer, in under two minutes
+#   make test       native tests (also of the CUDA kernels, in an emulator), then pytest
+#   make bench      the quick benchmark suite, also on the GPU if there is one
 #   make demo       RoSA on SmolLM2-135M and generated data: minutes on a CPU, into build/demo
-#   make lint       ruff, mypy, clang-format (`make format` mends what they can mend)
+#   make lint       ruff, mypy, clang-format (`make format` fixes what they can fix)
 #   make sanitize   native tests under ASan + UBSan, then under TSan
-#   make mutants    faults planted into the CUDA kernels, each of which the emulator must find
-#   make cuda-all   CUDA kernels for every architecture, and what the compiler made of them
-#   make gpu        on a GPU machine without a package index: right? how fast? in BUDGET=5 minutes
+#   make mutants    plants faults into the CUDA kernels; the emulator must find each of them
+#   make cuda-all   CUDA kernels for every architecture, and a report of their machine code
+#   make gpu        on a GPU machine without an index: checks, measurements, in BUDGET=5 minutes
 #   make gpu-more   GPU tests, memcheck and the remaining measurements, in BUDGET=4 minutes
 #   make clean      remove all that make created
 #
-# CUDA kernels are built wherever nvcc is found, for the GPU of the machine. A machine with an NVIDIA
-# GPU but no nvcc gets one from the index (105 MB), into .venv.
+# If nvcc is found, CUDA kernels are built for the GPU of the machine. If the machine has an NVIDIA
+# GPU but no nvcc, nvcc is installed from the index into .venv (105 MB).
 #
-# torch from the default index brings gigabytes of CUDA on Linux. CPU-only machines spare it with
+# On Linux, torch from the default index brings gigabytes of CUDA. CPU-only machines avoid them with
 #   make test TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ READY := .venv/ready
 BUILD := build/$(PRESET)
 CTEST_FLAGS := --output-on-failure --no-tests=error --parallel 4
 
-# What activating the environment does: tools, and the Python that CMake finds, come from it.
+# The same as activating the environment: tools, and the Python that CMake finds, come from .venv.
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 
@@ -46,7 +46,8 @@ export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 .PHONY: check test build bench demo lint format sanitize asan tsan mutants cuda-all gpu gpu-more clean
 .DELETE_ON_ERROR:
 
-# Neither emulated kernels nor torch.compile, and of the instruction sets the one that users get.
+# Leaves out emulated kernels and torch.compile. Of the instruction sets, it tests only the one that
+# users get.
 check: build
 	ctest --test-dir $(BUILD) $(CTEST_FLAGS) --label-exclude 'simt|cuda|install'
 	python -m pytest -q -m "not (slow or emulated or compiled or gpu or other_isa)" \
@@ -56,9 +57,9 @@ test: build
 	ctest --test-dir $(BUILD) $(CTEST_FLAGS) $(CTEST_ARGS)
 	python -m pytest $(PYTEST_ARGS)
 
-# CMake places the module into rosa_kernels/ and the environment points at the checkout: the same
-# single build that machines without an index use, an edit costs what ninja rebuilds, and no
-# import hook compiles behind a benchmark's back as an editable install would.
+# CMake places the module into rosa_kernels/ and the environment points at the checkout. Machines
+# without an index use the same build, and an edit costs only what ninja rebuilds. An editable
+# install would have an import hook that compiles during a benchmark.
 build: $(BUILD)/build.ninja
 	cmake --build $(BUILD)
 
@@ -79,7 +80,7 @@ format: $(READY)
 	ruff format .
 	clang-format -i $(CPP_FILES)
 
-# One after the other, whatever -j says: each takes all cores.
+# These run one after the other, even with -j, because each takes all cores.
 sanitize: asan
 	$(MAKE) tsan
 
@@ -94,7 +95,7 @@ cuda-all: build/cuda-all/build.ninja
 	cmake --build build/cuda-all --target rosa_cuda
 	python cpp/tools/resource_report.py build/cuda-all/cpp/src/cuda/librosa_cuda.a
 
-# Without .venv: for machines on which it could not be made.
+# These do not use .venv, because it cannot be made on machines without a package index.
 gpu:
 	$(PYTHON) cpp/tools/gpu.py first $(if $(BUDGET),--budget $(BUDGET)) $(GPU_ARGS)
 
@@ -112,7 +113,7 @@ build/%/build.ninja: $(READY) CMakePresets.json
 	CUDACXX="$$(python cpp/tools/cuda_toolchain.py --install)" cmake --preset $* $(CMAKE_ARGS)
 	@touch $@
 
-# Absent tools are named before minutes are spent on downloads. $(call need,test,what is missing)
+# Names missing tools before minutes are spent on downloads. $(call need,test,what is missing)
 need = @{ $(1); } >/dev/null 2>&1 || { echo "make: $(2)" >&2; exit 1; }
 INCLUDE_DIR = $$($(PYTHON) -c "import sysconfig; print(sysconfig.get_path('include'))")
 # pip's own `--group` and `.[extra]` would need a newer pip or a build of this package.

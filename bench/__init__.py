@@ -1,15 +1,15 @@
-"""Benchmarks of rosa_kernels: cases declared once, every kernel checked before it is timed.
+"""Benchmarks of rosa_kernels: every kernel is checked before it is timed.
 
-``python -m bench list`` shows what there is; docs/benchmark-method.md says how it is measured.
-The wheel installs this folder as ``rosa_bench``, so its imports are relative. A room imports what
-lies below it, which tests/test_layering.py holds::
+``python -m bench list`` shows the suites. docs/benchmark-method.md explains how they are measured.
+The wheel installs this folder as ``rosa_bench``, so its imports are relative. A folder imports only
+from the folders below it; tests/test_layering.py checks this::
 
     __main__
     cli                   the commands: what they print and write
-    plot      run         figures, from rows alone / suites on devices: checked, timed, written
-    report    suites      tables and ratios, from rows alone / the cases
-    contenders  layer     our kernels and the peers / a layer or a model in training
-    measuring   masks     clocks, memory, result files, tables of strings / sparsity patterns
+    plot      run         plot: figures from rows; run: checks and times suites, writes rows
+    report    suites      report: tables and ratios from rows; suites: the cases
+    contenders  layer     contenders: our kernels and the peers; layer: layers in training
+    measuring   masks     measuring: clocks, memory, result files; masks: sparsity patterns
 
 In a checkout, ``rows/`` holds measured rows.
 """

@@ -6,7 +6,10 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2, with a message, where numpy is not installed."""
+    """Run a command and return its exit status.
+
+    The status is 2, with a message, if numpy is not installed.
+    """
     try:
         from .cli import parser
     except ModuleNotFoundError as error:

@@ -1,8 +1,9 @@
-"""The pairs of a suite under pytest-benchmark: ``pytest bench --benchmark-only``.
+"""The (case, contender) pairs of a suite under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-BENCH_SUITE chooses the suite (default: quick), BENCH_DEVICE the device (default: cpu). The
-contender is checked before it is timed, as in ``python -m bench run``; on a GPU every call is
-waited for, which is not done there. The default pytest run does not collect this folder.
+BENCH_SUITE chooses the suite (default: quick), BENCH_DEVICE the device (default: cpu). As in
+``python -m bench run``, each contender is checked before it is timed. Unlike there, every call on a
+GPU is timed on the host until the device has finished. The default pytest run does not collect this
+folder.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 PAIRS = [
     (case, contender)
     for case, contender in pairs(os.environ.get("BENCH_SUITE", "quick"), device=DEVICE)
-    if isinstance(contender, Contender)  # a layer in training is more than one call
+    if isinstance(contender, Contender)  # a layer in training needs more than one call
 ]
 
 
 @pytest.fixture(scope="module")
 def problems() -> dict[str, tuple[Problem, Check]]:
-    """The last problem built: the contenders of a case come one after another."""
+    """The last problem built. The contenders of a case run one after another, so one is enough."""
     return {}
 
 

@@ -1,12 +1,12 @@
-"""Unsafe native entries: call them through rosa_kernels.backends.native only."""
+"""Unsafe native functions: call them only through the adapters in rosa_kernels.backends."""
 
 # (crow_indices address, col_indices address, rows, cols, nnz)
 _Csr = tuple[int, int, int, int, int]
-# (address, dtype, rows, cols, row stride, column stride), strides in elements
+# (address, dtype, rows, cols, row stride, column stride). Strides count elements.
 _Matrix = tuple[int, int, int, int, int, int]
-# (address, dtype, size, stride)
+# (address, dtype, size, stride). The stride counts elements.
 _Vector = tuple[int, int, int, int]
-# (header address, header size, blob address, blob size), sizes in integers, or () for none
+# (header address, header size, blob address, blob size). Sizes count integers. () is no plan.
 _Plan = tuple[int, int, int, int] | tuple[()]
 
 class TilePlan:
@@ -37,12 +37,12 @@ def csr_scatter_(w: _Matrix, pattern: _Csr, values: _Vector, threads: int) -> No
 def csr_transpose(pattern: _Csr, crow_t: int, col_t: int, permutation: int) -> None: ...
 def tile_plan(pattern: _Csr, tile_rows: int, tile_cols: int, heavy_fill: float) -> TilePlan: ...
 
-# What follows is there only in a build with CUDA kernels.
+# The functions below exist only in a build with CUDA kernels.
 def cuda_unavailable() -> str: ...
 def cuda_unsupported(device: int) -> str: ...
 def cuda_has_wgmma() -> bool: ...
 
-# multiprocessors, major, minor, bytes of second-level cache, bytes of shared memory of a block
+# (multiprocessors, major, minor, bytes of L2, bytes of shared memory that a block may use)
 def cuda_properties(device: int) -> tuple[int, int, int, int, int]: ...
 def cuda_sddmm_shared_bytes(variant: int, tile_cols: int, device: int) -> int: ...
 def cuda_spmm_shared_bytes(variant: int) -> int: ...
@@ -82,7 +82,7 @@ def cuda_csr_scatter_(
     w: _Matrix, pattern: _Csr, values: _Vector, device: int, stream: int
 ) -> None: ...
 
-# What only benchmarks call.
+# Only benchmarks call the functions below.
 def cuda_sputnik_style_sddmm(
     pattern: _Csr,
     row_swizzle: int,

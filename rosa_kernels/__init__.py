@@ -1,10 +1,10 @@
 """rosa-kernels: sparse kernels for sparse + low-rank fine-tuning, as PyTorch ops."""
 
-# torch first: it brings its OpenMP runtime, and _C must share that pool. Two pools fight for the
-# cores and run 5x slower.
+# torch is imported first: it loads its OpenMP runtime, and _C must share that pool. Two pools
+# compete for the cores and run 5x slower.
 import torch  # noqa: F401  isort: skip
 
-from rosa_kernels import backends as _backends  # registers the kernels  # noqa: F401
+from rosa_kernels import backends as _backends  # this registers the kernels  # noqa: F401
 from rosa_kernels import nn
 from rosa_kernels.explain import Explanation, explain
 from rosa_kernels.kernel import Kernel

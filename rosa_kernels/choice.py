@@ -1,4 +1,4 @@
-"""The choice: which kernel serves a call, and why the others do not."""
+"""The choice of the kernel that serves a call, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from torch import Tensor
 from rosa_kernels import registry
 from rosa_kernels.kernel import AUTO, Call, Estimate, Kernel
 
-# Choices remembered. Where token counts keep changing, 4096 of them are about 2 MB.
+# At most this many choices are remembered: about 2 MB. Each new number of tokens can add one.
 _MOST_CHOSEN = 4096
 
 
 class Candidate(NamedTuple):
-    """A kernel in a choice: why it cannot serve, or else the time predicted where it is."""
+    """A kernel, with the reason why it cannot serve a call or with its predicted time.
+
+    Attributes:
+        kernel: the kernel.
+        reason: why the kernel cannot serve the call, or None if it can.
+        estimate: the predicted time, or None if the kernel cannot serve or its time is not
+            predicted.
+    """
 
     kernel: Kernel
     reason: str | None
@@ -23,22 +30,26 @@ class Candidate(NamedTuple):
 
 
 def gemm_is_exact(device: str, dtype: torch.dtype) -> bool:
-    """Whether torch.mm keeps float32 arithmetic for such operands, or for float32 on a CPU."""
+    """Whether torch.mm computes in full float32 under torch's current settings.
+
+    On CUDA, the setting for `dtype` decides: TF32 for float32, float16 sums for float16. On a CPU,
+    the setting for float32 decides for every dtype.
+    """
     if device == "cuda":
         matmul = torch.backends.cuda.matmul
         if dtype == torch.float16:
             return not matmul.allow_fp16_accumulation
         return dtype != torch.float32 or matmul.fp32_precision != "tf32"
-    mkldnn: Any = torch.backends.mkldnn  # whose stub has no matmul
+    mkldnn: Any = torch.backends.mkldnn  # Any: its type stub lacks matmul
     return mkldnn.matmul.fp32_precision in ("none", "ieee")
 
 
 def candidates(
     op: str, call: Call, backend: str = AUTO, *, anywhere: bool = False
 ) -> list[Candidate]:
-    """Every kernel that `backend` may mean, best first where times are not predicted.
+    """All kernels that `backend` may name, by descending priority.
 
-    `anywhere`: also those that this build and machine lack.
+    If `anywhere`, a kernel that this build or machine lacks counts as available.
     """
     found = []
     for kernel in registry.kernels(op):
@@ -50,12 +61,14 @@ def candidates(
 
 
 def choose_fastest(found: list[Candidate]) -> Candidate | None:
-    """The kernel to take, or None if none can serve.
+    """The candidate to run, or None if none can serve.
 
-    It is the first that can serve, by priority, if the time of that one is not predicted. Otherwise
-    those whose times are predicted compete, and the shortest time at worst wins. A dense product
-    runs as fast as measured on any mask. A sparse kernel's time depends on the mask in ways that a
-    model may miss. So near ties go to the dense product, which any user could have called.
+    The serving candidate of highest priority is taken if its time is not predicted. Otherwise the
+    candidates with a predicted time compete, and the shortest time at worst wins.
+
+    A dense product runs at its measured rate on every mask. A sparse kernel's time depends on the
+    mask in ways that a model may miss. So near ties go to the dense product, which any user could
+    have called.
     """
     serving = [candidate for candidate in found if candidate.reason is None]
     if not serving or serving[0].estimate is None:
@@ -67,17 +80,17 @@ def choose_fastest(found: list[Candidate]) -> Candidate | None:
 
 
 def cached_kernel(op: str, device_type: str, dtype: torch.dtype, backend: str) -> Kernel | None:
-    """The kernel for all calls of this device type and dtype, if one is known to serve them all."""
+    """The kernel for all calls of this device type and dtype, or None if none is known."""
     return registry.chosen.get((op, backend, device_type, dtype))
 
 
 def select(op: str, call: Call, backend: str = AUTO) -> Kernel:
-    """The best kernel that serves `call`; with an explicit `backend`, one of that backend.
+    """The best kernel that serves `call`, among those that `backend` may name.
 
-    For devices that are here: a machine that is only named has :func:`candidates`.
+    The device must be present. For a machine that is only named, use :func:`candidates`.
 
     Raises:
-        RuntimeError: none can; the message gives every candidate's reason.
+        RuntimeError: no kernel can serve. The message gives every candidate's reason.
     """
     kernel = cached_kernel(op, call.device_type, call.dtype, backend)
     if kernel is not None:
@@ -105,10 +118,10 @@ def select(op: str, call: Call, backend: str = AUTO) -> Kernel:
 
 
 def kernel_on_matrix(op: str, w: Tensor, backend: str = AUTO) -> Kernel:
-    """The kernel for an op that touches a dense matrix at the pattern alone.
+    """The kernel for an op that reads or writes a dense matrix only at the pattern's nonzeros.
 
     Raises:
-        RuntimeError: none can serve.
+        RuntimeError: no kernel can serve.
     """
     kernel = cached_kernel(op, w.device.type, w.dtype, backend)
     if kernel is None:

@@ -1,4 +1,4 @@
-"""explain: which kernel would serve a call, and why, without making the call."""
+"""explain: find which kernel would serve a call and why, without running the call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rosa_kernels.kernel import Call, Kernel
 from rosa_kernels.pattern import CsrPattern
 from rosa_kernels.tile_plan import HEAVY_FILL, PlanSizes, default_tile
 
-# csr_add is csr_add_ on a clone.
+# csr_add runs csr_add_ on a clone, so it has the same kernels.
 _KERNELS_OF = {"csr_add": "csr_add_"}
 _PRODUCTS = ("sddmm", "spmm")
 _LAYOUTS = ("token-major", "row-major")
@@ -22,13 +22,15 @@ _LAYOUTS = ("token-major", "row-major")
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; printing it gives a table.
+    """The result of :func:`explain`. Printing it gives a table.
 
     Attributes:
-        op, call, where: what was asked, and for which device.
-        candidates: every kernel that the backend may mean, each with the reason why it cannot serve
+        op: the op.
+        call: the call, as kernels are chosen by it.
+        where: the name of the device or machine.
+        candidates: every kernel that the backend may name. Each has the reason why it cannot serve
             or, on CUDA, its predicted time by stage.
-        chosen: the kernel that would serve, or None.
+        chosen: the kernel that would serve the call, or None.
         why: the reason for the choice.
     """
 
@@ -75,7 +77,7 @@ class Explanation:
 
 
 def _order(candidate: Candidate) -> tuple[bool, float]:
-    """Predicted times first, the shortest foremost; then what serves; then what does not."""
+    """Sort key: predicted times in ascending order, then other serving kernels, then the rest."""
     _, reason, estimate = candidate
     return reason is not None, estimate.at_worst if estimate else math.inf
 
@@ -97,22 +99,23 @@ def explain(
     layout: str = "token-major",
     values_dtype: torch.dtype | None = None,
 ) -> Explanation:
-    """Which kernel would serve a call, and why; print the result for a table.
+    """Find which kernel would serve a call, and why. Print the result for a table.
 
     Args:
         op: "sddmm", "spmm", "csr_add", "csr_add_", "csr_gather" or "csr_scatter_".
-        pattern: the sparsity pattern. Its tile plan is built if need be.
-        k: tokens, for the products.
-        dtype: of the dense operands.
-        device: where the tensors would be, by default the pattern's device; or the name of a GPU
-            that need not be here, "H200", "H100" or "A100": then kernels count as available.
-        backend: as the ops take it.
-        layout: of the dense operands: "token-major" or "row-major".
-        values_dtype: of sddmm's result or spmm's values, by default `dtype`.
+        pattern: the sparsity pattern. If a kernel needs a tile plan and the pattern has no fitting
+            one, a plan is built and not kept.
+        k: number of tokens, for "sddmm" and "spmm".
+        dtype: dtype of the dense operands.
+        device: the tensors' device, by default the pattern's. It may be the name of a GPU that is
+            not present: "H200", "H100" or "A100". All kernels then count as available.
+        backend: a backend's name, as the ops take it.
+        layout: layout of the dense operands, "token-major" or "row-major".
+        values_dtype: dtype of sddmm's result or of spmm's values, by default `dtype`.
 
     Raises:
-        ValueError: an op, layout, device or backend that there is not, or a product without k.
-        RuntimeError: a CUDA device that is not here.
+        ValueError: the op, layout, device or backend is unknown, or a product has no k >= 0.
+        RuntimeError: `device` is a CUDA device, and CUDA is not available here.
     """
     if op in _PRODUCTS and (k is None or k < 0):
         raise ValueError(f"explain: expected a number of tokens k for {op}, got {k}")
@@ -136,16 +139,16 @@ def explain(
         in_place=(in_place,) * {"sddmm": 2, "spmm": 1}.get(op, 0),
         exact=choice.gemm_is_exact(kind, dtype),
     )
-    elsewhere = isinstance(place, str)  # what this build and machine lack says nothing then
+    elsewhere = isinstance(place, str)  # then this build and machine do not matter
     found = choice.candidates(kernels_of, call, backend, anywhere=elsewhere)
     best = choice.choose_fastest(found)
     where = machine.name if machine else kind
     if machine and not machine.calibrated:
         where += " (rates partly estimated)"
     if best is None:
-        chosen, why = None, f"none can serve backend {backend!r}"
+        chosen, why = None, f"no kernel can serve this call on backend {backend!r}"
     elif best.estimate is None:
-        chosen, why = best.kernel, f"{best.kernel.name}: the first that can serve, by priority"
+        chosen, why = best.kernel, f"{best.kernel.name}: the first by priority that can serve"
     else:
         chosen = best.kernel
         why = f"{chosen.name}: the shortest time at worst, {_time(best.estimate.at_worst)}"
@@ -153,7 +156,7 @@ def explain(
 
 
 def _place_of(device: torch.device | str) -> tuple[str, int | str | None, Machine | None]:
-    """The type of device, its index or the machine's name, and its rates."""
+    """The device's type, its index or the machine's name, and the machine with its rates."""
     if isinstance(device, str) and device in MACHINES:
         return "cuda", device, machine_of(device)
     try:
@@ -176,7 +179,10 @@ def _place_of(device: torch.device | str) -> tuple[str, int | str | None, Machin
 def _plan_sizes(
     op: str, pattern: CsrPattern, kind: str, machine: Machine | None, backend: str
 ) -> PlanSizes | None:
-    """What the op would hand its kernel: the plan there is, or the one it would build."""
+    """The sizes of the tile plan that the op would give its kernel, or None if none reads it.
+
+    The op takes the pattern's plan if it has a fitting one, or builds one.
+    """
     if not registry.reads_plan(op, kind, backend):
         return None
     tile = machine.tile if machine else default_tile(torch.device(kind))

@@ -1,4 +1,4 @@
-"""A file that is replaced as a whole or not at all."""
+"""Replace a file as a whole or not at all, and read a safetensors file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 
 @contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A draft to write, which becomes the file at `path` when all went well, on the disk first."""
+    """Yield the path of a draft to write. After the block, the draft replaces the file at `path`.
+
+    The draft is on the disk before it replaces the file. If the block raises, nothing is replaced.
+    """
     path = Path(path)
-    # A process killed here leaves it behind: ".<name>.<8 hexadecimal digits>".
+    # A process that is killed leaves the draft behind: ".<name>.<8 hexadecimal digits>".
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield draft
@@ -32,3 +37,24 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], op: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read all tensors of a safetensors file, onto the CPU, and its metadata.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a complete safetensors file. The message begins with `op`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{op}: expected a safetensors file, got {os.fspath(path)}: {error}"
+        ) from error

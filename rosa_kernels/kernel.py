@@ -1,4 +1,4 @@
-"""What a kernel is, and what it is chosen by."""
+"""The Kernel class, and the Call by which a kernel is chosen."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ import torch
 from rosa_kernels.tile_plan import PlanSizes
 
 AUTO = "auto"
-# Like "auto", with the promise that dense operands hold neither Inf nor NaN.
+# Like "auto", but the caller promises that dense operands hold neither Inf nor NaN.
 AUTO_FINITE = "auto-finite"
 
 
 class Call(NamedTuple):
-    """What a kernel is chosen by: all of it is known without reading a device's memory.
+    """The properties of a call by which its kernel is chosen.
+
+    All of them are known without reading a device's memory.
 
     Attributes:
-        device_type: of the device.
-        dtype: of the dense operands.
-        shape: sddmm (m, k, n), spmm (m, n, k), the others (m, n).
-        device: its index; or the name of a machine, to plan for one that is not here.
-        nnz: of the pattern; None where nobody asks.
-        plan: sizes of the pattern's tile plan, where there is one.
-        values_dtype: of sddmm's result and spmm's values.
-        in_place: for each dense operand, whether kernels can read rows of it as they lie:
-            contiguous, aligned to 16 bytes, as long as whole vectors.
-        exact: whether torch's own GEMM keeps to float32 arithmetic under its present settings.
+        device_type: the device's type, such as "cpu".
+        dtype: dtype of the dense operands.
+        shape: (m, k, n) for sddmm, (m, n, k) for spmm, (m, n) for the other ops.
+        device: the device's index, or the name of a machine that is not present, to plan for it.
+        nnz: the pattern's number of nonzeros, or None if no kernel needs it.
+        plan: the sizes of the pattern's tile plan, or None if there is none.
+        values_dtype: dtype of sddmm's result or of spmm's values.
+        in_place: for each dense operand, whether kernels can read its rows without a copy. Such
+            rows are contiguous, aligned to 16 bytes and a multiple of 16 bytes long.
+        exact: whether torch's GEMM computes in full float32 under its current settings.
     """
 
     device_type: str
@@ -48,8 +50,8 @@ class Estimate:
     """A predicted time.
 
     Attributes:
-        stages: seconds by stage, in the order they run.
-        uncertainty: how much longer, relatively, it may well take.
+        stages: seconds of each stage, in the order in which the stages run.
+        uncertainty: how much longer than predicted the call may take, as a share: 0.1 is 10 %.
     """
 
     stages: dict[str, float]
@@ -71,22 +73,24 @@ class Kernel:
     """One implementation of one op.
 
     Attributes:
-        op: the op it implements, e.g. "sddmm".
-        backend: who provides it: "reference", "cpu", ...
-        variant: which of the backend's implementations, e.g. "avx2"; None where there is one.
+        op: the op that the kernel implements, such as "sddmm".
+        backend: the backend that provides the kernel, such as "reference" or "cpu".
+        variant: one of the backend's implementations, such as "avx2". None if there is only one.
         run: the adapter, called with the flat arguments of the op.
-        devices, dtypes: what it serves.
-        priority: higher wins in automatic choice, where times are not predicted.
-        availability: why this build or machine cannot run it at all, or None; or a function that
-            finds out, where finding out initialises a driver. Read it as `unavailable`.
-        reject: a function that gives the reason it cannot serve a call, or None. It may depend on
-            the call alone: choices are remembered.
-        cost: a function that predicts the time of a call, or gives None where it cannot.
-        reads_plan: types of devices on which it wants the pattern's tile plan. Where there are any,
+        devices, dtypes: the device types and dtypes that the kernel serves.
+        priority: the automatic choice takes the highest priority, unless it compares predicted
+            times.
+        availability: why this build or machine cannot run the kernel at all, or None. It is a
+            function that returns this if finding out initialises a driver. Read it as
+            `unavailable`.
+        reject: a function that returns why the kernel cannot serve a call, or None. It may depend
+            only on the call, because choices are remembered.
+        cost: a function that predicts the time of a call, or returns None if it cannot.
+        reads_plan: device types on which the kernel uses the pattern's tile plan. If there are any,
             `run` takes the plan's tensors, or an empty list, as one more argument.
-        finite_only: Inf and NaN in a dense operand reach results that do not depend on them. Taken
-            by name, or by "auto-finite".
-        on_request: never an automatic choice.
+        finite_only: whether Inf and NaN in a dense operand reach results that do not depend on
+            them. Such a kernel is taken only by its full name or by "auto-finite".
+        on_request: whether the kernel is never chosen automatically.
     """
 
     op: str
@@ -105,12 +109,12 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """What to ask for it by: "backend" or "backend/variant"."""
+        """The kernel's full name: "backend" or "backend/variant"."""
         return self.backend if self.variant is None else f"{self.backend}/{self.variant}"
 
     @cached_property
     def unavailable(self) -> str | None:
-        """Why this build or machine cannot run it at all, or None."""
+        """Why this build or machine cannot run the kernel at all, or None."""
         return self.availability() if callable(self.availability) else self.availability
 
     def __repr__(self) -> str:
@@ -127,28 +131,28 @@ class Kernel:
         return f"Kernel({', '.join(parts)})"
 
     def named_by(self, backend: str) -> bool:
-        """Whether asking for `backend` may mean this kernel."""
+        """Whether a request for `backend` may name this kernel."""
         return backend in (AUTO, AUTO_FINITE, self.backend, self.name)
 
     def reason(
         self, call: Call, backend: str = AUTO_FINITE, *, anywhere: bool = False
     ) -> str | None:
-        """Why it cannot serve `call` when asked for by `backend`, or None if it can.
+        """Why the kernel cannot serve `call` if `backend` is requested, or None if it can.
 
-        `anywhere`: what this build and machine lack does not count.
+        If `anywhere`, the kernel counts as available in this build and on this machine.
         """
         reason = self.fixed_reason(call, backend, anywhere=anywhere)
         return reason if reason is not None or self.reject is None else self.reject(call)
 
     def fixed_reason(self, call: Call, backend: str, *, anywhere: bool = False) -> str | None:
-        """The part of the reason that all calls of this device type and dtype share."""
+        """The part of :meth:`reason` that all calls of this device type and dtype share."""
         if call.device_type not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))} tensors, got {call.device_type}"
         if call.dtype not in self.dtypes:
             names = ", ".join(sorted(_short(d) for d in self.dtypes))
             return f"takes dtypes {names}, got {_short(call.dtype)}"
         if self.on_request and backend in (AUTO, AUTO_FINITE):
-            return "runs by request only"
+            return "runs only if its backend is requested"
         if self.finite_only and backend not in (AUTO_FINITE, self.name):
             return f"needs operands without Inf and NaN: ask for {self.name!r} or {AUTO_FINITE!r}"
         return None if anywhere else self.unavailable

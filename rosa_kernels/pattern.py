@@ -1,4 +1,4 @@
-"""CsrPattern: an immutable CSR sparsity pattern and everything derived from it."""
+"""CsrPattern: an immutable CSR sparsity pattern, and all that is derived from it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels import choice
+from rosa_kernels.files import read_safetensors
 from rosa_kernels.kernel import Call
 from rosa_kernels.tile_plan import HEAVY_FILL, TilePlan, default_tile
 
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
 
 INT32_MAX = 2**31 - 1
 _FORMAT_VERSION = "1"
-# Tiles of KERNELS' heavy-tile statistic: 64 x 64, heavy from 0.8 % nonzeros up.
+# Tiles of the statistic `heavy_tiles`: 64 x 64, heavy from 0.8 % nonzeros up.
 _TILE, _HEAVY_FILL = 64, 0.008
 
 
 class CsrPattern:
-    """Where the nonzeros of an (m, n) sparse matrix are; the values live elsewhere.
+    """The positions of the nonzeros of an (m, n) sparse matrix, without their values.
 
-    Entry t of the nnz entries sits at (i_t, j_t): row i holds entries crow_indices[i] up to
-    crow_indices[i + 1], whose columns col_indices are strictly increasing.
+    Entry t, for t from 0 to nnz - 1, is at (i_t, j_t). Row i has the entries from crow_indices[i]
+    up to crow_indices[i + 1]. Their columns, in col_indices, are strictly increasing.
 
-    The index tensors are validated once, here, which reads them back from the device; no op does so
-    again. They are kept as int32, without a copy where they already are. Changing them in place
-    afterwards is detected and refused by the ops.
+    The constructor validates the index tensors, which reads them back from the device. No op
+    validates them again. They are kept as int32; contiguous int32 tensors are not copied. If they
+    are changed in place afterwards, the ops detect it and raise RuntimeError.
 
     Args:
         crow_indices: (m + 1,) row pointers, int32 or int64.
@@ -38,17 +39,16 @@ class CsrPattern:
         shape: (m, n).
 
     Raises:
-        TypeError: index tensors that are not integers.
-        ValueError: wrong ranks or lengths, row pointers that are not monotone from 0 to nnz,
-            columns that are negative, out of range, unsorted or repeated, or sizes of 2**31 and
-            more.
-        RuntimeError: index tensors on different devices.
+        TypeError: the index tensors are not integers.
+        ValueError: a rank or length is wrong, or a size is 2**31 or more. Row pointers are not
+            monotone from 0 to nnz. Columns are negative, out of range, unsorted or repeated.
+        RuntimeError: the index tensors are on different devices.
     """
 
     crow_indices: Tensor
     col_indices: Tensor
     shape: tuple[int, int]
-    device_type: str  # of `device`, which costs ops 0.3 us a call
+    device_type: str  # kept, because `device.type` costs ops 0.3 us a call
 
     def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> None:
         m, n = _check_shape(shape)
@@ -98,7 +98,7 @@ class CsrPattern:
 
     @classmethod
     def from_coo(cls, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> CsrPattern:
-        """The pattern of nonzeros at (rows[t], cols[t]), given in any order, without repeats."""
+        """The pattern of nonzeros at (rows[t], cols[t]), in any order but without repeats."""
         m, n = _check_shape(shape)
         _check_index_tensor("rows", rows)
         _check_index_tensor("cols", cols)
@@ -126,7 +126,7 @@ class CsrPattern:
                 "CsrPattern.from_torch: expected a 2-D tensor of layout torch.sparse_csr, "
                 f"got {sparse_csr.layout} of shape {tuple(sparse_csr.shape)}"
             )
-        # Cloned: a view of a sparse tensor cannot enter torch.compile.
+        # The indices are cloned, because a view of a sparse tensor cannot enter torch.compile.
         return cls(
             sparse_csr.crow_indices().clone(),
             sparse_csr.col_indices().clone(),
@@ -174,7 +174,7 @@ class CsrPattern:
 
     @property
     def transpose_permutation(self) -> Tensor:
-        """(nnz,) int32: values of the transpose are ``values[transpose_permutation]``."""
+        """(nnz,) int32: the transpose has the values ``values[transpose_permutation]``."""
         return self._transposed()[1]
 
     @property
@@ -186,7 +186,8 @@ class CsrPattern:
         if not self.has_transpose:
             m, n = self.shape
             with torch.inference_mode(False):
-                # The op and not its kernel: torch.compile can trace it, and fills the cache too.
+                # The op is called, not its kernel: torch.compile can trace an op, and the traced
+                # code fills this cache, too.
                 crow_t, col_t, permutation = torch.ops.rosa.csr_transpose(
                     self.crow_indices, self.col_indices, n
                 )
@@ -201,13 +202,14 @@ class CsrPattern:
 
     @property
     def tile_plan(self) -> TilePlan:
-        """What the CUDA kernels want to know of the pattern; ``p.T.tile_plan`` is the transpose's.
+        """The plan that CUDA kernels read. The transpose's plan is ``p.T.tile_plan``.
 
-        Built on the host, in milliseconds, which reads the indices back from a device once. The
-        tiles are 128 x 256 on a CUDA device of compute capability 9.0, else 128 x 128;
-        :meth:`build_tile_plan` makes others. Ops build it where a kernel wants it, except under
-        ``torch.compile`` and CUDA graph capture, which can only use one that is there: touch it
-        before.
+        The first access builds it on the host, in milliseconds, and reads the indices back from a
+        device once. The tiles are 128 x 256 on a CUDA device of compute capability 9.0, else
+        128 x 128. :meth:`build_tile_plan` makes other tiles.
+
+        An op builds the plan if a kernel needs it. ``torch.compile`` and CUDA graph capture cannot
+        build it, so touch ``p.tile_plan`` before them.
         """
         if not self.has_tile_plan:
             self.build_tile_plan()
@@ -224,15 +226,15 @@ class CsrPattern:
         tile_cols: int | None = None,
         heavy_fill: float = HEAVY_FILL,
     ) -> TilePlan:
-        """Build :attr:`tile_plan` anew, with tiles of other edges or another threshold.
+        """Build :attr:`tile_plan` again, with other tile edges or another threshold.
 
         Args:
-            tile_rows, tile_cols: multiples of 16, at most 65,536 elements together; by default what
-                the device's kernels want.
-            heavy_fill: the share of nonzeros that makes a tile heavy.
+            tile_rows, tile_cols: multiples of 16 whose product is at most 65,536. The default is
+                the device's default tile.
+            heavy_fill: the share of nonzeros from which a tile is heavy.
 
         Raises:
-            ValueError: edges or a threshold that no plan can have.
+            ValueError: no plan can have these edges or this threshold.
         """
         rows, cols = default_tile(self.device)
         plan = self.make_tile_plan(
@@ -244,7 +246,7 @@ class CsrPattern:
         return plan
 
     def make_tile_plan(self, tile_rows: int, tile_cols: int, heavy_fill: float) -> TilePlan:
-        """A tile plan like that of :meth:`build_tile_plan`, which the pattern does not keep."""
+        """Build a tile plan as :meth:`build_tile_plan` does, but do not keep it."""
         self.check_unchanged()
         crow, col = self.crow_indices.cpu(), self.col_indices.cpu()
         m, n = self.shape
@@ -270,7 +272,7 @@ class CsrPattern:
 
     @property
     def row_swizzle(self) -> Tensor:
-        """(m,) int32 rows by descending nnz, ties by row, so that neighbours are equal work."""
+        """(m,) int32 rows by descending nnz, ties by row. Neighbours then have similar work."""
         return self._once(
             "row_swizzle",
             lambda: torch.argsort(self.row_nnz, descending=True, stable=True).int(),
@@ -288,19 +290,22 @@ class CsrPattern:
 
     def _once(self, name: str, build: Any) -> Any:
         if name not in self._derived:
-            with torch.inference_mode(False):  # what inference builds, training will save
+            with torch.inference_mode(False):  # training may save what inference builds
                 self._derived[name] = build()
         return self._derived[name]
 
     def stats(self) -> dict[str, float]:
-        """What decides the speed of a kernel on this pattern.
+        """The numbers that decide the speed of a kernel on this pattern.
 
-        Returns:
-            nnz, density; empty_rows and empty_cols as shares; max_row_nnz; row_cov, the coefficient
-            of variation of the row lengths; top_rows and top_cols, the share of nnz in the fullest
-            tenth of the rows and columns; heavy_tiles, the share of 64 x 64 tiles that hold 0.8 %
-            or more nonzeros once rows and columns are sorted by nnz, and heavy_nnz, the share of
-            nnz inside them.
+        Returns a dict with these keys:
+            nnz, density: as the properties.
+            empty_rows, empty_cols: share of rows and columns without a nonzero.
+            max_row_nnz: number of nonzeros in the fullest row.
+            row_cov: coefficient of variation of the rows' nnz.
+            top_rows, top_cols: share of nnz in the fullest tenth of the rows and of the columns.
+            heavy_tiles: share of heavy tiles, once rows and columns are sorted by nnz. These tiles
+                are 64 x 64, and heavy from 0.8 % nonzeros up.
+            heavy_nnz: share of nnz inside these heavy tiles.
         """
         return dict(self._once("stats", self._compute_stats))
 
@@ -342,15 +347,16 @@ class CsrPattern:
         """Raise RuntimeError if an index tensor was written to since it was validated."""
         if (self.crow_indices._version, self.col_indices._version) != self._versions:
             raise RuntimeError(
-                "CsrPattern: expected index tensors as they were validated, got tensors changed in "
-                "place since; build a new CsrPattern from them"
+                "CsrPattern: expected unchanged index tensors, got tensors changed in place since; "
+                "build a new CsrPattern from them"
             )
 
     @torch.inference_mode(mode=False)
     def to(self, device: torch.device | str) -> CsrPattern:
-        """This pattern on `device`, with what has been derived from it and its transpose so far.
+        """This pattern on `device`, with all that has been derived from it and its transpose.
 
-        A tile plan comes along unless the kernels there want other tiles than those here.
+        A tile plan with this device's default tile is left out if `device` has another default. A
+        plan with any other tile always moves along.
         """
         device = torch.device(device)
         crow, col = self.crow_indices.to(device), self.col_indices.to(device)
@@ -367,14 +373,14 @@ class CsrPattern:
         return moved
 
     def _moved(self, crow: Tensor, col: Tensor) -> CsrPattern:
-        """This pattern, less its transpose, with index tensors that lie on another device."""
+        """This pattern with index tensors on another device, without the transpose."""
         moved = CsrPattern._trusted(crow, col, self.shape)
         here, there = self.device, moved.device
         for name, value in self._derived.items():
             if isinstance(value, Tensor):
                 moved._derived[name] = value.to(there)
             elif isinstance(value, TilePlan):
-                # One of other tiles than usual here was asked for, and stays.
+                # A user asked for any tile that is not the default here, so such a plan is kept.
                 if value.tile != default_tile(here) or value.tile == default_tile(there):
                     moved._derived[name] = value.to(there)
             elif name == "stats":
@@ -402,27 +408,19 @@ class CsrPattern:
             "col_indices": self.col_indices.cpu().contiguous(),
             "shape": torch.tensor(self.shape, dtype=torch.int64),
         }
-        # safetensors refuses tensors that share memory; from_torch or a user's views might.
+        # Cloned: safetensors refuses tensors that share memory, and a user's views may.
         tensors = {name: t.clone() for name, t in tensors.items()}
         save_file(tensors, path, metadata={"format": "rosa_kernels.CsrPattern", "version": "1"})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CsrPattern:
-        """Read a pattern written by :meth:`save`, validated like any other.
+        """Read a pattern written by :meth:`save`, and validate it like any other.
 
         Raises:
-            ValueError: a file that is not such a pattern, or indices that are not valid.
+            FileNotFoundError: no such file.
+            ValueError: the file is not such a pattern, or its indices are not valid.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"CsrPattern.load: expected a safetensors file, got {os.fspath(path)}: {error}"
-            ) from error
+        tensors, metadata = read_safetensors(path, "CsrPattern.load")
         expected = {"crow_indices", "col_indices", "shape"}
         if set(tensors) != expected or metadata.get("version") != _FORMAT_VERSION:
             raise ValueError(
@@ -476,7 +474,7 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
         raise ValueError(
             f"CsrPattern: expected crow_indices to run from 0 to nnz = {nnz}, got {first} to {last}"
         )
-    # Compared, not subtracted: a difference may wrap round.
+    # Row pointers are compared, not subtracted, because a difference may wrap round.
     decreasing = crow[1:] < crow[:-1]
     if bool(decreasing.any()):
         row = int(decreasing.nonzero()[0])
@@ -491,7 +489,7 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
         raise ValueError(
             f"CsrPattern: expected col_indices in [0, {n}), got values from {low} to {high}"
         )
-    # Strictly increasing, except where a row starts.
+    # Columns increase strictly, except where a row starts.
     increasing = col[1:] > col[:-1]
     starts = crow[1:-1].long()
     increasing[starts[(starts > 0) & (starts < nnz)] - 1] = True
@@ -506,7 +504,7 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
 
 
 def _to_int32(index: Tensor) -> Tensor:
-    # Out of inference mode, whose tensors have no version and cannot be saved for a backward.
+    # Tensors made in inference mode have no version and cannot be saved for a backward.
     with torch.inference_mode(False):
         index = index.to(torch.int32).contiguous()
         return index.clone() if index.is_inference() else index

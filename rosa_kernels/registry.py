@@ -1,4 +1,4 @@
-"""The registry: which kernels exist, and which backend is asked for."""
+"""The registry of kernels, and the backend that is requested."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _kernels: dict[str, list[Kernel]] = {}
 _requested: ContextVar[str | None] = ContextVar("rosa_backend", default=None)
 _known_backends: set[str] = set()
 _plan_readers: dict[tuple[str, str, str], bool] = {}
-# What rosa_kernels.choice remembers; forgotten when there is another kernel to choose.
+# The choices that rosa_kernels.choice remembers. A change of the kernels clears them.
 chosen: dict[tuple[Any, ...], Kernel] = {}
 
 
@@ -38,9 +38,13 @@ def register(
     finite_only: bool = False,
     on_request: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: make a function an implementation of `op`, tested and timed with all others.
+    """Decorator that registers a function as a kernel of `op`.
 
-    The arguments are the attributes of :class:`Kernel`; `unavailable` may be a function.
+    The tests and benchmarks then include it. The arguments are the attributes of :class:`Kernel`;
+    `unavailable` is its `availability`, and may be a function.
+
+    Raises:
+        ValueError: `op` has a kernel of this name already.
     """
 
     def add(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +75,10 @@ def register(
 
 @contextmanager
 def withheld(names: Iterable[str]) -> Iterator[None]:
-    """Within it these kernels serve by name alone, in every thread: their results are in doubt."""
+    """Within the block, kernels of these names serve only on request, in every thread.
+
+    It is for kernels whose results are in doubt.
+    """
     before = dict(_kernels)
     unwanted = set(names)
     for op, known in before.items():
@@ -90,7 +97,11 @@ def _forget_choices() -> None:
 
 
 def kernels(op: str | None = None) -> tuple[Kernel, ...]:
-    """All registered kernels of `op` (of every op if None), best first."""
+    """All registered kernels of `op` (of every op if None), by descending priority.
+
+    Raises:
+        ValueError: no such op. The message lists the ops.
+    """
     if op is None:
         return tuple(k for op_kernels in _kernels.values() for k in op_kernels)
     if op not in _kernels:
@@ -99,7 +110,7 @@ def kernels(op: str | None = None) -> tuple[Kernel, ...]:
 
 
 def backend_names() -> list[str]:
-    """Every name that `backend=`, `use_backend` and ROSA_BACKEND understand."""
+    """All names that `backend=`, `use_backend` and ROSA_BACKEND accept."""
     names = {AUTO, AUTO_FINITE}
     for kernel in kernels():
         names |= {kernel.backend, kernel.name}
@@ -107,8 +118,12 @@ def backend_names() -> list[str]:
 
 
 def check_backend(name: str) -> str:
-    """`name` if it is one of :func:`backend_names`; else ValueError that lists them."""
-    if name not in _known_backends:  # listing them costs 10 us
+    """Return `name` if it is one of :func:`backend_names`.
+
+    Raises:
+        ValueError: it is not. The message lists the names.
+    """
+    if name not in _known_backends:  # listing the names costs 10 us
         names = backend_names()
         if name not in names:
             raise ValueError(f"expected a backend among {', '.join(names)}, got {name!r}")
@@ -117,9 +132,9 @@ def check_backend(name: str) -> str:
 
 
 def _constant_when_traced(function: _Function) -> _Function:
-    """What torch.compiler.assume_constant_result does to a function.
+    """Mark a function as torch.compiler.assume_constant_result does.
 
-    That imports torch._dynamo, which takes a second: nobody who does not compile should wait.
+    That function imports torch._dynamo, which takes a second even for users who never compile.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -129,10 +144,10 @@ def _constant_when_traced(function: _Function) -> _Function:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, ops run on backend `name` ("cpu", "cpu/avx2", "reference", "auto", ...).
 
-    An explicit request never falls back: an op that the backend cannot serve raises.
+    An explicit backend has no fallback: an op that it cannot serve raises RuntimeError.
 
     Raises:
-        ValueError: no such backend; the message lists those there are.
+        ValueError: no such backend. The message lists the backends.
     """
     token = _requested.set(check_backend(name))
     try:
@@ -151,15 +166,15 @@ def _ambient() -> str:
 
 
 def requested(backend: str | None) -> str:
-    """The backend asked for: argument, else use_backend, else ROSA_BACKEND, else "auto".
+    """The requested backend: the argument, else use_backend, else ROSA_BACKEND, else "auto".
 
-    Code under ``torch.compile`` reads the last three once, when it is traced.
+    Under ``torch.compile``, the last three are read once, when the code is traced.
     """
     return _ambient() if backend is None else check_backend(backend)
 
 
 def backend_for_gradient(op: str, backend: str) -> str:
-    """The backend to ask for `op` in the gradient of an op that was asked of `backend`.
+    """The backend to request for `op` in the gradient of an op that was requested on `backend`.
 
     The same name, if `op` has that variant. Otherwise the variant is dropped: "cuda/wgmma" becomes
     "cuda". Variants for finite operands only are dropped too, because gradients may hold Inf.
@@ -173,7 +188,7 @@ def backend_for_gradient(op: str, backend: str) -> str:
 
 @_constant_when_traced
 def reads_plan(op: str, device: str, backend: str) -> bool:
-    """Whether a kernel that `backend` may mean for `op` on such a device wants the tile plan."""
+    """Whether a kernel of `op` that `backend` may name uses the tile plan on this device type."""
     key = (op, device, backend)
     answer = _plan_readers.get(key)
     if answer is None:

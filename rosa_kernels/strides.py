@@ -1,4 +1,4 @@
-"""Questions about strides that ops and backends share."""
+"""Helpers for strides that ops and backends share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def empty_like_order(b: Tensor, rows: int) -> Tensor:
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements of `x` may share memory: no dimension may step inside the others."""
+    """Whether two elements of `x` may share memory.
+
+    They do not if each stride is at least the extent of all dimensions of smaller stride.
+    """
     if x.numel() == 0:
         return False
     extent = 1
@@ -27,7 +30,7 @@ def overlaps_itself(x: Tensor) -> bool:
 
 
 def readable_in_place(x: Tensor) -> bool:
-    """Whether rows of a matrix can be read in vectors of 16 bytes as they lie."""
+    """Whether kernels can read the rows of a matrix as vectors of 16 bytes, without a copy."""
     size = x.element_size()
     return (
         x.stride(1) == 1
@@ -38,7 +41,7 @@ def readable_in_place(x: Tensor) -> bool:
 
 
 def gemm_operand(x: Tensor) -> Tensor:
-    """`x`, or a copy of it where a GEMM cannot read its strides and would copy at every call."""
+    """`x` if a GEMM can read its strides, else a copy, which the GEMM would make in every call."""
     (rows, cols), (s0, s1) = x.shape, x.stride()
     if (s1 == 1 and s0 >= max(cols, 1)) or (s0 == 1 and s1 >= max(rows, 1)):
         return x

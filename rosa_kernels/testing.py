@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: cases, their inputs, the oracle and the accuracy policy."""
+"""Cases, their inputs, the oracle and the accuracy policy, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rosa_kernels.pattern import CsrPattern
 
 OPS = ("sddmm", "spmm", "csr_add", "csr_gather")
 _UNIT_ROUNDOFF = {torch.float64: 2.0**-53}
-_FLOAT32_ROUNDOFF = 2.0**-24  # of every narrower dtype too: they accumulate in float32
+_FLOAT32_ROUNDOFF = 2.0**-24  # for narrower dtypes too: they accumulate in float32
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: an op on an (m, n) pattern with reduction or width k.
+    """One problem: an op on an (m, n) pattern with k tokens.
 
     Attributes:
         op: one of OPS.
         m, n: shape of the pattern.
-        k: tokens; columns of the dense operands (unused by csr_add and csr_gather).
+        k: number of tokens, the columns of the dense operands. csr_add and csr_gather ignore it.
         density: nnz / (m * n).
-        dtype: of the dense operands.
-        mask: how the pattern is made: "uniform", or a name the caller resolves.
-        seed: of the pattern and the inputs.
+        dtype: dtype of the dense operands.
+        mask: how the pattern is made: "uniform", or a name that the caller resolves.
+        seed: seed of the pattern and of the inputs.
     """
 
     op: str
@@ -43,7 +43,7 @@ class Case:
 
 
 def uniform_pattern(m: int, n: int, density: float, seed: int = 0) -> CsrPattern:
-    """floor(density * m * n) nonzeros, every position equally likely."""
+    """A pattern of floor(density * m * n) nonzeros, with every position equally likely."""
     generator = torch.Generator().manual_seed(seed)
     nnz = int(density * m * n)
     flat = torch.randperm(m * n, generator=generator)[:nnz] if nnz else torch.empty(0).long()
@@ -51,7 +51,7 @@ def uniform_pattern(m: int, n: int, density: float, seed: int = 0) -> CsrPattern
 
 
 def _powerlaw() -> CsrPattern:
-    """Rows from empty to nearly full, in no order: what real masks look like."""
+    """A pattern like real masks: rows from empty to nearly full, in no order."""
     generator = torch.Generator().manual_seed(3)
     share = torch.rand(90, 1, generator=generator) ** 4
     return CsrPattern.from_mask(torch.rand(90, 70, generator=generator) < share)
@@ -92,9 +92,9 @@ def token_major(rows: int, k: int, dtype: torch.dtype, generator: torch.Generato
     return torch.randn(k, rows, generator=generator, device=generator.device).to(dtype).t()
 
 
-# Ways a read operand may lie in memory: each takes a contiguous tensor and gives its values back in
-# other memory. Those that share memory between elements change the values: the oracle must read the
-# tensor they return.
+# Layouts of an operand in memory. Each function takes a contiguous tensor and returns its values in
+# other memory. Layouts whose elements share memory change the values, so the oracle must read the
+# returned tensor.
 
 
 def _misaligned(x: Tensor) -> Tensor:
@@ -129,9 +129,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def make_inputs(case: Case, pattern: CsrPattern, device: str = "cpu") -> dict[str, Tensor]:
-    """Standard normal inputs of a case, by argument name, dense operands token-major.
+    """Standard normal inputs of a case, by argument name. Dense operands are token-major.
 
-    They are drawn on `device`: 16384 tokens of 14336 take a CPU two seconds.
+    They are drawn on `device`, because a CPU takes two seconds for 16384 tokens of 14336.
     """
     generator = torch.Generator(device).manual_seed(case.seed)
 
@@ -160,11 +160,12 @@ def make_inputs(case: Case, pattern: CsrPattern, device: str = "cpu") -> dict[st
 def oracle(
     op: str, pattern: CsrPattern, inputs: dict[str, Tensor], *, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor | int]:
-    """The exact result in float64, and what the error bound is made of.
+    """The exact result in float64, with the terms of the error bound.
 
-    Returns:
-        (reference, scale, k): the float64 result on the inputs as rounded to their dtype; the norm
-        ||a o b||_2 of the products behind each element; their number.
+    Returns (reference, scale, k):
+        reference: the float64 result for the inputs as rounded to their dtype.
+        scale: for each element, the norm ||a o b||_2 of the products that it sums.
+        k: for each element, the number of these products.
     """
     wide = {name: tensor.detach().double() for name, tensor in inputs.items()}
     crow, col = pattern.crow_indices, pattern.col_indices
@@ -190,7 +191,7 @@ def oracle(
         reference.csr_add_(ref, crow, col, wide["values"], alpha)
         scale = torch.zeros_like(ref)
         at = (pattern.row_indices.long(), col.long())
-        # Two roundings of the product and the sum, at most.
+        # At most two values are rounded: the product and the sum.
         scale[at] = (wide["w"][at].square() + (alpha * wide["values"]).square()).sqrt()
         ones = torch.ones(pattern.nnz, device=pattern.device)
         return ref, scale, pattern.to_torch(ones).to_dense()
@@ -208,15 +209,19 @@ def assert_accurate(
 ) -> None:
     """Assert that `got` is `op`'s result within the one accuracy policy of this project.
 
-    With the float64 result ref on the rounded inputs, k products behind an element and the unit
-    roundoff u of the accumulation (2**-24; 2**-53 for float64), e = 4 sqrt(k) u (||a o b||_2 +
-    |ref|), and it passes iff round(ref - e) <= got <= round(ref + e), rounded to got's dtype. On
-    `adversarial` data, whose rounding errors do not average out, e = k u sum |a_i b_i|.
+        round(ref - e) <= got <= round(ref + e),  e = 4 sqrt(k) u (||a o b||_2 + |ref|)
 
-    A NaN passes only where the exact result is one.
+    ref is the float64 result for the rounded inputs. k is the number of products that an element
+    sums. u is the unit roundoff of the accumulation: 2**-53 for float64, else 2**-24. round()
+    rounds to got's dtype.
+
+    Rounding errors of `adversarial` data do not average out. For such data, e = k u sum |a_i b_i|.
+
+    A NaN passes only where the exact result is NaN.
 
     Raises:
-        AssertionError: with the worst element, its coordinate and the bound.
+        AssertionError: an element is outside its bound. The message gives the worst element, its
+            coordinate and its bound.
     """
     ref, scale, k = oracle(op, pattern, inputs, alpha=alpha)
     if adversarial:
@@ -235,7 +240,7 @@ def assert_within_bound(
     *,
     adversarial: bool = False,
 ) -> None:
-    """The comparison behind :func:`assert_accurate`, for a reference already at hand."""
+    """The comparison of :func:`assert_accurate`, for a reference that is already computed."""
     assert got.shape == ref.shape, (
         f"{op}: expected shape {tuple(ref.shape)}, got {tuple(got.shape)}"
     )
@@ -244,7 +249,7 @@ def assert_within_bound(
     got, ref, scale = got.detach().cpu(), ref.cpu(), scale.cpu()
     k = k.cpu().double() if isinstance(k, Tensor) else torch.tensor(float(k))
     bound = k * u * scale if adversarial else 4 * k.sqrt() * u * (scale + ref.abs())
-    bound = torch.where(ref.isinf(), 0.0, bound)  # an exact Inf is met exactly: Inf - Inf is NaN
+    bound = torch.where(ref.isinf(), 0.0, bound)  # an Inf must be met exactly: Inf - Inf is NaN
     low, high = (ref - bound).to(got.dtype), (ref + bound).to(got.dtype)
     ok = (low <= got) & (got <= high) | (got.isnan() & ref.isnan())
     if bool(ok.all()):
@@ -261,7 +266,10 @@ def assert_within_bound(
 def max_error(
     op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor, **options: Any
 ) -> float:
-    """The largest |got - ref| / (||a o b||_2 + |ref|): relative, and survives cancellation."""
+    """The largest |got - ref| / (||a o b||_2 + |ref|).
+
+    It is a relative error that stays meaningful under cancellation.
+    """
     ref, scale, _ = oracle(op, pattern, inputs, **options)
     size = scale + ref.abs()
     error = (got.detach().double() - ref).abs() / torch.where(size > 0, size, 1.0)

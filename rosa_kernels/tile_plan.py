@@ -1,4 +1,4 @@
-"""TilePlan: what the CUDA kernels know of a pattern beyond its indices, found once on the host."""
+"""TilePlan: what the CUDA kernels need besides a pattern's indices, built once on the host."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A tile is heavy, worth a dense product, from this share of nonzeros on.
+# A tile is heavy, which means worth a dense product, from this share of nonzeros on.
 HEAVY_FILL = 0.011
-# Row boundaries at which a plan knows the CSR offset on the host.
+# A plan divides the rows into this many slabs. It holds the CSR offset of each edge on the host.
 SLABS = 32
 
 
 class PlanSizes(NamedTuple):
-    """The first integers of a plan's header, in its order: all that a cost model needs.
+    """The first integers of a plan's header, in its order. A cost model needs only these.
 
     Attributes:
-        rows, cols, nnz: of the pattern.
+        rows, cols, nnz: sizes of the pattern.
         tile_rows, tile_cols: edges of a tile.
-        active_rows, active_cols: rows and columns with a nonzero.
-        row_sectors, col_sectors: groups of 16 neighbours with an active member.
-        tiles: heavy ones.
-        heavy_nnz: nonzeros inside them.
+        active_rows, active_cols: number of rows and columns with a nonzero.
+        row_sectors, col_sectors: number of groups of 16 neighbouring rows or columns that include
+            an active one.
+        tiles: number of heavy tiles.
+        heavy_nnz: number of nonzeros inside heavy tiles.
     """
 
     rows: int
@@ -39,7 +40,7 @@ class PlanSizes(NamedTuple):
 
     @property
     def light_nnz(self) -> int:
-        """Nonzeros outside the heavy tiles."""
+        """Number of nonzeros outside the heavy tiles."""
         return self.nnz - self.heavy_nnz
 
 
@@ -48,7 +49,7 @@ HEADER = _FIELDS + SLABS + 1
 
 
 def sizes_of(header: Tensor) -> PlanSizes:
-    """The sizes in a plan's header, which nobody changes: read once, for 1 us a call."""
+    """The sizes in a plan's header, which never changes. They are kept: reading them takes 1 us."""
     sizes: PlanSizes | None = getattr(header, "_rosa_sizes", None)
     if sizes is None:
         sizes = PlanSizes._make(header.tolist()[:_FIELDS])
@@ -57,28 +58,28 @@ def sizes_of(header: Tensor) -> PlanSizes:
 
 
 def slab_offsets(header: Tensor) -> list[int]:
-    """SLABS + 1 CSR offsets: entry s is the first entry of row rows * s // SLABS."""
+    """SLABS + 1 CSR offsets: offset s is the first entry of row rows * s // SLABS."""
     return header.tolist()[_FIELDS:]
 
 
 def default_tile(device: torch.device) -> tuple[int, int]:
-    """The tile (rows, columns) that the kernels for `device` want."""
+    """The default tile (rows, columns) of a plan for `device`."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
-        return 128, 256  # half the operand bytes a product of 128 x 128 tiles, and wgmma's width
+        return 128, 256  # wgmma's width, and a quarter fewer operand bytes than 128 x 128
     return 128, 128
 
 
 class TilePlan:
     """A pattern's rows and columns sorted by nnz, its heavy tiles, and the nonzeros outside them.
 
-    Real masks put 99 % of their nonzeros into 5-16 % of the tiles once rows and columns are sorted.
-    Built by :attr:`CsrPattern.tile_plan`; kernels read its two tensors.
+    Once rows and columns are sorted, 5-16 % of the tiles hold 99 % of a real mask's nonzeros.
+    :attr:`CsrPattern.tile_plan` builds the plan. Kernels read its two tensors.
 
     Attributes:
-        header: int64 sizes on the host, so that no kernel launch has to ask the device.
-        blob: int32 arrays one after the other, on the pattern's device; which ones, says
+        header: int64 sizes on the host, so that a launch need not read them from the device.
+        blob: int32 arrays, one after the other, on the pattern's device. They are listed in
             cpp/include/rosa/tile_plan.h.
-        seconds: what building it took; 0 for one that was moved here.
+        seconds: time that building the plan took. 0 for a plan that came from another device.
     """
 
     def __init__(self, header: Tensor, blob: Tensor, seconds: float = 0.0) -> None:
@@ -88,7 +89,7 @@ class TilePlan:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the flat ops take."""
+        """The header and the blob, as the flat ops take them."""
         return [self.header, self.blob]
 
     @property
@@ -103,13 +104,18 @@ class TilePlan:
         return sizes.tile_rows, sizes.tile_cols
 
     def stats(self) -> dict[str, float]:
-        """What decides the speed of the kernels that use it.
+        """The numbers that decide the speed of the kernels that use the plan.
 
-        Returns:
-            tile_rows, tile_cols; tiles, the number of heavy ones; heavy_nnz and area, the shares of
-            the nonzeros inside them and of the matrix that they cover (tiles overhang a small
-            matrix: more than 1 is possible); light_nnz, the number of the other nonzeros;
-            active_rows and active_cols; bytes, of both tensors; seconds, that building took.
+        Returns a dict with these keys:
+            tile_rows, tile_cols: edges of a tile.
+            tiles: number of heavy tiles.
+            heavy_nnz: share of nnz inside heavy tiles.
+            area: share of the matrix that heavy tiles cover. It may exceed 1, because tiles
+                overhang a small matrix.
+            light_nnz: number of nonzeros outside heavy tiles.
+            active_rows, active_cols: number of rows and columns with a nonzero.
+            bytes: bytes of both tensors.
+            seconds: time that building the plan took.
         """
         s = self.sizes
         return {

@@ -1,4 +1,4 @@
-"""Who may import whom, and what importing may not do."""
+"""The allowed imports between modules, and the side effects that an import may not have."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The longest matching prefix decides. A module may import what lies in its own prefix, what is
-# listed, and anything from outside this repository.
+# The longest matching prefix is a module's layer. A module may import modules of its own layer, the
+# listed ones, and anything from outside this repository.
 ALLOWED: dict[str, set[str]] = {
+    "rosa_kernels.bounds": set(),
     "rosa_kernels.strides": set(),
     "rosa_kernels.tile_plan": set(),
     "rosa_kernels.kernel": {"rosa_kernels.tile_plan"},
@@ -25,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "rosa_kernels.choice": {"rosa_kernels.kernel", "rosa_kernels.registry"},
     "rosa_kernels.pattern": {
         "rosa_kernels.choice",
+        "rosa_kernels.files",
         "rosa_kernels.kernel",
         "rosa_kernels.tile_plan",
     },
@@ -36,8 +38,8 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.strides",
         "rosa_kernels.tile_plan",
     },
-    # The unsafe module is imported in one place, by the adapter of its CPU entries; the adapter of
-    # its CUDA entries takes it from there.
+    # Only the adapter of the CPU kernels imports the unsafe module _C. The adapter of the CUDA
+    # kernels takes it from there.
     "rosa_kernels.backends.native": {
         "rosa_kernels._C",
         "rosa_kernels.pattern",
@@ -53,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.strides",
         "rosa_kernels.tile_plan",
     },
-    # What a machine is like and what a call will cost there: asked of no kernel.
+    # The machine's rates, and the cost of a call on it. Neither imports a kernel.
     "rosa_kernels.backends.machine": set(),
     "rosa_kernels.backends.cost": {
         "rosa_kernels.backends.machine",
@@ -62,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.tile_plan",
     },
     "rosa_kernels.ops": {
+        "rosa_kernels.bounds",
         "rosa_kernels.choice",
         "rosa_kernels.kernel",
         "rosa_kernels.pattern",
@@ -77,9 +80,14 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.registry",
         "rosa_kernels.tile_plan",
     },
-    "rosa_kernels.nn": {"rosa_kernels.ops", "rosa_kernels.pattern", "rosa_kernels.strides"},
+    "rosa_kernels.nn": {
+        "rosa_kernels.bounds",
+        "rosa_kernels.ops",
+        "rosa_kernels.pattern",
+        "rosa_kernels.strides",
+    },
     "rosa_kernels.files": set(),
-    # What any training loop needs to make masks. `import rosa_kernels` does not load it.
+    # Any training loop can make masks with it. `import rosa_kernels` does not load it.
     "rosa_kernels.masks": {"rosa_kernels.files", "rosa_kernels.nn", "rosa_kernels.pattern"},
     "rosa_kernels.testing": {
         "rosa_kernels.backends.reference",
@@ -96,10 +104,10 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.registry",
         "rosa_kernels.tile_plan",
     },
-    # The rooms of rosa_train, from the ground up.
-    "rosa_train.config": set(),
+    # The subpackages of rosa_train, from the lowest layer up.
+    "rosa_train.config": {"rosa_kernels.bounds"},
     "rosa_train.files": {"rosa_kernels.files"},
-    "rosa_train.methods": {"rosa_kernels.masks"},
+    "rosa_train.methods": {"rosa_kernels.bounds", "rosa_kernels.masks"},
     "rosa_train.cli": {"rosa_train.config"},
     "rosa_train.data": {"rosa_train.config"},
     "rosa_train.adapters": {"rosa_kernels", "rosa_train.files", "rosa_train.methods"},
@@ -111,7 +119,7 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_train.files",
         "rosa_train.methods",
     },
-    # What a user imports. No room may: it would then import all of them.
+    # Users import this. No subpackage may, because it would then import all subpackages.
     "rosa_train": {
         "rosa_kernels.masks",
         "rosa_train.adapters",
@@ -144,7 +152,7 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_train.report",
         "rosa_train.run",
     },
-    # The rooms of bench, from the ground up.
+    # The subpackages of bench, from the lowest layer up.
     "bench.measuring": {"rosa_kernels", "rosa_train.cli"},
     "bench.masks": {"rosa_kernels"},
     "bench.contenders": {"rosa_kernels", "bench.masks", "bench.measuring"},
@@ -192,7 +200,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": {"bench.cli"},
 }
 PACKAGES = ("rosa_kernels", "rosa_train", "bench")
-# The wheel installs it under another name, so it may not call itself by this one.
+# The wheel installs `bench` as `rosa_bench`, so bench may import itself only relatively.
 RELATIVE = "bench"
 
 
@@ -209,7 +217,7 @@ SOURCES = {
 
 
 def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
-    """Every import in a file, lazy ones included: (line, absolute module)."""
+    """Every import in a file, including lazy imports: (line, absolute module)."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -224,7 +232,7 @@ def imports(name: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def resolved(node: ast.ImportFrom, name: str, path: Path) -> str:
-    """The absolute module that a `from` import names; relative imports are for bench alone."""
+    """The absolute module that a `from` import names. Only bench may use relative imports."""
     if node.level == 0:
         return str(node.module)
     assert within(name, RELATIVE), f"{path}:{node.lineno}: expected an absolute import"
@@ -249,7 +257,7 @@ def test_imports_respect_the_layers(name: str) -> None:
     for line, imported in imports(name, SOURCES[name]):
         if imported.split(".")[0] not in PACKAGES:
             continue
-        # A root package is a layer of its own kind: it may import its parts, not they it.
+        # A root package may import its parts, but its parts may not import it.
         own = imported == layer if layer in PACKAGES else within(imported, layer)
         assert own or any(within(imported, prefix) for prefix in ALLOWED[layer]), (
             f"{SOURCES[name].relative_to(ROOT)}:{line}: {layer} may not import {imported}"
@@ -257,7 +265,7 @@ def test_imports_respect_the_layers(name: str) -> None:
 
 
 def levels(graph: dict[str, set[str]]) -> list[set[str]]:
-    """What depends on nothing, what depends on that, and so on; a circle raises CycleError."""
+    """The graph's levels: nodes without dependencies come first. A cycle raises CycleError."""
     sorter = TopologicalSorter(graph)
     sorter.prepare()
     found = []
@@ -268,18 +276,18 @@ def levels(graph: dict[str, set[str]]) -> list[set[str]]:
     return found
 
 
-def test_the_layers_have_no_circle() -> None:
+def test_the_layers_have_no_cycle() -> None:
     levels(ALLOWED)
 
 
 @pytest.mark.parametrize("part", PACKAGES)
-def test_modules_import_each_other_in_no_circle(part: str) -> None:
+def test_modules_have_no_import_cycle(part: str) -> None:
     names = [name for name in SOURCES if within(name, part)]
     levels({n: {m for _, m in imports(n, SOURCES[n]) if m in names and m != n} for n in names})
 
 
 @pytest.mark.parametrize("name", [n for n in SOURCES if within(n, RELATIVE)])
-def test_bench_never_calls_itself_by_name(name: str) -> None:
+def test_bench_imports_itself_only_relatively(name: str) -> None:
     for node in ast.walk(ast.parse(SOURCES[name].read_text())):
         named = [str(node.module)] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
         if isinstance(node, ast.Import):
@@ -289,10 +297,10 @@ def test_bench_never_calls_itself_by_name(name: str) -> None:
         )
 
 
-def test_rooms_of_bench_lie_on_six_levels() -> None:
-    rooms = {layer: found for layer, found in ALLOWED.items() if within(layer, RELATIVE)}
-    del rooms["bench.test_benchmarks"]  # pytest alone imports it
-    graph = {room: {other for other in found if other in rooms} for room, found in rooms.items()}
+def test_subpackages_of_bench_lie_on_six_levels() -> None:
+    parts = {layer: found for layer, found in ALLOWED.items() if within(layer, RELATIVE)}
+    del parts["bench.test_benchmarks"]  # only pytest imports it
+    graph = {part: {other for other in found if other in parts} for part, found in parts.items()}
     assert levels(graph) == [
         {"bench.masks", "bench.measuring"},
         {"bench.contenders", "bench.layer"},
@@ -303,13 +311,13 @@ def test_rooms_of_bench_lie_on_six_levels() -> None:
     ]
 
 
-def test_the_layers_describe_modules_that_exist() -> None:
-    # A renamed module would otherwise fall to a laxer layer unnoticed.
+def test_the_layers_name_existing_modules() -> None:
+    # Otherwise a renamed module would belong to a less strict layer, unnoticed.
     assert set(ALLOWED) <= {*SOURCES}
 
 
 def test_every_module_has_a_layer() -> None:
-    # A new one would otherwise count as the root package, which may import nearly everything.
+    # Otherwise a new module would belong to the root package, which may import nearly everything.
     roots = {name for name in SOURCES if layer_of(name) in PACKAGES}
     assert roots == {*PACKAGES, "bench.__main__"}
 
@@ -333,7 +341,7 @@ def test_backends_do_not_touch_autograd(name: str) -> None:
     assert not any(within(m, "torch.autograd") for _, m in imports(name, SOURCES[name]))
 
 
-def test_native_core_includes_neither_torch_nor_python() -> None:
+def test_the_native_core_includes_neither_torch_nor_python() -> None:
     foreign = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10|pybind11|Python\.h)", re.M)
     sources = [p for p in (ROOT / "cpp").rglob("*.*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
     users = {p.relative_to(ROOT).as_posix() for p in sources if foreign.search(p.read_text())}
@@ -365,7 +373,7 @@ assert before == after, (before, after)
 assert not optional, optional
 assert not torch.cuda.is_initialized()
 assert "bench" not in sys.modules
-# It takes a second, which those who do not compile need not wait.
+# Importing it takes a second. Users who do not compile need not wait for it.
 assert "torch._dynamo" not in set(sys.modules) - loaded
 """
     )
@@ -373,7 +381,7 @@ assert "torch._dynamo" not in set(sys.modules) - loaded
 
 
 def test_modules_import_without_the_optional_packages() -> None:
-    # Drawing is what matplotlib is for: those who only run benchmarks never import this.
+    # bench.plot needs matplotlib. Users who only run benchmarks do not import it.
     drawing = {name for name in SOURCES if within(name, "bench.plot")}
     names = [name for name in SOURCES if name not in drawing and "test_" not in name]
     done = run_python(

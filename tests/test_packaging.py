@@ -1,4 +1,4 @@
-"""What is shipped: versions that agree, a truthful stub, a wheel that works, clear refusals."""
+"""Packaging: versions and pins agree, the stub is right, the wheel works, errors are clear."""
 
 from __future__ import annotations
 
@@ -63,10 +63,11 @@ def test_stub_lists_exactly_what_the_module_has(module: str) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_and_runs_on_its_own(tmp_path: Path) -> None:
+def test_wheel_is_complete_and_runs_without_checkout(tmp_path: Path) -> None:
     pytest.importorskip("scikit_build_core")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    # A copy, so that what lies about in the checkout can neither help nor be overwritten.
+    # The wheel is built from a copy, so that untracked files of the checkout are neither used nor
+    # overwritten.
     tree = tmp_path / "tree"
     ignored = shutil.ignore_patterns(".venv", "build", ".git", "*.so", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, tree, ignore=ignored)
@@ -74,7 +75,7 @@ def test_wheel_holds_the_package_and_runs_on_its_own(tmp_path: Path) -> None:
     stale = tree / "bench" / "suites" / "__pycache__" / "stale.cpython-300.pyc"
     stale.parent.mkdir()
     stale.touch()
-    # Where there is nvcc, a wheel has a CUDA part, too: one architecture of it will do.
+    # With nvcc, the wheel has a CUDA part, too. One architecture is enough for this test.
     settings = "--config-settings=cmake.define.ROSA_CUDA_ARCHITECTURES=80"
     subprocess.run(
         [*pip, "wheel", "--no-build-isolation", "--no-deps", settings, "-w", tmp_path, tree],
@@ -100,7 +101,7 @@ def test_wheel_holds_the_package_and_runs_on_its_own(tmp_path: Path) -> None:
     empty.mkdir()
 
     def installed(*command: str | Path) -> str:
-        """What a command prints that sees the wheel, in a folder without a checkout."""
+        """The output of a command that sees the wheel, in a folder without a checkout."""
         environment = {**os.environ, "PYTHONPATH": str(target)}
         done = subprocess.run(
             command, env=environment, cwd=empty, capture_output=True, text=True, check=True
@@ -118,7 +119,7 @@ def test_wheel_holds_the_package_and_runs_on_its_own(tmp_path: Path) -> None:
     assert installed(bench, "--help").startswith("usage: rosa-bench ")
     assert "real:14.q_proj" in installed(bench, "list", "--suite", "first", "--device", "cpu")
     short = ("--device", "cpu", "--no-plots", "--time-budget", "10", "--out", "here")
-    # The overhead of a call; and a layer, whose memory is measured in a process of its own.
+    # Runs the suite of call overheads, and a layer, whose memory a child process measures.
     printed = installed(bench, "run", "--suite", "overhead", *short)
     assert "Call overhead in us" in printed
     layers = ("--suite", "layer", "--kernels", "lora", "--ops", "rosa_layer")
@@ -132,14 +133,14 @@ def test_git_is_not_asked_about_an_installed_wheel(monkeypatch: pytest.MonkeyPat
     pytest.importorskip("numpy")
     from bench.measuring import environment
 
-    # An environment may lie in the checkout of another project.
+    # The environment with the wheel may lie in the checkout of another project.
     monkeypatch.setattr(environment, "_PACKAGE", ROOT / "rosa_bench")
     monkeypatch.setattr(environment, "_output", lambda *command: "of another project")
     record = environment.run_record([])
     assert (record["git_sha"], record["git_dirty"]) == (None, None)
 
 
-def test_the_benchmark_names_the_extra_that_is_missing() -> None:
+def test_the_benchmark_names_the_missing_extra() -> None:
     code = """
 import sys, warnings
 sys.modules["numpy"] = None  # importing it now raises
@@ -157,7 +158,7 @@ sys.exit(main(["list"]))
     [("ensurepip", "python3-venv"), ("sysconfig", "python3-dev"), ("compiler", "g++")],
 )
 def test_make_names_the_missing_system_package(tmp_path: Path, lacks: str, package: str) -> None:
-    """`make` in an empty copy whose python, or whose PATH, lacks one thing."""
+    """Runs `make` in an almost empty folder, with a python or a PATH that lacks one thing."""
     make = shutil.which("make")
     if make is None:
         pytest.skip("needs make")
@@ -168,7 +169,7 @@ def test_make_names_the_missing_system_package(tmp_path: Path, lacks: str, packa
     (tools / "sh").symlink_to("/bin/sh")
     if lacks != "compiler":
         (tools / "c++").symlink_to("/bin/sh")
-    # Answers as a Debian python3 does without python3-venv or python3-dev.
+    # This python3 answers as Debian's does without python3-venv or python3-dev.
     refuse = {"ensurepip": "exit 1", "sysconfig": "echo /nonexistent; exit", "compiler": ":"}[lacks]
     python = tools / "python3"
     python.write_text(

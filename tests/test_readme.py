@@ -1,4 +1,4 @@
-"""What README and docs/README.md show is run: their Python, and the files they link."""
+"""README and the pages in docs: their Python code runs, and their links name existing files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_python_of_the_first_pages_runs() -> None:
-    """Block after block in one process, as a reader would paste them."""
+def test_python_code_of_the_first_pages_runs() -> None:
+    """Runs all blocks in one process, in order, as a reader would paste them."""
     blocks = [
         block
         for page in (ROOT / "README.md", ROOT / "docs" / "README.md")
@@ -29,7 +29,7 @@ def test_python_of_the_first_pages_runs() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_name_existing_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     for link in links:
         if not link.startswith(("http://", "https://")):

@@ -1,4 +1,4 @@
-"""The commands beside `run`: each takes parsed arguments and returns an exit status."""
+"""All commands except `run`. Each takes parsed arguments and returns an exit status."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .run import draw, summarise
 
 
 def list_suites(args: argparse.Namespace) -> int:
-    """The suites, or the cases and contenders of one."""
+    """List the suites, or the cases and contenders of one suite."""
     device = _this_device() if args.device == "auto" else args.device
     if args.suite is None:
-        table = Table(f"Suites on {device}", ["suite", "cases", "pairs", "what"])
+        table = Table(f"Suites on {device}", ["suite", "cases", "pairs", "description"])
         for name, described in SUITES.items():
             cases = suite(name, device=device)
             pairs = sum(len(contenders(case, device)) for case in cases)
@@ -45,7 +45,7 @@ def list_suites(args: argparse.Namespace) -> int:
 
 
 def measure_stages(args: argparse.Namespace) -> int:
-    """Our kernels stage by stage, measured beside predicted."""
+    """Time each stage of our kernels and show it beside its prediction."""
     if args.device == "auto":
         args.device = _this_device()
     end = time.monotonic() + (args.time_budget or float("inf"))
@@ -57,7 +57,7 @@ def measure_stages(args: argparse.Namespace) -> int:
     rows = stages.measure(args.device, plan, base, args.out, end)
     for table in stage_tables.tables(rows):
         console.show(table)
-    print(f"\nWrote\n  {args.out}" if rows else "\nno kernel was timed")
+    print(f"\nWrote\n  {args.out}" if rows else "\nNo kernel was timed")
     return 0
 
 
@@ -66,7 +66,7 @@ def _this_device() -> str:
 
 
 def draw_plots(args: argparse.Namespace) -> int:
-    """The plots of a run once more."""
+    """Draw the plots of a run again."""
     written = draw(_select_run(args.results, args.run_id), args.out or args.results.parent)
     if not written:
         raise UsageError(f"{args.results}: expected timed rows to draw, got none")
@@ -75,7 +75,7 @@ def draw_plots(args: argparse.Namespace) -> int:
 
 
 def show_report(args: argparse.Namespace) -> int:
-    """Every case of a run, and its summary."""
+    """Show every case of a run, and its summary."""
     rows = _select_run(args.results, args.run_id)
     for table in tables.case_tables(rows):
         console.show(table)
@@ -84,7 +84,7 @@ def show_report(args: argparse.Namespace) -> int:
 
 
 def show_ratios(args: argparse.Namespace) -> int:
-    """Ratios to every peer, and the targets."""
+    """Show the ratios to every peer, and the targets."""
     rows = [row for path in args.results for row in _select_run(path, args.run_id)]
     found = [*ratios.tables(rows), *experiments.tables(rows), *layer_tables.tables(rows)]
     if not found:
@@ -96,7 +96,7 @@ def show_ratios(args: argparse.Namespace) -> int:
 
 
 def keep_calibration(args: argparse.Namespace) -> int:
-    """The rates that a run on CUDA measured become those of the cost model."""
+    """Save the rates that a CUDA run measured as rates of the cost model."""
     path, measured = calibrate.calibrate(_select_run(args.results, args.run_id), args.out)
     for rate, value in measured.items():
         print(f"{rate:8} {value:.4g}")
@@ -105,7 +105,10 @@ def keep_calibration(args: argparse.Namespace) -> int:
 
 
 def compare_runs(args: argparse.Namespace) -> int:
-    """Two runs, row by row; 1 if something is slower and was asked to fail."""
+    """Compare two runs row by row.
+
+    Returns 1 if a row is slower and --fail-on-slower is given.
+    """
     base, new = (results.latest_run(results.read(path)) for path in (args.base, args.new))
     found = compare.compare(base, new, args.threshold)
     if not found:
@@ -116,7 +119,7 @@ def compare_runs(args: argparse.Namespace) -> int:
 
 
 def show_environment(args: argparse.Namespace) -> int:
-    """The machine, the versions, and which contenders can run here."""
+    """Show the machine, the versions, and which contenders can run here."""
     table = Table("Environment", ["what", "value"])
     device = _this_device()
     record = environment.run_record([]) | environment.device_record(device)

@@ -52,7 +52,7 @@ def _positive(kind: type) -> Callable[[str], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    # The wheel installs this folder under another name, and a script.
+    # The wheel installs this folder under another name, and adds a script.
     program = "python -m bench" if __package__.startswith("bench.") else "rosa-bench"
     parser = argparse.ArgumentParser(
         prog=program, description=f"Command line: {program} {_COMMANDS}"
@@ -65,113 +65,160 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def add_choice(sub: argparse.ArgumentParser) -> None:
-        """Which cases, on which devices, with which contenders."""
+        """Add the options that choose cases, devices and contenders."""
         sub.add_argument(
-            "--suite", nargs="+", choices=list(SUITES), default=["quick"], metavar="SUITE"
+            "--suite",
+            nargs="+",
+            choices=list(SUITES),
+            default=["quick"],
+            metavar="SUITE",
+            help="the suites to run, shown by `list` (default: quick)",
         )
         sub.add_argument(
             "--device",
             choices=["auto", "cpu", "cuda"],
             default="auto",
-            help="auto: CUDA, where there is a device; `run` measures the CPU too",
+            help="auto (default): CUDA if there is a CUDA device, else CPU; `run` measures both",
         )
         sub.add_argument(
-            "--ops", nargs="+", choices=_CHOICES, metavar="OP", help=", ".join(_CHOICES)
+            "--ops",
+            nargs="+",
+            choices=_CHOICES,
+            metavar="OP",
+            help=f"only these ops: {', '.join(_CHOICES)}",
         )
-        sub.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, see `list`")
-        sub.add_argument("--without", nargs="+", metavar="NAME", help="all but these")
-        sub.add_argument("--seed", type=int, default=0, metavar="N")
+        sub.add_argument(
+            "--kernels",
+            nargs="+",
+            metavar="NAME",
+            help="only these kernels and peers; `list --suite SUITE` shows the names",
+        )
+        sub.add_argument(
+            "--without", nargs="+", metavar="NAME", help="all kernels and peers except these"
+        )
+        sub.add_argument(
+            "--seed",
+            type=int,
+            default=0,
+            metavar="N",
+            help="seed of masks and inputs (default: %(default)s)",
+        )
         sub.add_argument(
             "--experiments",
             action="store_true",
-            help="on CUDA, our SDDMM kernels of tiles under other settings too",
+            help="on CUDA: also measure our tile SDDMM kernels with non-default settings",
         )
 
-    sub = add("run", run, "measure suites, print their tables, draw their plots")
+    sub = add("run", run, "measure suites, print their tables and draw their plots")
     add_choice(sub)
     sub.add_argument(
-        "--out", type=Path, default=Path("build/bench"), metavar="DIR", help="default: %(default)s"
+        "--out",
+        type=Path,
+        default=Path("build/bench"),
+        metavar="DIR",
+        help="folder for rows and plots (default: %(default)s)",
     )
-    sub.add_argument("--threads", type=_positive(int), metavar="N", help="default: torch's")
+    sub.add_argument(
+        "--threads", type=_positive(int), metavar="N", help="CPU threads (default: torch's number)"
+    )
     sub.add_argument(
         "--timer",
         choices=clocks.DEVICE_TIMERS,
         default=clocks.COLD,
-        help="on CUDA: caches flushed before every call, left as they are, or flushed and the call "
-        "replayed as a graph (default: %(default)s)",
+        help="on CUDA: cold flushes the L2 cache before every call; hot does not; graph flushes it "
+        "and replays the call as a CUDA graph (default: %(default)s)",
     )
     sub.add_argument(
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="on CUDA: have `auto` use the roofs measured at the start, and keep them there",
+        help="on CUDA: save the roofs measured at the start to FILE, and let `auto` use them in "
+        "this run",
     )
     sub.add_argument(
-        "--stages", action="store_true", help="at the end, also what `stages` measures"
+        "--stages", action="store_true", help="at the end, also measure what `stages` measures"
     )
     sub.add_argument(
-        "--cap", type=_positive(float), metavar="S", help="seconds of samples per contender"
+        "--cap",
+        type=_positive(float),
+        metavar="S",
+        help="most seconds of samples per contender (default: depends on the suite)",
     )
     sub.add_argument(
         "--time-budget",
         type=_positive(float),
         metavar="S",
-        help="seconds for all of it, shared by suites and devices; no case is begun after "
-        "(quick: 200 a device)",
+        help="seconds for the whole run, shared by suites and devices; no case begins after that "
+        "(default: no limit; quick has 200 per device)",
     )
-    sub.add_argument("--no-plots", action="store_true")
+    sub.add_argument("--no-plots", action="store_true", help="draw no plots")
 
-    sub = add("stages", measure_stages, "our kernels stage by stage, measured beside predicted")
+    sub = add(
+        "stages", measure_stages, "time each stage of our kernels and show it beside its prediction"
+    )
     add_choice(sub)
     sub.add_argument(
-        "--time-budget", type=_positive(float), metavar="S", help="seconds; no case is begun after"
+        "--time-budget",
+        type=_positive(float),
+        metavar="S",
+        help="seconds for the whole command; no case begins after that (default: no limit)",
     )
     sub.add_argument(
         "--out",
         type=Path,
         default=Path("build/bench/stages.jsonl"),
         metavar="FILE",
-        help="default: %(default)s",
+        help="file for the rows (default: %(default)s)",
     )
     sub.add_argument(
-        "--bare", action="store_true", help="call every kernel once and time nothing, for ncu"
+        "--bare", action="store_true", help="call every kernel once without timing, for ncu"
     )
 
-    sub = add("list", list_suites, "the suites, or the cases and contenders of one")
-    sub.add_argument("--suite", choices=list(SUITES))
-    sub.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    sub = add("list", list_suites, "list the suites, or the cases and contenders of one suite")
+    sub.add_argument("--suite", choices=list(SUITES), help="list this suite's cases")
+    sub.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="the device whose cases are listed (default: %(default)s)",
+    )
 
     for name, command, text in (
         (
             "calibrate",
             keep_calibration,
-            "give the cost model the rates that a run on CUDA measured",
+            "save the rates that a CUDA run measured as rates of the cost model",
         ),
         ("plot", draw_plots, "draw the plots of a run again"),
-        ("report", show_report, "every case of a run, and its summary"),
+        ("report", show_report, "show every case of a run, and its summary"),
     ):
         sub = add(name, command, text)
-        sub.add_argument("results", type=Path, help="a results.jsonl")
+        sub.add_argument("results", type=Path, help="a results.jsonl file")
         sub.add_argument("--run-id", help="default: the last run in the file")
         if command is draw_plots:
-            sub.add_argument("--out", type=Path, metavar="DIR", help="default: beside the results")
+            sub.add_argument("--out", type=Path, metavar="DIR", help="default: the results' folder")
         if command is keep_calibration:
             sub.add_argument("--out", type=Path, metavar="FILE", help="default: the user's cache")
 
-    sub = add("ratios", show_ratios, "ratios to every peer by kind of case, and the targets")
-    sub.add_argument("results", type=Path, nargs="+", help="results.jsonl files, taken together")
+    sub = add("ratios", show_ratios, "show ratios to every peer by kind of case, and the targets")
+    sub.add_argument("results", type=Path, nargs="+", help="results.jsonl files, read together")
     sub.add_argument("--run-id", help="default: the last run in each file")
 
-    sub = add("compare", compare_runs, "the last run of one file against the last of another")
-    sub.add_argument("base", type=Path)
-    sub.add_argument("new", type=Path)
-    sub.add_argument("--threshold", type=_positive(float), default=0.05, help="default: 0.05")
-    sub.add_argument("--all", action="store_true", help="also show what is the same")
-    sub.add_argument("--fail-on-slower", action="store_true", help="exit 1 if anything is slower")
+    sub = add("compare", compare_runs, "compare the last runs of two files")
+    sub.add_argument("base", type=Path, help="the results.jsonl file to compare with")
+    sub.add_argument("new", type=Path, help="the results.jsonl file to judge")
+    sub.add_argument(
+        "--threshold",
+        type=_positive(float),
+        default=0.05,
+        help="relative changes up to this count as the same (default: 0.05)",
+    )
+    sub.add_argument("--all", action="store_true", help="also show rows that are the same")
+    sub.add_argument("--fail-on-slower", action="store_true", help="exit 1 if any row is slower")
 
     add(
         "env",
         show_environment,
-        "the machine, the versions, and which contenders can run here",
+        "show the machine, the versions, and which contenders can run here",
     )
     return parser

@@ -23,17 +23,21 @@ from ..report.rows import by_device
 from ..run.plan import Part, UsageError, parts
 from ..run.session import Session, end_of_part
 
-# What --stages takes of a time budget.
+# The share of the time budget that --stages takes.
 _STAGES_SHARE = 0.2
-# Of a short summary; beside it, the end of a log of 12,000 characters holds every other table.
+# Lines of stages in a short summary. With 30 lines, the last 12,000 characters of a log hold every
+# table.
 _STAGE_LINES = 30
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the tables, draw the plots; 1 if a device was lost on the way."""
+    """Measure, print the tables and draw the plots.
+
+    Returns 1 if a device was lost.
+    """
     found = parts(args)
     unwanted = {k.name for k in rk.kernels() if ours.row_name(k.name) in (args.without or ())}
-    with registry.withheld(unwanted):  # "auto" would take them under its own name
+    with registry.withheld(unwanted):  # or "auto" could still take them
         return _run(args, found)
 
 
@@ -51,7 +55,7 @@ def _run(args: argparse.Namespace, found: Sequence[Part]) -> int:
     short = set(args.suite) <= {"first", "second"}
     staged: list[results.Row] = []
     if args.stages:
-        if short:  # the profiler may hang where it is not supported
+        if short:  # first, as the profiler hangs on some machines
             _show_short(session.rows)
             sys.stdout.flush()
         staged = session.stages(start + (args.time_budget or float("inf")))
@@ -62,18 +66,21 @@ def _run(args: argparse.Namespace, found: Sequence[Part]) -> int:
     if not args.no_plots:
         try:
             written += draw(session.rows, args.out)
-        except UsageError as error:  # the rows are there, which is what takes a machine
+        except UsageError as error:  # the rows are written; plots can be drawn later
             print(f"\n{error}")
     for device, reason in session.lost.items():
         print(f"\n{device} was lost, and its remaining cases were not run: {reason}")
     print("\nWrote", *(f"  {path}" for path in written), sep="\n")
-    if short:  # last, as where output is cut the end is kept
+    if short:  # last, because a log that is cut keeps its end
         _show_short(session.rows)
     return int(bool(session.lost))
 
 
 def _say_what_is_for_cuda_alone(args: argparse.Namespace, devices: set[str]) -> None:
-    """Options without a meaning on a CPU are ignored there, so that a run can be rehearsed."""
+    """Say which options are ignored because no part runs on CUDA.
+
+    They are not errors, so that the command of a GPU run can be rehearsed on a CPU.
+    """
     if "cuda" in devices:
         return
     for option, given in (
@@ -82,13 +89,13 @@ def _say_what_is_for_cuda_alone(args: argparse.Namespace, devices: set[str]) -> 
         ("--calibrate", args.calibrate),
     ):
         if given:
-            print(f"{option} is for CUDA and ignored on a CPU")
+            print(f"{option} applies to CUDA only and is ignored on a CPU")
 
 
 def summarise(rows: list[results.Row], limit: int | None = None, short: bool = False) -> None:
-    """Print what a run says; of a GPU also what `ratios` says, which is set targets on.
+    """Print the summary of a run; for a GPU also what `ratios` prints, which includes the targets.
 
-    `short` leaves out what the ratios by mask, printed last, say again.
+    `short` leaves out what the table of ratios by mask, printed last, repeats.
     """
     if short:
         found = [tables.roof_table(rows), tables.status_table(rows)]

@@ -1,1 +1,1 @@
-"""What competes in a case: our kernels and every peer, one file a peer."""
+"""The contenders of a case: our kernels and the peers, one file per peer."""

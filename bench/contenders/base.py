@@ -1,4 +1,4 @@
-"""What competes in a case: one declaration for our kernels and for every peer."""
+"""The Contender class, for our kernels and every peer, and the Problem that they compute."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Run = Callable[[], Tensor]
 
 
 class Unsupported(RuntimeError):
-    """What `prepare` raises where only the library itself can tell that it cannot."""
+    """Raised by `prepare` if the library itself refuses a problem."""
 
 
 @dataclass
 class Problem:
-    """A case made concrete, and forms of its operands that contenders may have for free.
+    """A case with its pattern and inputs, and forms of its operands that contenders get for free.
 
-    `inputs` holds the dense operands as training has them: token-major, the columns contiguous.
+    `inputs` holds the dense operands as training has them: token-major, with contiguous columns.
     """
 
     case: Case
@@ -47,7 +47,7 @@ class Problem:
         return {name: tensor.contiguous() for name, tensor in self.inputs.items()}
 
     def operands(self, charge: str) -> dict[str, Tensor]:
-        """Inputs for a peer that wants rows: for free where only the op is charged."""
+        """Inputs for a peer that needs contiguous rows; it gets them for free under "op" only."""
         return self.row_major if charge == OP else self.inputs
 
     @cached_property
@@ -57,7 +57,7 @@ class Problem:
 
     @cached_property
     def sparse_csr(self) -> Tensor:
-        """The sparse operand as torch.sparse_csr; MKL takes int32 indices as they are."""
+        """The sparse operand as torch.sparse_csr. MKL takes int32 indices without conversion."""
         values = self.inputs.get("values")
         if values is None:
             dtype = next(iter(self.inputs.values())).dtype
@@ -72,7 +72,7 @@ class Problem:
 
     @cached_property
     def dense(self) -> Tensor:
-        """The sparse operand written out as a dense weight."""
+        """The sparse operand as a dense weight."""
         weight = torch.zeros(self.case.m * self.case.n, dtype=self.case.dtype, device=self.device)
         weight[self.flat] = self.inputs["values"]
         return weight.view(self.case.m, self.case.n)
@@ -84,19 +84,19 @@ class Contender:
 
     Attributes:
         op: the op it computes.
-        name: what rows and plots call it: a kernel's name, or the peer's.
-        backend: the peer's package, or who provides our kernel.
-        prepare: (problem, charge) -> a call without arguments that returns the op's result. What
-            `prepare` does is free; what the call does is timed.
-        reject: why it cannot run on a problem, or None.
-        devices: where it exists at all; elsewhere it has no rows.
-        token_major: it reads and writes token-major operands as they lie. Then "op" and
-            "from_token_major" are the same call, timed once for both.
-        mode: how the call is made: "no_grad" (no input requires grad), "grad", or "adapter" (past
-            the op, straight to the kernel).
-        serves: what really computes, for the row: "auto" answers with the kernel it takes.
-        workspace: bytes it says it allocates beside its result, or None where it does not say.
-        charges: which rows it gets; ops without activations have no layout to convert from.
+        name: its name in rows and plots: a kernel's name, or the peer's.
+        backend: the peer's package, or the backend of our kernel.
+        prepare: (problem, charge) -> a call without arguments that returns the op's result. The
+            work of `prepare` is free; the work of the call is timed.
+        reject: problem -> the reason why it cannot run, or None.
+        devices: the devices that it exists on. On others it has no rows.
+        token_major: whether it reads and writes token-major operands without conversion. Then "op"
+            and "from_token_major" are the same call, timed once for both.
+        mode: how the call is made: "no_grad" (no input requires grad), "grad", or "adapter" (the
+            kernel is called without the op).
+        serves: problem -> the row's `backend`. For "auto" this is the kernel that it selects.
+        workspace: problem -> bytes that it says it allocates besides its result, or None.
+        charges: the charges that it has rows for. Ops without activations have only "op".
     """
 
     op: str
@@ -113,20 +113,20 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """Unique among the contenders of a case."""
+        """A name that is unique among the contenders of a case."""
         return self.name if self.mode == "no_grad" else f"{self.name} [{self.mode}]"
 
 
 def token_major(rows: Tensor) -> Tensor:
-    """A contiguous (m, k) result brought back to token-major: what a peer's output costs."""
+    """A contiguous (m, k) result, converted to token-major. Peers pay for this conversion."""
     return rows.t().contiguous().t()
 
 
 @lru_cache(maxsize=64)
 def _on_device(device: str, mask: str, m: int, n: int, density: float, seed: int) -> CsrPattern:
-    """Kept with what kernels derive from it: all cases of a mask share one tile plan.
+    """A pattern on a device, cached with its tile plan, which all cases of the mask share.
 
-    A suite comes back to its masks with other numbers of tokens; drawing one of 14336 x 4096 takes
-    three seconds, keeping one of 2 % takes 30 MB.
+    A suite returns to its masks with other numbers of tokens. Drawing a mask of 14336 x 4096 takes
+    three seconds; keeping one of 2 % takes 30 MB.
     """
     return masks.pattern_of(mask, m, n, density, seed).to(device)

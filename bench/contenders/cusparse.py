@@ -1,9 +1,10 @@
-"""cuSPARSE directly, in every dtype it takes; where it takes one not, its own words are the reason.
+"""cuSPARSE, called directly, in every dtype it takes.
 
-Its favourite layout is row-major (SpMM; SDDMM with the rows of both operands contiguous). SpMM also
-reads and writes token-major operands as they lie, as column-major ones ("-tokens"). Descriptors,
-buffers and preprocessing are made once. SDDMM has no bfloat16: "-fp32" is what a caller who has
-16-bit operands can do, upcasting them while they are transposed.
+If cuSPARSE refuses a dtype, its message is the reason. Its fastest layout is row-major; SDDMM needs
+contiguous rows of both operands. SpMM also reads and writes token-major operands without
+conversion, as column-major matrices ("-tokens"). Descriptors, buffers and preprocessing are made
+once. SDDMM has no bfloat16. A caller with 16-bit operands can do what "-fp32" does: upcast them
+while they are transposed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _CUDA = frozenset({"cuda"})
 
 
 class _Call:
-    """A prepared call, and the buffer that it holds beside its operands."""
+    """A prepared call, and the size of the buffer that it holds besides its operands."""
 
     def __init__(self, run: Run, product: api.Product) -> None:
         self._run, self.workspace_bytes = run, product.workspace_bytes
@@ -42,13 +43,13 @@ def _reject(problem: Problem) -> str | None:
     if isinstance(found, str):
         return found
     if problem.case.dtype not in api.DATA_TYPES:
-        return f"is asked for float32, float16 and bfloat16 only, got {problem.case.dtype}"
+        return f"is measured in float32, float16 and bfloat16, got {problem.case.dtype}"
     return None
 
 
 def _reject_fp32(problem: Problem) -> str | None:
     if problem.case.dtype == torch.float32:
-        return "the operands are float32 already: see cusparse"
+        return "not run: float32 operands need no conversion, see cusparse"
     return _reject(problem)
 
 
@@ -89,7 +90,7 @@ def _spmm(algorithm: int, order: int) -> Callable[[Problem, str], Run]:
 
 
 def _sddmm(dtype: torch.dtype | None) -> Callable[[Problem, str], Run]:
-    """In the operands' dtype (None), or in another that they are converted to."""
+    """SDDMM in the operands' dtype (None), or in a dtype that they are converted to."""
 
     def prepare(problem: Problem, charge: str) -> Run:
         lib, case = _library(), problem.case
@@ -116,9 +117,9 @@ def _sddmm(dtype: torch.dtype | None) -> Callable[[Problem, str], Run]:
 def _sampled(
     lib: api.Library, problem: Problem, a: api.Matrix, b: api.Matrix, dtype: torch.dtype
 ) -> tuple[api.Product, Tensor]:
-    """The SDDMM and its result, of the operands' dtype, or float32 where that is refused.
+    """The SDDMM and its result, in the operands' dtype, or in float32 if cuSPARSE refuses that.
 
-    The result is allocated once, and zero: a NaN in it might survive being multiplied by beta = 0.
+    The result is allocated once and zeroed: a NaN in it might survive the product with beta = 0.
     """
     pattern = problem.pattern
     refused: Unsupported | None = None
@@ -140,7 +141,7 @@ def _product(
     algorithm: int,
     problem: Problem,
 ) -> api.Product:
-    """The product, tried once: some refusals come only with the call itself."""
+    """The product, after one call: some refusals come only from the call itself."""
     try:
         product = api.Product(lib, op, operands, algorithm, problem.pattern.device)
         product()

@@ -1,6 +1,6 @@
-"""cuSPARSE's generic API by ctypes: the library that torch has loaded wherever torch has CUDA.
+"""cuSPARSE's generic API by ctypes, on the copy that torch has loaded.
 
-nvmath-python and CuPy bind the same functions, but machines that have torch often have neither.
+nvmath-python and CuPy bind the same functions, but machines with torch often have neither.
 Constants and signatures are those of cusparse.h 12.x, which CUDA 12 and 13 ship.
 """
 
@@ -19,7 +19,7 @@ DATA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDat
 COL, ROW = 1, 2  # cusparseOrder_t
 DEFAULT, CSR_ALG2, CSR_ALG3 = 0, 6, 12  # cusparseSpMMAlg_t
 _INT32, _BASE_ZERO, _AS_IT_IS = 2, 0, 0  # index type, index base, cusparseOperation_t
-_FLOAT32 = DATA_TYPES[torch.float32]  # what everything is summed in
+_FLOAT32 = DATA_TYPES[torch.float32]  # the compute type of all products
 
 _PRODUCT = (c_void_p, c_int, c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int)
 _SIGNATURES = {
@@ -40,13 +40,13 @@ _SIGNATURES = {
 _NAMES = ("libcusparse.so.12", "libcusparse.so.13", "libcusparse.so")
 
 
-# What it answers when it does not do a thing: invalid value, architecture mismatch, matrix type not
-# supported, not supported. The rest are faults.
+# Statuses of a refusal: invalid value, architecture mismatch, matrix type not supported, not
+# supported. All other statuses are faults.
 _UNSUPPORTED = (3, 4, 8, 10)
 
 
 class CusparseError(RuntimeError):
-    """A call that cuSPARSE refused, in its words."""
+    """A cuSPARSE call failed; the message is cuSPARSE's own."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -73,17 +73,17 @@ class Library:
         """Call a function.
 
         Raises:
-            CusparseError: it answers with anything but success.
+            CusparseError: it returns another status than success.
         """
         status = getattr(self._shared, name)(*arguments)
         if status != 0:
             text = self._shared.cusparseGetErrorString(status).decode()
-            raise CusparseError(f"{name} answers {status}: {text}", status)
+            raise CusparseError(f"{name} returned {status}: {text}", status)
 
 
 @cache
 def library() -> Library | str:
-    """The library, or why there is none."""
+    """The library, or the reason why there is none."""
     reasons = []
     for name in (*_loaded(), *_NAMES):
         try:
@@ -94,7 +94,7 @@ def library() -> Library | str:
 
 
 def _loaded() -> list[str]:
-    """Paths of the copy in this process: a second one would be another version beside torch's."""
+    """Paths of the copy in this process. A second copy could be another version than torch's."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
@@ -103,17 +103,17 @@ def _loaded() -> list[str]:
 
 
 class _Described:
-    """A descriptor, destroyed with its owner, and the tensors it points into."""
+    """A descriptor that is destroyed with its owner."""
 
     def __init__(self, lib: Library, create: str, destroy: str, *arguments: object) -> None:
         self.descriptor = c_void_p()
         lib.call(create, byref(self.descriptor), *arguments)
-        # Not at exit, when the device may be gone already.
+        # Nothing is destroyed at exit, because the device may be gone already.
         weakref.finalize(self, lib.call, destroy, self.descriptor).atexit = False
 
 
 class Matrix(_Described):
-    """A dense matrix; `at` moves the descriptor to other memory of the same shape."""
+    """A dense matrix. `at` points the descriptor at other memory of the same shape."""
 
     def __init__(self, lib: Library, rows: int, cols: int, order: int, x: Tensor) -> None:
         size = (rows, cols, cols if order == ROW else rows)
@@ -122,7 +122,7 @@ class Matrix(_Described):
         self._lib, self._memory = lib, x
 
     def at(self, x: Tensor) -> None:
-        """Describe `x` from now on."""
+        """Point the descriptor at `x`."""
         self._lib.call("cusparseDnMatSetValues", self.descriptor, x.data_ptr())
         self._memory = x
 
@@ -142,10 +142,10 @@ class Csr(_Described):
 
 
 class Product:
-    """SpMM or SDDMM on three described operands, its buffer allocated and preprocessed.
+    """SpMM or SDDMM on three described operands. Its buffer is allocated and preprocessed.
 
     Attributes:
-        workspace_bytes: what it allocated, once for all calls.
+        workspace_bytes: the size of the buffer, which all calls share.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Product:
     ) -> None:
         self._lib, self._op, self._operands = lib, op, operands
         a, b, c = (operand.descriptor for operand in operands)
-        # Host scalars, which each call reads anew: they must stay where they are.
+        # Every call reads these host scalars, so they must stay alive.
         self._scalars = c_float(1.0), c_float(0.0)
         alpha, beta = (ctypes.cast(byref(x), c_void_p) for x in self._scalars)
         as_is = (_AS_IT_IS, _AS_IT_IS)

@@ -1,10 +1,10 @@
-"""Dense GEMM, and dense GEMM + gather: what the sparse op is worth at all.
+"""Dense GEMM, and dense GEMM + gather: the baseline that a sparse kernel has to beat.
 
 GEMM reads and writes both stride orders at full rate, so it pays no conversion.
 
-On CUDA torch allows cuBLAS to add partial sums in 16 bits unless told otherwise. "dense" is told
-otherwise, which is what this project's accuracy asks of everybody; "dense-reduced" has torch's
-default, and a time where its result still passes the check.
+By default torch lets cuBLAS add partial sums in 16 bits on CUDA. "dense" forbids that, as this
+project's accuracy policy asks of every contender. "dense-reduced" keeps torch's default. It has a
+time only if its result still passes the check.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _sddmm(problem: Problem, charge: str) -> Run:
 def _with_reduced(
     allowed: bool, prepare: Callable[[Problem, str], Run]
 ) -> Callable[[Problem, str], Run]:
-    """Set torch's two switches round every call; the CPU has no such sums."""
+    """Set torch's two switches around every call. On a CPU there are no such sums."""
     switches = torch.backends.cuda.matmul
     names = (
         "allow_bf16_reduced_precision_reduction",
@@ -61,12 +61,12 @@ def _with_reduced(
 
 def _reject_reduced(problem: Problem) -> str | None:
     if problem.case.dtype not in _16_BIT:
-        return f"reduced sums are for float16 and bfloat16, got {problem.case.dtype}"
+        return f"only float16 and bfloat16 have reduced sums, got {problem.case.dtype}"
     return None
 
 
 def _serves(problem: Problem) -> str:
-    """The result's dtype decides how much is written: it goes into the rows."""
+    """The `backend` of a row. It names the result's dtype, which decides how much is written."""
     return f"torch, {str(problem.case.dtype).removeprefix('torch.')} out"
 
 

@@ -1,7 +1,7 @@
-"""Our SDDMM kernels of tiles under settings that are not their defaults, beside the defaults.
+"""Our tile SDDMM kernels with settings that are not their defaults.
 
-They take turns with the kernels as users get them, in the same cases. They are neither peers nor
-kernels that "auto" could take: mode "experiment" keeps them out of every other table.
+They take turns with the default kernels in the same cases. They are neither peers nor kernels that
+"auto" could take. Their mode "experiment" keeps them out of every other table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ T = TypeVar("T")
 MODE = "experiment"
 EARLY = "early"
 _KERNELS = ("cuda/tile", "cuda/wgmma")
-# What follows a kernel's name -> the environment, read at every call by cpp/src/cuda/device.cu.
-# Without any: panels of 128 MiB, and launches that wait for each other.
+# Suffix of the kernel's name -> environment variables, which cpp/src/cuda/device.cu reads at every
+# call. The defaults are panels of 128 MiB, and launches that wait for each other.
 SETTINGS: dict[str, dict[str, str]] = {
     "panels=32": {"ROSA_PANEL_MIB": "32", "ROSA_EARLY_LAUNCH": "0"},
     EARLY: {"ROSA_PANEL_MIB": "128", "ROSA_EARLY_LAUNCH": "1"},
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def contenders(case: Case, device: str) -> list[Contender]:
-    """Every kernel of tiles under every setting; none where a case or device has no such kernel."""
+    """Every tile kernel with every setting. Empty if the case or the device has no tile kernel."""
     if case.op != "sddmm" or device != "cuda" or is_overhead(case):
         return []
     return [
@@ -45,12 +45,12 @@ def contenders(case: Case, device: str) -> list[Contender]:
 
 
 def kernel_of(name: str) -> str:
-    """cuda/tile for "cuda/tile panels=32"; any other name as it is."""
+    """The name without its suffix: cuda/tile for "cuda/tile panels=32"."""
     return name.split(" ")[0]
 
 
 def with_settings(base: Contender, suffix: str, settings: Mapping[str, str]) -> Contender:
-    """A contender whose calls see the settings in their environment, and nobody else's do."""
+    """A contender whose calls, and no others, see the settings in the environment."""
 
     def prepare(problem: Problem, charge: str) -> Run:
         return _within(settings, base.prepare(problem, charge))

@@ -1,9 +1,10 @@
-"""scipy and numpy on one thread, the common ground of every Python installation.
+"""scipy and numpy on one thread: the baseline that most Python installations have.
 
-scipy has no SDDMM. The best simple one gathers, row by row of the pattern, the rows of b that it
-names, and takes their dot products with the row of a: 139 ms at 1 % where an einsum over gathered
-pairs of rows takes 160, 536 against 772 at 5 %. It uses vecdot although GEMV is a tenth faster:
-numpy's BLAS threads spin for 100 ms after a GEMV and would slow down whoever is timed next.
+scipy has no SDDMM. The fastest simple one loops over the rows of the pattern. It gathers the rows
+of b that a row's entries name, and takes their dot products with the row of a. This takes 139 ms at
+1 % and 536 ms at 5 %. An einsum over gathered pairs of rows takes 160 and 772 ms. The products use
+vecdot, although GEMV is a tenth faster. numpy's BLAS threads spin for 100 ms after a GEMV, which
+would slow down the next contender.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This project's contenders: every registered kernel of the op, and what "auto" takes."""
+"""This project's contenders: every registered kernel of the op, and "auto"."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .base import Contender, Problem, Run
 from .peers import peer_names
 from .workspace import workspace_bytes
 
-# Past this many multiply-adds the oracle, which is written to be read, takes longer than all other
+# Above this many multiply-adds the oracle, which is written to be read, takes longer than all other
 # contenders together.
 TIMED_LIMIT = 2**26
 _OPS = ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_")
-# The GEMM fallback is called "dense" by the registry as the peer is here: rows keep them apart.
+# The registry's GEMM fallback and the dense peer are both called "dense". This prefix tells them
+# apart in rows.
 _PREFIX = "rosa-"
 
 
 def contenders(case: Case, device: str = "cpu") -> list[Contender]:
-    """ "auto" first, then each kernel that serves the device, by name.
+    """ "auto" first, then every kernel that serves the device, by name.
 
-    On CUDA "auto-finite" too, where there are kernels that Inf and NaN leak from for it to take.
+    On CUDA also "auto-finite", if there are kernels for finite operands only that it could take.
     """
     kernels = [kernel for kernel in rk.kernels(case.op) if device in kernel.devices]
     choices = ["auto"]
@@ -37,13 +38,13 @@ def contenders(case: Case, device: str = "cpu") -> list[Contender]:
 
 
 def auto_may_take(op: str, name: str) -> bool:
-    """Whether "auto" might take a kernel at all; of one that is not registered here, True."""
+    """Whether "auto" may take a kernel. True for a kernel that is not registered here."""
     found = [kernel for kernel in rk.kernels(op) if kernel.name == name]
     return not any(kernel.finite_only or kernel.on_request for kernel in found)
 
 
 def ops() -> tuple[str, ...]:
-    """The benchmarked ops that this version has kernels of."""
+    """The benchmarked ops for which this version has kernels."""
     registered = {kernel.op for kernel in rk.kernels()}
     return tuple(op for op in _OPS if op in registered)
 
@@ -63,12 +64,12 @@ def _contender(op: str, name: str, backend: str) -> Contender:
 
 
 def row_name(kernel: str) -> str:
-    """What rows call a kernel of ours: another name than any peer's."""
+    """The name of our kernel in rows. No peer has the same name."""
     return _PREFIX + kernel if kernel in peer_names() else kernel
 
 
 def op_call(problem: Problem, backend: str) -> Run:
-    """The public op on the problem's inputs as they lie, by the given backend."""
+    """The public op on the problem's inputs, without conversion, by the given backend."""
     op, pattern, x = problem.case.op, problem.pattern, problem.inputs
     if op == "sddmm":
         return lambda: rk.sddmm(pattern, x["a"], x["b"], backend=backend)
@@ -86,7 +87,7 @@ def op_call(problem: Problem, backend: str) -> Run:
 
 
 def adapter_call(problem: Problem) -> Run:
-    """The kernel that "auto" takes, called past the op: no validation, dispatcher, autograd."""
+    """The kernel that "auto" takes, without the op: no validation, dispatcher or autograd."""
     op, pattern, x = problem.case.op, problem.pattern, problem.inputs
     kernel = selected(problem)
     run = kernel.run
@@ -116,7 +117,7 @@ def selected(problem: Problem, backend: str = "auto") -> rk.Kernel:
     """The kernel that serves the problem under `backend`.
 
     Raises:
-        RuntimeError: none does; the message has every candidate's reason.
+        RuntimeError: no kernel does. The message has every candidate's reason.
     """
     case = problem.case
     asked = rk.explain(case.op, problem.pattern, k=case.k, dtype=case.dtype, backend=backend)
@@ -133,12 +134,15 @@ def _reject(problem: Problem, name: str) -> str | None:
         return str(error)
     case = problem.case
     for backend, what, work in (
-        ("reference", "this kernel is the oracle", problem.pattern.nnz * case.k),
+        ("reference", "this kernel is the slow oracle", problem.pattern.nnz * case.k),
         ("dense", "on a CPU this kernel is the dense peer in slabs", _dense(case)),
     ):
         skipped = problem.device == "cpu" or backend == "reference"
         if name == kernel.name == backend and skipped and work > TIMED_LIMIT:
-            return f"not run: {what}, measured up to {TIMED_LIMIT} multiply-adds, got {work}"
+            return (
+                f"not run: {what}, measured only for small cases, got {work} multiply-adds "
+                f"(limit {TIMED_LIMIT})"
+            )
     return None
 
 

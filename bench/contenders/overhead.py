@@ -1,8 +1,9 @@
-"""What a call of an op costs beyond its kernel: validation, dispatch, autograd.
+"""The cost of an op's call in addition to its kernel: validation, dispatch, autograd.
 
-The pattern is so small that the kernel takes a few microseconds. The same kernel is called three
-ways, in turn: as its bare adapter, through the op without grad, and through the op with inputs that
-require grad (forward only, which records the graph). The overhead is the difference of the medians.
+The pattern is so small that the kernel takes a few microseconds. The same kernel is called in three
+ways that take turns: by its bare adapter, by the op without grad, and by the op with inputs that
+require grad. The last is forward only, which records the graph. The overhead is the difference of
+the medians.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def overhead_cases(seed: int = 0) -> list[Case]:
 
 
 def is_overhead(case: Case) -> bool:
-    """Whether a case is one of them."""
+    """Whether a case is one of `overhead_cases`."""
     return case in overhead_cases(case.seed)
 
 
@@ -38,7 +39,7 @@ def overhead_contenders(case: Case) -> list[Contender]:
         "no_grad": lambda problem, charge: ours.op_call(problem, "auto"),
         "grad": _grad_call,
     }
-    if case.op == "csr_add_":  # torch allows no formula on an op that mutates
+    if case.op == "csr_add_":  # torch allows no backward formula for a mutating op
         del modes["grad"]
     return [
         Contender(

@@ -1,6 +1,6 @@
 """The peers, one file each, declared like our kernels.
 
-A peer's name up to the first "-" is its family: tables of ratios give the best of a family.
+A peer's name up to the first "-" is its family. Tables of ratios show the fastest of each family.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from rosa_kernels.testing import Case
 from . import cusparse, dense, numpy_scipy, spops, sputnik, torch_sparse
 from .base import Contender
 
-# Dense first: every ratio to the roof is drawn against it.
+# Dense comes first, because plots show it as the baseline.
 _PEERS = (
     *dense.CONTENDERS,
     *cusparse.CONTENDERS,
@@ -22,7 +22,7 @@ _PEERS = (
 
 
 def contenders(case: Case, device: str = "cpu") -> list[Contender]:
-    """The peers that have the case's op at all, on the device."""
+    """The peers that have the case's op on the device."""
     return [peer for peer in _PEERS if peer.op == case.op and device in peer.devices]
 
 
@@ -37,5 +37,5 @@ def peer_families() -> list[str]:
 
 
 def family_of(name: str) -> str:
-    """cusparse for cusparse-alg2."""
+    """The family of a peer: cusparse for cusparse-alg2."""
     return name.split("-")[0]

@@ -1,12 +1,12 @@
-"""spops, the kernels of RoSA's authors (github.com/IST-DASLab/spops), where they are installed.
+"""spops, the kernels of RoSA's authors (github.com/IST-DASLab/spops), if they are installed.
 
-Not a dependency, and not what `pip install spops` brings: that package is about astrophysics. The
-calls take row-major matrices and upcast bfloat16 and float16 to float32 themselves, on the clock.
-`csr_add` clones the dense matrix unless told to work in place.
+spops is not a dependency. `pip install spops` installs another package, about astrophysics. The
+calls take row-major matrices. They upcast bfloat16 and float16 to float32 themselves, and this is
+timed. `csr_add` clones the dense matrix unless it is told to work in place.
 
-On CUDA its products are Sputnik's float32 kernels. sddmm has two: "structure_aware" trims the grid
-to the mask, waits for the device to learn the mask's sizes at every call, and takes int16 indices;
-"sputnik" does neither. Their byte offsets into a matrix are 32 bits wide.
+On CUDA the products are Sputnik's float32 kernels. sddmm has two backends. "structure_aware" trims
+the grid to the mask and takes int16 indices. At every call it waits until the device has computed
+the mask's sizes. "sputnik" does none of this. Their byte offsets into a matrix are 32 bits wide.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INT16, _INT32 = 2**15 - 1, 2**31 - 1
 
 @cache
 def _find() -> ModuleType | str:
-    """The module, or why it cannot be used."""
+    """The module, or the reason why it cannot be used."""
     try:
         import spops
     except ImportError as error:
@@ -63,7 +63,7 @@ def _reject(problem: Problem) -> str | None:
 
 
 def _reject_int16(problem: Problem) -> str | None:
-    """As _reject, for what takes indices of 16 bits on CUDA; larger ones would wrap silently."""
+    """As _reject, for kernels with 16-bit indices on CUDA: larger indices would wrap silently."""
     largest = max(problem.case.m, problem.case.n) - 1
     if problem.device == "cuda" and largest > _INT16:
         return f"its indices are 16 bits wide, got {largest}"
@@ -72,7 +72,7 @@ def _reject_int16(problem: Problem) -> str | None:
 
 def _reject_inplace(problem: Problem) -> str | None:
     if problem.device == "cpu" and problem.case.dtype != torch.float32:
-        return f"in place it drops every dtype but float32, got {problem.case.dtype}"
+        return f"in place it works for float32 only, got {problem.case.dtype}"
     return _reject_int16(problem)
 
 
@@ -95,7 +95,7 @@ def _spmm(problem: Problem, charge: str) -> Run:
 
 
 def _sddmm(backend: str | None) -> Callable[[Problem, str], Run]:
-    """`backend` None takes spops' own default on either device."""
+    """SDDMM by a backend of spops; None is the default of spops on either device."""
 
     def prepare(problem: Problem, charge: str) -> Run:
         sddmm = _find().sddmm  # type: ignore[union-attr]

@@ -1,10 +1,10 @@
-"""Sputnik-style products: this project's re-implementation of a published idea, never used by ops.
+"""Sputnik-style products: our re-implementation of a published idea, which no op uses.
 
 Gale et al., "Sparse GPU Kernels for Deep Learning", arXiv 2006.10901: one-dimensional tiles,
-sub-warps, rows ordered by nnz. The published SDDMM covers all of the dense matrix with its grid, at
-0.1 % 99 % of it in vain; "-trimmed" covers the nonempty rows and the longest one, as spops does,
-but learns their sizes once and not at every call. Unlike the original they read 16-bit operands as
-they are, at half the bytes.
+sub-warps, rows ordered by nnz. The grid of the published SDDMM covers the whole dense matrix; at
+0.1 % density 99 % of it does no work. The grid of "-trimmed" covers the nonempty rows, at the
+length of the longest one, as in spops. It computes these sizes once, where spops does so at every
+call. Unlike the original, both read 16-bit operands directly, at half the bytes.
 """
 
 from __future__ import annotations

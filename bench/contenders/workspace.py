@@ -1,4 +1,4 @@
-"""What this project's kernels say they allocate beside their result."""
+"""The scratch memory that our kernels say they allocate besides their result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IN_PLACE = ("csr_add_", "csr_gather", "csr_scatter_")
 
 
 def workspace_bytes(problem: Problem, kernel: rk.Kernel) -> int | None:
-    """Bytes of scratch of a call, as the kernel states them; None where it does not."""
+    """Bytes of scratch of a call, as the kernel states them, or None if it states none."""
     if kernel.backend in ("cpu", "cuda") and kernel.op in _IN_PLACE:
         return 0
     if kernel.backend == "dense":
@@ -36,7 +36,7 @@ def workspace_bytes(problem: Problem, kernel: rk.Kernel) -> int | None:
 
 
 def _slab_bytes(problem: Problem) -> int | None:
-    """The largest slab of the dense kernels, and what 16-bit operands become on a CPU."""
+    """The largest slab of the dense kernels; on a CPU also the converted 16-bit operands."""
     case = problem.case
     width = case.dtype.itemsize
     wide = max(width, 4)

@@ -1,1 +1,1 @@
-"""A linear layer, or a small model, in training: RoSA, LoRA, full fine-tuning, PEFT."""
+"""Training of a linear layer or a small model: RoSA, LoRA, full fine-tuning, PEFT."""

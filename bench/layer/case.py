@@ -1,4 +1,4 @@
-"""What is trained: the cases, the models behind them, their inputs."""
+"""The cases of training: a layer or a small model, and its inputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LAYER, MODEL = "rosa_layer", "rosa_model"
 OPS = (LAYER, MODEL)
 FWD_BWD, STEP, STEP_FUSED = "fwd_bwd", "step", "step_fused"
 MODES = (FWD_BWD, STEP, STEP_FUSED)
-# Of the model, as SmolLM2's are; 6144 of its 49152 words go with four of its thirty blocks, so that
-# the head's share of the work is about what it is there.
+# Sizes of the small model. Its blocks are SmolLM2's, but it has 4 of the 30 blocks, and 6144 of the
+# 49152 words. The head's share of the work is thus about the same.
 HIDDEN, FFN, HEADS, KV_HEADS, BLOCKS, WORDS, BATCH = 576, 1536, 9, 3, 4, 6144, 4
-# The loss of the model is linear in its logits, with weights of about this size.
+# The model's loss is linear in its logits, with weights of about this size.
 _LOSS_WEIGHT = 1e-2
 
 
@@ -30,13 +30,14 @@ class LayerCase(Case):
     """One linear layer (m, n), or a small model, trained on k tokens.
 
     Every contender trains `rank` (m + n) parameters of a layer, as LoRA of that rank does. RoSA
-    gives half of them to each branch: rank / 2, and as many entries of the mask as are left.
+    gives half of them to each branch: the low-rank branch has rank / 2, and the mask has the rest
+    as entries.
 
     Attributes:
-        rank: LoRA's.
-        dropout: on the input of the low-rank branch.
-        modes: what is timed: "fwd_bwd", forward and backward down to the input's gradient; "step",
-            those and AdamW as torch runs it by default; "step_fused", with its fused AdamW.
+        rank: the rank of LoRA.
+        dropout: the dropout on the input of the low-rank branch.
+        modes: what is timed. "fwd_bwd" is forward and backward, down to the input's gradient.
+            "step" adds AdamW with torch's defaults, "step_fused" adds the fused AdamW.
     """
 
     rank: int = 16
@@ -45,7 +46,7 @@ class LayerCase(Case):
 
     @property
     def is_16_bit(self) -> bool:
-        """Whether it runs under autocast, as training in that dtype does."""
+        """Whether the case runs under autocast, as training in its dtype does."""
         return self.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -61,7 +62,7 @@ def layer_case(
     dropout: float = 0.0,
     modes: tuple[str, ...] = (FWD_BWD,),
 ) -> LayerCase:
-    """The case of one layer, with the density that RoSA's half of the budget comes to."""
+    """The case of one layer. Its density is that of RoSA's sparse half of the budget."""
     density = rosa_nnz(m, n, rank) / (m * n)
     return LayerCase(LAYER, m, n, tokens, density, dtype, mask, seed, rank, dropout, modes)
 
@@ -69,7 +70,7 @@ def layer_case(
 def model_case(
     tokens: int = 512, seed: int = 0, *, rank: int = 8, modes: tuple[str, ...] = (STEP,)
 ) -> LayerCase:
-    """The case of the model; its density is that of all layers together."""
+    """The case of the small model. Its density is that of all its layers together."""
     shapes = [(m, n) for _, (m, n) in model_shapes()]
     nnz = sum(rosa_nnz(m, n, rank) for m, n in shapes)
     density = nnz / sum(m * n for m, n in shapes)
@@ -108,7 +109,7 @@ class Single(nn.Module):
 
 @dataclass
 class LayerProblem:
-    """A case made concrete: weights, inputs, and the gradient that comes from behind."""
+    """A case with its weights, its inputs, and the gradient of its output."""
 
     case: LayerCase
     device: str = "cpu"
@@ -149,7 +150,7 @@ class LayerProblem:
         }
 
     def base(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """A new frozen model with the same numbers in it, of the case's dtype or another."""
+        """A new frozen model with the same numbers, in the case's dtype or another."""
         dtype = self.case.dtype if dtype is None else dtype
         if self.case.op == LAYER:
             root: nn.Module = Single(self.specs["linear"].weight.to(dtype, copy=True))
@@ -160,13 +161,13 @@ class LayerProblem:
         return root.requires_grad_(False)
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The output that `dy` is the gradient of."""
+        """The output of a model, whose gradient is `dy`."""
         with self._autocast():
             y: Tensor = module(x) if self.case.op == LAYER else module(input_ids=x).logits
             return y
 
     def leaf(self, x: Tensor | None = None) -> Tensor:
-        """An input, by default `x`, as a leaf whose gradient is wanted where it can have one."""
+        """An input, by default `x`, as a leaf; it requires grad if it is floating-point."""
         x = (self.x if x is None else x).detach()
         return x.requires_grad_(x.is_floating_point())
 
@@ -207,11 +208,11 @@ class Adapted:
     """A model with a contender's layers in it.
 
     Attributes:
-        module: what is called.
-        trained: per layer its trained parameters, by the names of :class:`Parametrization`.
-        attach: what is done once there is an optimizer, before the first step.
-        keeps: (layer, x) -> which elements of x its dropout keeps, by the same draw from torch's
-            generator that the next forward makes; None where it drops nothing.
+        module: the model to call.
+        trained: the trained parameters of each layer, by the names of :class:`Parametrization`.
+        attach: called with the optimizer, before the first step.
+        keeps: (layer, x) -> which elements of x the layer's dropout keeps. It makes the same draw
+            from torch's generator as the next forward. None without dropout.
     """
 
     module: nn.Module

@@ -1,16 +1,19 @@
-"""Correct before fast: outputs and all gradients of a contender against dense float64.
+"""Checks the output and all gradients of a contender against dense float64.
 
-The oracle knows nothing of merging, gathering or tuners: y = x (W + S + s B A)^T, and its
-derivatives. Of a single layer every element checked has its own bound,
+The oracle is y = x (W + S + s B A)^T and its derivatives, without merging, gathering or tuners. For
+a single layer, every checked element has its own bound,
 
-    |got - ref| <= (4 sqrt(k) 2^-24 + 4 u) (scale + |ref|),
+    |got - ref| <= (4 sqrt(k) 2^-24 + 4 u) (scale + |ref|).
 
-with k the longest reduction, u the unit roundoff of the case's dtype, and scale the root of the sum
-of the squares of all products behind the element: errors of many roundings add up like that. `u`
-stands for the roundings between the products (of W + S, x A^T, dy B), which float32 sums do not
-have. Through the four blocks of the model errors are amplified by what no product tells, so there
-the norm of each error is bounded; a missing or doubled term errs by a hundred times that. Only the
-first tokens of each sequence are checked: float64 of all of them would take longer than the rest.
+k is the longest reduction, and u is the unit roundoff of the case's dtype. scale is the root of the
+sum of the squares of all products behind the element, because many rounding errors add up like
+that. The term 4 u is for roundings between the products (of W + S, x A^T, dy B), which float32 sums
+do not have.
+
+The four blocks of the model amplify errors in a way that the products do not show. For the model,
+the norm of each error is bounded instead. A missing or doubled term exceeds this bound a hundred
+times. Only the first tokens of each sequence are checked, because float64 of all tokens would take
+longer than the rest.
 """
 
 from __future__ import annotations
@@ -24,18 +27,18 @@ from torch import Tensor, nn
 from .case import LAYER, Adapted, LayerProblem
 from .parametrization import Parametrization
 
-# Tokens, rows of a full gradient, and entries of dS that are compared; NaN and shapes are looked
-# for in all.
+# The numbers of tokens, of rows of a full gradient, and of entries of dS that are compared. NaN and
+# shapes are checked everywhere.
 _TOKENS, _ROWS, _ENTRIES = 64, 64, 4096
-_MODEL_TOKENS = 32  # a sequence
+_MODEL_TOKENS = 32  # per sequence
 _SEED = 1234
-_MODEL_BOUND = 1e-4  # in float32; seen are 2e-6
+_MODEL_BOUND = 1e-4  # in float32; observed errors are 2e-6
 _U32 = 2.0**-24
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one forward and backward of a contender gave."""
+    """The results of one forward and backward of a contender."""
 
     y: Tensor
     dx: Tensor | None
@@ -44,7 +47,7 @@ class Result:
 
 
 class Check:
-    """Compares contenders of one problem with the oracle."""
+    """Compares the contenders of one problem with the oracle."""
 
     def __init__(self, problem: LayerProblem) -> None:
         self.problem = problem
@@ -57,12 +60,12 @@ class Check:
         self._rows = _some(case.m, _ROWS, generator)
 
     def __call__(self, adapted: Adapted, parametrizations: dict[str, Parametrization]) -> float:
-        """The largest error found, relative to the scale of its element (of the model: its norm).
+        """The largest error, relative to its element's scale; for the model, to its tensor's norm.
 
-        `parametrizations` are what the contender is to compute now: with its present numbers.
+        `parametrizations` say what the contender should compute now, with its current numbers.
 
         Raises:
-            AssertionError: what is wrong, where, by how much.
+            AssertionError: an element is wrong. The message says which one and by how much.
         """
         result = self._result(adapted)
         if self.problem.case.op == LAYER:
@@ -126,7 +129,7 @@ class Check:
     def _references(
         self, parametrization: Parametrization, keep: Tensor | None, trained: Tensor | None
     ) -> dict[str, tuple[tuple[int, ...], Any, Tensor, Tensor]]:
-        """Per tensor: its shape, which of it is compared, the exact values, their scale."""
+        """For each tensor: its shape, the compared part, the exact values, and their scale."""
         problem, case = self.problem, self.problem.case
         m, n, tokens = case.m, case.n, case.k
         base = problem.specs["linear"].weight if trained is None else trained.detach()
@@ -188,7 +191,7 @@ class Check:
         return refs
 
     def _factor(self, parametrization: Parametrization, keep: Tensor, ones: Tensor) -> Tensor:
-        """What dropout multiplies x with; a selector drops among the columns that it takes."""
+        """The factors of x under dropout. A selector limits dropout to the selected columns."""
         kept = keep.double() / (1 - self.problem.case.dropout)
         if parametrization.selector is None:
             return kept
@@ -225,7 +228,7 @@ class Check:
 
 
 def _through(parametrization: Parametrization, dense: Tensor) -> dict[str, Tensor]:
-    """The gradients of a parametrization's parts from that of the dense weight they add up to."""
+    """The gradients of a parametrization's parts, from the gradient of the dense weight."""
     found = {}
     for part in parametrization.trains:
         if part == "weight":
@@ -265,7 +268,7 @@ def _check_whole(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _some(count: int, most: int, generator: torch.Generator) -> Tensor:
-    """At most about `most` of range(count), ascending, the first and the last among them."""
+    """About `most` numbers of range(count), ascending, including the first and the last."""
     if count <= most:
         return torch.arange(count)
     drawn = torch.randperm(count, generator=generator)[:most]

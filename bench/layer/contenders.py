@@ -1,4 +1,4 @@
-"""Who competes: ours, torch's own layers, and PEFT's tuners, from the same numbers."""
+"""The contenders: our layers, torch's, and PEFT's tuners, all with the same initial numbers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from . import peft
 from .case import FWD_BWD, LAYER, Adapted, LayerCase, LayerProblem
 from .parametrization import ALPHA, Parametrization, TooFewEntries
 
-# Our own LoRA is what ours is held against first: the same code less the sparse branch, and in
-# float32 on a CPU faster than PEFT's.
+# RoSA is compared with our own LoRA first. That is the same code without the sparse branch, and in
+# float32 on a CPU it is faster than PEFT's LoRA.
 REFERENCE, PEFT_REFERENCE, OURS = "lora", "peft-lora", "rosa"
 SUPER_TUNING, SHIRA, FULL, FROZEN = "peft-supra", "peft-shira", "full", "frozen"
 Adapt = Callable[[nn.Module, dict[str, Parametrization], float], Adapted]
@@ -25,12 +25,14 @@ Adapt = Callable[[nn.Module, dict[str, Parametrization], float], Adapted]
 
 @dataclass(frozen=True)
 class LayerContender:
-    """One way to train a layer, in one mode; the fields are those of `bench.contenders.base`.
+    """One way to train a layer, in one mode.
+
+    Attributes not listed here are those of `bench.contenders.base.Contender`.
 
     Attributes:
         kind: which :class:`Parametrization` it trains.
         adapt: (model, parametrizations by layer, dropout) -> the model with its layers in it.
-        missing: why it cannot run here at all, or None.
+        missing: () -> the reason why it cannot run here at all, or None.
     """
 
     op: str
@@ -45,11 +47,11 @@ class LayerContender:
 
     @property
     def label(self) -> str:
-        """Unique among the contenders of a case."""
+        """A name that is unique among the contenders of a case."""
         return f"{self.name} [{self.mode}]"
 
     def reject(self, problem: LayerProblem) -> str | None:
-        """Why it cannot run on a problem, or None."""
+        """The reason why it cannot run on a problem, or None."""
         reason = self.missing()
         if reason is None and problem.case.op != LAYER:
             reason = peft.missing("transformers")
@@ -62,13 +64,13 @@ class LayerContender:
         return None
 
     def parametrizations(self, problem: LayerProblem) -> dict[str, Parametrization]:
-        """What it adds to each layer."""
+        """The parametrization of each layer."""
         return {name: spec.parametrization(self.kind) for name, spec in problem.specs.items()}
 
     def build(self, problem: LayerProblem, parametrizations: dict[str, Parametrization]) -> Adapted:
-        """A new model with its layers in it."""
-        # Under autocast full fine-tuning has float32 weights: sums of small steps vanish in a
-        # 16-bit one. That is what AMP does, and what the optimizer states are beside.
+        """A new model with this contender's layers in it."""
+        # Under autocast, full fine-tuning has float32 weights, as with AMP, because small steps
+        # vanish in a 16-bit weight. The optimizer's states are float32 with them.
         wide = self.kind == "full" and problem.case.is_16_bit
         root = problem.base(torch.float32 if wide else None)
         root.train()
@@ -76,20 +78,23 @@ class LayerContender:
 
 
 def contenders(case: LayerCase, device: str = "cpu") -> list[LayerContender]:
-    """All that compete in a case, by mode; with dropout those that have it, frozen and full."""
+    """All contenders of a case, by mode.
+
+    With dropout these are the contenders that have dropout, frozen, and full.
+    """
     found = []
     for mode in case.modes:
         for name, backend, kind, adapt, missing in _CONTENDERS:
             if mode != FWD_BWD and kind == "frozen":
                 continue  # nothing to step
             if case.dropout and kind == "sparse":
-                continue  # no low-rank branch that would drop anything
+                continue  # no low-rank branch, so no dropout
             found.append(LayerContender(case.op, name, backend, kind, adapt, mode, missing))
     return [contender for contender in found if device in contender.devices]
 
 
 def replace_layer(root: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer in the place of another."""
+    """Replace a layer of a model."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, layer)
 
@@ -169,6 +174,6 @@ _CONTENDERS: tuple[tuple[str, str, str, Adapt, Callable[[], str | None]], ...] =
 
 
 def contender_of(case: LayerCase, name: str, mode: str, device: str) -> LayerContender:
-    """The contender of that name and mode."""
+    """The contender with this name and mode."""
     (found,) = (c for c in contenders(case, device) if (c.name, c.mode) == (name, mode))
     return found

@@ -1,8 +1,8 @@
-"""What a step needs: resident pages, live tensors, what waits for backward, what stays.
+"""The memory of a step: resident pages, live tensors, tensors saved for backward, kept tensors.
 
-On a CPU each contender is measured in a process of its own. There the C heap maps every block from
-128 KiB up by itself and gives it back when it is freed, so that the peak of the resident set is
-that of the contender and of nobody before it. Beside it stand exact counts of tensor bytes.
+On a CPU each contender is measured in a process of its own. There the C heap maps every block of
+128 KiB or more separately, and unmaps it when it is freed. So the peak of the resident set belongs
+to this contender and to none before it. The rows also have exact counts of tensor bytes.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ from .case import Adapted, LayerCase, LayerProblem
 from .contenders import contender_of
 from .step import quiet, step_of
 
-_M_MMAP_THRESHOLD = -3  # mallopt's name for it; to set it ends glibc's moving it
+_M_MMAP_THRESHOLD = -3  # of mallopt; setting it stops glibc from adapting it
 _MAPPED_FROM = 128 * 2**10
 _WARM_CALLS = 2
 Call = Callable[[], Any]
 
 
 class MemoryMeter:
-    """Measures the memory of the contenders of a run, in child processes where the device is a CPU.
+    """Measures the memory of a run's contenders, in child processes if the device is a CPU.
 
-    The children are forked off a server that has imported torch but never computed: a fork of a
-    process whose OpenMP pool has started hangs, and starting Python anew takes six seconds.
+    The children are forked from a server that has imported torch but never computed. A fork of a
+    process whose OpenMP pool has started hangs, and a new Python process takes six seconds to
+    start.
     """
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # By this module's own name: the wheel installs it under another one.
+        # __name__, because the wheel installs this module under another name.
         self._context.set_forkserver_preload([__name__, "peft"])
 
     def __call__(self, case: LayerCase, name: str, mode: str, device: str, threads: int) -> Row:
-        """The columns of memory of one contender in one mode."""
+        """The memory columns of one contender in one mode."""
         if device != "cpu":
             return measure_memory(case, name, mode, device, threads)
         with ProcessPoolExecutor(1, self._context, _settle_heap) as pool:
@@ -60,18 +61,17 @@ def _settle_heap() -> None:
 
 
 def measure_memory(case: LayerCase, name: str, mode: str, device: str, threads: int) -> Row:
-    """The columns of memory, measured in this process."""
-
+    """The memory columns of one contender, measured in this process."""
     torch.set_num_threads(threads)
     contender = contender_of(case, name, mode, device)
     problem = LayerProblem(case, device)
-    problem.base()  # what all contenders share is there before anything is counted
+    problem.base()  # shared by all contenders, so not counted
     with quiet():
         before = _tensor_bytes()
         parametrizations = contender.parametrizations(problem)
         adapted = contender.build(problem, parametrizations)
         del parametrizations
-        masks.pattern_of.cache_clear()  # a peer has its own copy of the mask
+        masks.pattern_of.cache_clear()  # peers have their own copy of the mask
         call = step_of(problem, adapted, mode)
         for _ in range(_WARM_CALLS):
             call()
@@ -87,10 +87,10 @@ def measure_memory(case: LayerCase, name: str, mode: str, device: str, threads: 
 
 
 def live_peak(call: Call) -> int:
-    """The most bytes of tensors alive at once during a call beyond those before it.
+    """The peak bytes of live tensors during a call, beyond those before it.
 
-    Summed up from every allocation and release of torch's CPU allocator, which its profiler sees,
-    temporaries inside of operators too.
+    They are summed from every allocation and release of torch's CPU allocator. Its profiler sees
+    them all, including temporaries inside operators.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
@@ -113,7 +113,7 @@ def live_peak(call: Call) -> int:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Without the lines that the profiler's library writes past Python."""
+    """Hide the lines that the profiler's library writes to stderr directly."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -126,7 +126,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def saved_bytes(problem: LayerProblem, adapted: Adapted) -> int:
-    """Bytes that a forward saves for its backward, parameters and buffers left out.
+    """Bytes that a forward saves for its backward, without parameters and buffers.
 
     Two views of one storage count once, at the storage's size.
     """
@@ -149,7 +149,7 @@ def saved_bytes(problem: LayerProblem, adapted: Adapted) -> int:
 
 
 def _tensor_bytes() -> int:
-    """Bytes of all tensors that Python knows, each storage once."""
+    """Bytes of all tensors that Python's garbage collector knows; each storage counts once."""
     gc.collect()
     found: dict[int, int] = {}
     for thing in gc.get_objects():

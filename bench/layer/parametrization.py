@@ -1,4 +1,4 @@
-"""What a contender adds to one weight, and the numbers that all of them start from."""
+"""The Parametrization that a contender adds to a weight, and the initial numbers, shared by all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ALPHA = 16.0
 
 
 def rosa_nnz(m: int, n: int, rank: int) -> int:
-    """The entries that are left of the budget beside the low-rank half."""
+    """The number of entries of S: the budget that the low-rank half leaves."""
     return (rank - rank // 2) * (m + n)
 
 
 @dataclass(frozen=True)
 class Parametrization:
-    """What a contender adds to one weight: S + scaling B A, and which of it trains.
+    """What a contender adds to one weight, S + scaling B A, and which parts of it are trained.
 
     Attributes:
         trains: names among "weight", "a", "b", "values".
-        a: (r, n), also where `selector` (r,) stands for it: rows of an identity then.
+        a: (r, n). With a `selector` (r,), its rows are those rows of the identity.
     """
 
     trains: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Parametrization:
         return 0 if self.b is None else self.b.shape[1]
 
     def trainable(self, shape: tuple[int, int]) -> int:
-        """The number of trained parameters in a layer of that shape."""
+        """The number of trained parameters in a layer of this shape."""
         count = 0
         for name in self.trains:
             tensor = {"a": self.a, "b": self.b, "values": self.values}.get(name)
@@ -68,14 +68,14 @@ class Parametrization:
         return delta
 
     def initialize(self, trained: Mapping[str, nn.Parameter]) -> None:
-        """Give parameters these numbers, as float32 masters whatever the weight is."""
+        """Set parameters to these numbers, in float32 whatever the weight's dtype."""
         with torch.no_grad():
             for part, parameter in trained.items():
                 number: Tensor = getattr(self, part)
                 parameter.data = number.to(parameter.device, torch.float32).clone()
 
     def updated(self, trained: Mapping[str, Tensor]) -> Parametrization:
-        """The same with the numbers that a contender's parameters have now."""
+        """The same parametrization with a contender's current numbers."""
         return replace(
             self,
             a=trained["a"].detach() if "a" in trained else self.a,
@@ -85,12 +85,12 @@ class Parametrization:
 
 
 class TooFewEntries(ValueError):
-    """A mask that cannot have as many entries as the budget asks for."""
+    """A mask has fewer entries than the budget asks for."""
 
 
 @dataclass
 class LayerSpec:
-    """One layer's frozen weight, and the numbers that the adapters start from."""
+    """One layer's frozen weight, and the initial numbers of its adapters."""
 
     weight: Tensor
     mask: str
@@ -98,7 +98,7 @@ class LayerSpec:
     seed: int
 
     def parametrization(self, kind: str) -> Parametrization:
-        """The parametrization of that kind: "frozen", "full", "lora", "rosa", "sparse" or "cla".
+        """The parametrization of a kind: "frozen", "full", "lora", "rosa", "sparse" or "cla".
 
         Raises:
             TooFewEntries: the mask has too few entries.
@@ -116,7 +116,8 @@ class LayerSpec:
             b = self._normal(m, rank, 2) / rank**0.5
             return Parametrization(("b",), a, b, ALPHA / rank, selector=selector)
         rank = self.rank if kind == "lora" else self.rank // 2
-        # With W's entries of 1 / sqrt(n): the low-rank branch has an effect of its size.
+        # W's entries are about 1 / sqrt(n). With these scales the low-rank branch has an effect of
+        # the same size.
         a, b = self._normal(rank, n, 1) / n**0.5, self._normal(m, rank, 2) / (ALPHA / rank**0.5)
         low = Parametrization(("a", "b"), a, b, ALPHA / rank)
         if kind == "lora":
@@ -126,7 +127,7 @@ class LayerSpec:
         return replace(low, trains=trains, pattern=pattern, values=self._values(pattern))
 
     def pattern(self, nnz: int) -> CsrPattern:
-        """The mask with exactly that many entries; of a real mask some are left out at random."""
+        """The mask with exactly `nnz` entries. If it has more, some are left out at random."""
         m, n = self.weight.shape
         pattern = masks.pattern_of(self.mask, m, n, min(nnz / (m * n), 1.0), self.seed)
         if pattern.nnz < nnz:

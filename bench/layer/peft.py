@@ -1,7 +1,8 @@
-"""PEFT's tuners with the numbers that ours starts from: LoRA, Super-Tuning, SHiRA.
+"""PEFT's tuners with the same initial numbers as ours: LoRA, Super-Tuning, SHiRA.
 
-They are injected into the model without PeftModel round it, which costs each forward some 20 us;
-their masks are given in row-major order, which is kinder to the cache than theirs by magnitude.
+They are injected into the model without the PeftModel wrapper, which costs each forward about 20
+us. Their masks are given in row-major order. This uses the cache better than PEFT's own order, by
+magnitude.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _NAME = "default"
 
 
 def missing(package: str) -> str | None:
-    """Why a package cannot be used, or None."""
+    """The reason why a package cannot be used, or None."""
     try:
         found = importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):
@@ -50,14 +51,17 @@ def lora(root: nn.Module, parametrizations: dict[str, Parametrization], dropout:
 def super_tuning(
     root: nn.Module, parametrizations: dict[str, Parametrization], dropout: float
 ) -> Adapted:
-    """`peft.SupertuningConfig`: sparse, or with a rank its "Supra", low-rank beside sparse."""
+    """`peft.SupertuningConfig`: sparse only, or "Supra" with a low-rank branch.
+
+    It is "Supra" if the parametrizations have a rank.
+    """
     from peft import SupertuningConfig
 
     low_rank: dict[str, Any] = {}
     ranks = {parametrization.rank for parametrization in parametrizations.values()}
     if ranks != {0}:
         low_rank = {"r": _one(ranks), "lora_alpha": ALPHA, "lora_dropout": dropout}
-    # One entry a layer: the support is replaced below, which config has no option for.
+    # The sparsity does not matter: the support is replaced below, because the config cannot set it.
     config = SupertuningConfig(target_modules=list(parametrizations), sparsity=0.9, **low_rank)
 
     def parts(layer: Any) -> dict[str, nn.Parameter]:
@@ -96,7 +100,7 @@ def shira(root: nn.Module, parametrizations: dict[str, Parametrization], dropout
     adapted = _inject(
         root, parametrizations, config, lambda layer: {"values": layer.shira_weight[_NAME]}
     )
-    config.mask_fn = None  # or the model would hold our masks beside its indices
+    config.mask_fn = None  # else the model would keep our masks besides its indices
     return adapted
 
 
@@ -114,9 +118,8 @@ def _inject(
     for name, parametrization in parametrizations.items():
         found = parts(root.get_submodule(name))
         trained[name] = {part: found[part] for part in parametrization.trains}
-        parametrization.initialize(
-            trained[name]
-        )  # float32 masters, as PEFT itself makes of a 16-bit model's
+        # float32 masters, as PEFT itself makes them for a 16-bit model.
+        parametrization.initialize(trained[name])
         for parameter in trained[name].values():
             parameter.requires_grad_()
     return Adapted(root, trained, keeps=keeps)

@@ -1,4 +1,4 @@
-"""One case of a layer: check every contender, measure its memory, time those that are right."""
+"""Runs one case of a layer: checks contenders, measures their memory, times the correct ones."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def run_case(
     measure_memory: MeasureMemory | None = None,
     timer: str = clocks.COLD,
 ) -> list[Row]:
-    """The columns of all contenders of a case beyond the case's own, in the order given.
+    """The columns of all contenders of a case, without the case's own columns, in the given order.
 
-    A contender is checked before its step and after it. Then its memory is measured. Those that are
-    right are timed in turns. `failure` makes the columns of an exception.
+    A contender is checked before its step and after it. Then its memory is measured. The correct
+    ones are timed in turns. `failure` makes the columns of an exception.
     """
     entries = [_Entry(contender) for contender in competing]
     with quiet():
@@ -55,7 +55,7 @@ def run_case(
         estimates = {str(i): e.estimate for i, e in enumerate(entries)}
         try:
             timed = timing.interleaved(calls, rule, clocks.clock_on(device, timer), estimates)
-        except Exception as error:  # one that passed once and then fails takes all down
+        except Exception as error:  # one failed after it had passed; all lose their times
             for entry in entries:
                 if entry.call is not None:
                     entry.columns |= failure(error)
@@ -72,7 +72,7 @@ def _examine(
     failure: Callable[[Exception], Row],
     measure_memory: MeasureMemory,
 ) -> None:
-    """Build a contender, check it, measure its memory; leaves a call only if it may be timed."""
+    """Build a contender, check it, measure its memory. Only a correct one gets a call to time."""
     contender, case = entry.contender, problem.case
     reason = contender.reject(problem)
     if reason is not None:
@@ -101,12 +101,12 @@ def _examine(
         entry.call = call
     except AssertionError as error:
         entry.columns |= {"status": "incorrect", "reason": str(error)}
-    except Exception as error:  # a peer may raise anything; the row says what
+    except Exception as error:  # a peer may raise anything; the row has the reason
         entry.columns |= failure(error)
 
 
 def size_columns(contender: LayerContender, problem: LayerProblem) -> Row:
-    """What trains, and the products that forward and backward need at least."""
+    """The number of trained parameters, and the least flops of forward and backward."""
     tokens, trainable, nnz, flops = problem.case.k, 0, 0, 0
     parametrizations = contender.parametrizations(problem)
     for name, parametrization in parametrizations.items():

@@ -1,4 +1,4 @@
-"""What is timed of a layer: forward and backward, and AdamW where the mode has it."""
+"""The timed call of a layer: forward and backward, and AdamW if the mode has it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from .case import FWD_BWD, STEP_FUSED, Adapted, LayerProblem
 
-# The step that is checked moves every parameter by about this much, as the weights themselves are
-# of this size: a weight that was not written anew is seen. Those that are timed hardly move.
+# The checked step moves every parameter by about 1e-2, the size of the weights themselves. So a
+# weight that was not rewritten is noticed. The timed steps hardly move the parameters.
 _CHECKED_LR, _TIMED_LR = 1e-2, 1e-7
 
 
 class Step:
-    """What is timed: forward and backward, and AdamW if the mode has it."""
+    """The timed call: forward and backward, and AdamW if the mode has it."""
 
     def __init__(self, problem: LayerProblem, adapted: Adapted, mode: str) -> None:
         self._problem, self._module = problem, adapted.module
@@ -30,20 +30,21 @@ class Step:
         self._stepped = self.optimizer if mode != FWD_BWD else None
 
     def __call__(self) -> None:
-        # Gradients of the last call go first, in every mode: who trains holds one set of them.
+        # The gradients of the last call are freed first, in every mode: training holds one set of
+        # them.
         self.clear()
         self._problem.run(self._module, self._leaf).backward(self._problem.dy)
         if self._stepped is not None:
             self._stepped.step()
 
     def clear(self) -> None:
-        """Let go of the gradients."""
+        """Free the gradients."""
         self._leaf.grad = None
         for parameter in self._parameters:
             parameter.grad = None
 
     def step_visibly(self) -> None:
-        """One call whose step moves the parameters visibly."""
+        """Make one call whose step is large enough to be checked."""
         assert self._stepped is not None
         for group in self._stepped.param_groups:
             group["lr"] = _CHECKED_LR
@@ -59,7 +60,7 @@ def step_of(problem: LayerProblem, adapted: Adapted, mode: str) -> Step:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notices of torch about sparse tensors and of PEFT about its configs."""
+    """Suppress torch's notices about sparse tensors, and PEFT's about its configs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,11 +1,11 @@
-"""Sparsity patterns to measure on: uniform, real, and generated to look real.
+"""Sparsity patterns to measure on: uniform, real, and generated with the statistics of real ones.
 
 A mask is named by a string:
 
-- ``uniform``: every position equally likely;
+- ``uniform``: every position is equally likely;
 - ``q_proj`` and the other :data:`KINDS`: generated, with the statistics of that layer's real masks;
-- ``real:14.q_proj``: the RoSA mask of that decoder layer (PROVENANCE.md), replicated down and
-  across if the shape asked for is a multiple of the mask's own.
+- ``real:14.q_proj``: the RoSA mask of that decoder layer (see PROVENANCE.md). It is replicated down
+  and across if the requested shape is a multiple of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FILE = Path(__file__).parent / "smollm2-135m_viggo_density0.006.npz"
 
 
 class Spread(NamedTuple):
-    """How a layer's importance scores vary, in units of the element-wise noise.
+    """How much a layer's importance scores vary, in units of the element-wise noise.
 
-    Rows and columns have Tukey's h distribution, a normal z stretched to z * exp(h * z**2 / 2):
-    h = 0 is normal, 0.25 has outliers of tens of sigmas, as columns of real masks do.
+    Rows and columns have Tukey's h distribution: a normal z is stretched to z * exp(h * z**2 / 2).
+    h = 0 is normal. h = 0.25 has outliers of tens of sigmas, as the columns of real masks have.
     """
 
     row: float
@@ -35,8 +35,9 @@ class Spread(NamedTuple):
     col_tail: float
 
 
-# Fitted at density 0.6 % to the mean, over the three real masks of a kind, of: the shares of empty
-# rows and columns, of nnz in the top tenth of rows and of columns, of heavy tiles, and both CoVs.
+# Fitted at density 0.6 % to the mean over the three real masks of a kind. The fitted statistics
+# are: the shares of empty rows and of empty columns; the shares of nnz in the top tenth of rows and
+# of columns; the share of heavy tiles; and the CoVs of rows and columns.
 KINDS: dict[str, Spread] = {
     "q_proj": Spread(2.137, 0.056, 1.703, 0.160),
     "k_proj": Spread(1.141, 0.059, 0.842, 0.176),
@@ -56,11 +57,11 @@ def uniform(m: int, n: int, density: float, seed: int = 0) -> CsrPattern:
 
 
 def generated(kind: str, m: int, n: int, density: float, seed: int = 0) -> CsrPattern:
-    """The round(density * m * n) top entries of a random score that looks like layer `kind`'s.
+    """The round(density * m * n) highest entries of a random score with the statistics of `kind`.
 
-    score_ij = exp(row * u_i + col * v_j + e_ij): u and v are the quantiles of their distributions
-    in random order, so that two seeds differ in order and noise but not in how skewed they are; e
-    is standard normal. The exponential is monotone and left out.
+    score_ij = exp(row * u_i + col * v_j + e_ij). u and v are the quantiles of their distributions
+    in random order; e is standard normal. So masks of two seeds differ in order and noise, but are
+    equally skewed. The exponential is monotone and therefore left out.
     """
     if kind not in KINDS:
         raise ValueError(f"generated: expected a layer kind among {list(KINDS)}, got {kind!r}")
@@ -70,7 +71,7 @@ def generated(kind: str, m: int, n: int, density: float, seed: int = 0) -> CsrPa
     return _from_flat(np.sort(flat), m, n)
 
 
-@lru_cache(maxsize=1)  # densities are often neighbours in a suite; 14336 x 4096 are 235 MB
+@lru_cache(maxsize=1)  # a suite's densities are often neighbours; 14336 x 4096 takes 235 MB
 def _scores(kind: str, m: int, n: int, seed: int) -> np.ndarray:
     spread, rng = KINDS[kind], np.random.default_rng(seed)
     score = rng.standard_normal((m, n), dtype=np.float32)
@@ -82,7 +83,7 @@ def _scores(kind: str, m: int, n: int, seed: int) -> np.ndarray:
 
 @cache
 def real_names() -> tuple[str, ...]:
-    """The 21 real masks, as ``<decoder layer>.<kind>``."""
+    """The names of the 21 real masks, as ``<decoder layer>.<kind>``."""
     return tuple(sorted(_layers(), key=lambda name: (int(name.split(".")[0]), name)))
 
 
@@ -106,12 +107,12 @@ def replicate(pattern: CsrPattern, down: int, across: int) -> CsrPattern:
 
 @lru_cache(maxsize=2)  # the ops of one mask are neighbours in a suite; a 5 % mask is 7 MB
 def pattern_of(mask: str, m: int, n: int, density: float, seed: int = 0) -> CsrPattern:
-    """The pattern that a mask name stands for, at a shape.
+    """The pattern of a mask name at a shape.
 
-    A real mask has the density it has; `density` is not used for it.
+    A real mask keeps its own density, and `density` is ignored.
 
     Raises:
-        ValueError: an unknown mask name, or a shape that is not a multiple of the real mask's.
+        ValueError: the mask name is unknown, or the shape is not a multiple of the real mask's.
     """
     if mask == "uniform":
         return uniform(m, n, density, seed)

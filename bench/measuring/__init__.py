@@ -1,1 +1,1 @@
-"""Time, memory and surroundings of calls, and the files and tables that they go to."""
+"""Clocks, memory, the machine's description, result files, and console output."""

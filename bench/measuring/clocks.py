@@ -1,11 +1,11 @@
-"""Clocks: seconds that `count` calls in a row take, and what the name of a timer stands for.
+"""Clocks: each measures the seconds of `count` calls in a row, and its timer has a name.
 
-- "host": what the host is busy for; on a CPU the whole call.
-- "cold", "hot": the device's time of every call by itself, by events, with its L2 cache flushed
-  before it, or as the call before it left it.
-- "graph": as "cold", of the replay of a graph that the call was captured in once.
-- "...+host": the device caught up with the host during the call, so that time of the host is on the
-  clock: see :class:`CudaClock`.
+- "host": the time that the host is busy; on a CPU this is the whole call.
+- "cold": the device's time of each call, by events, after a flush of the L2 cache.
+- "hot": as "cold", but without the flush: L2 holds what the previous call left there.
+- "graph": as "cold", but the call was captured in a CUDA graph once, and the graph is replayed.
+- "...+host": the device caught up with the host, so the time includes time of the host. See
+  :class:`CudaClock`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ COLD, HOT, GRAPH, HOST = "cold", "hot", "graph", "host"
 DEVICE_TIMERS = (COLD, HOT, GRAPH)
 WITH_HOST = "+host"
 
-# What the host enqueues behind: enough for the launches of one op, which take it 50 to 100 us
-# (estimated), and doubled where it is not.
+# The device waits this long while the host enqueues the launches of one op, which takes the host 50
+# to 100 us (estimated). A delay that is too short is doubled.
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 200e-6, 20e-3
-# Doubling comes to the longest delay at the eighth try. A call that misses so often in a row waits
-# for the device itself; a host that was interrupted misses once.
+# Doubling reaches the longest delay at the eighth try. A host that was interrupted misses once. A
+# call that misses this often in a row waits for the device itself.
 _MISSES = 9
-# Clocks a second that a delay is counted in: the fastest GPUs run at this, others wait longer.
+# Cycles per second of delay. The fastest GPUs run at this rate; slower ones wait longer.
 _CLOCKS_PER_S = 2e9
 
 
 def cpu_clock(call: Call, count: int) -> float:
-    """Wall time by the monotonic high-resolution clock."""
+    """Wall time, by the monotonic high-resolution clock."""
     start = time.perf_counter()
     for _ in range(count):
         call()
@@ -45,10 +45,10 @@ def cpu_clock(call: Call, count: int) -> float:
 
 
 def host_clock(call: Call, count: int) -> float:
-    """Seconds that the host is busy with calls whose device work goes on behind its back.
+    """Seconds that the host is busy with calls whose device work runs asynchronously.
 
-    The device starts idle. It may fall behind by a thousand launches before one blocks, which is
-    more than `count` short calls make.
+    The device starts idle. It may fall behind by about a thousand launches before one blocks. That
+    is more than `count` short calls make.
     """
     torch.cuda.synchronize()
     seconds = cpu_clock(call, count)
@@ -59,12 +59,12 @@ def host_clock(call: Call, count: int) -> float:
 class Flush:
     """Evicts what calls left in the L2 cache, by reading more than any L2 holds.
 
-    It does not write: dirty lines would be written back on the next call's time, 12 us for the
+    It does not write, because dirty lines would be written back during the next call: 12 us for the
     50 MiB of an H200. Reading takes 60 us there (both estimated).
     """
 
     def __init__(self, device: str = "cuda", size_bytes: int = 2**28) -> None:
-        # By default twice the largest L2 of today (H200: 50 MiB, B200: 126 MiB).
+        # The default is twice the largest L2 of today (H200: 50 MiB, B200: 126 MiB).
         self._data = torch.zeros(size_bytes // 4, dtype=torch.float32, device=device)
         self._sum = torch.zeros((), device=device)
 
@@ -82,23 +82,23 @@ class _Known:
 
 
 class CudaClock:
-    """Device time of every call by itself, by events on the current stream.
+    """Device time of each call, by events on the current stream.
 
-    Before the start event the device is kept busy, so that the host has enqueued the whole call by
-    the time the device comes to it. That is verified: once the end event is enqueued, the start
-    event must not have completed. Otherwise time of the host may be on the clock; the sample is
-    thrown away and the delay doubled. How long a call needs is remembered.
+    Before the start event the device is kept busy, so that the host can enqueue the whole call
+    before the device reaches it. This is verified: when the end event has been enqueued, the start
+    event must not have completed. Otherwise the sample may include time of the host. The sample is
+    then thrown away and the delay doubled. The clock remembers the delay that each call needs.
 
-    A call that waits for the device itself never passes. It is timed all the same, after the first
-    delay, and called "...+host": what the host does after it first waited is on the clock. So is a
-    call of more launches than a stream holds, about a thousand.
+    A call that waits for the device itself never passes. It is timed after the first delay and
+    marked "...+host": its time includes what the host does after its first wait. The same holds for
+    a call of more launches than a stream holds, which is about a thousand.
     """
 
     def __init__(self, timer: str = COLD, flush: Call | None = None) -> None:
         self._timer = timer
         self._flush = flush or (Flush() if timer != HOT else None)
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        # Calls hold their operands: what is known of them must not keep them alive.
+        # Weak keys: a call holds its operands, and this table must not keep them alive.
         self._known: WeakKeyDictionary[Call, _Known] = WeakKeyDictionary()
 
     def __call__(self, call: Call, count: int) -> float:
@@ -119,7 +119,7 @@ class CudaClock:
         return sum(start.elapsed_time(end) for start, end in self._events[:count]) / 1e3
 
     def _counts(self, known: _Known, overtaken: bool) -> bool:
-        """Whether a sample counts; what it says of the call is remembered."""
+        """Whether a sample counts. Updates what is known about the call."""
         if known.waits:
             return True
         if not overtaken:
@@ -142,36 +142,36 @@ def _event() -> torch.cuda.Event:
 
 
 def timer_of(clock: Clock, call: Call) -> str:
-    """What to call the timer behind a call's samples."""
+    """The name of the timer that measured a call's samples."""
     return clock.timer_of(call) if isinstance(clock, CudaClock) else HOST
 
 
 @cache
 def clock_on(device: str, timer: str = COLD) -> Clock:
-    """What times calls on a device. A CPU has wall time only, whatever the timer."""
+    """The clock of a device for a timer. On a CPU every timer is wall time."""
     if device == "cpu":
         return cpu_clock
     return host_clock if timer == HOST else CudaClock(timer)
 
 
 def captured(call: Call) -> Call:
-    """The replay of a graph that a call was captured in.
+    """Capture a call in a CUDA graph; the result replays the graph.
 
     Raises:
-        RuntimeError: it cannot be captured, with the reason.
+        RuntimeError: the call cannot be captured; the message has the reason.
     """
     before = torch.cuda.current_stream()
     try:
         side = torch.cuda.Stream()
         side.wait_stream(before)
         with torch.cuda.stream(side):
-            call()  # what is made once is made outside of the graph
+            call()  # one-time setup happens outside the graph
         before.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
     except Exception as error:
-        # torch leaves the stream of a capture that failed current.
+        # After a failed capture, torch leaves the capture's stream current.
         torch.cuda.set_stream(before)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RuntimeError(f"cannot be captured in a graph: {reason}") from error

@@ -1,4 +1,4 @@
-"""What the command line shows: rich on a terminal, plain lines elsewhere."""
+"""Console output of the commands: rich on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from rosa_train.cli import tables
 
 
 def show(table: tables.Table) -> None:
-    """Print a table, apart from what stands before it."""
+    """Print an empty line, then a table."""
     print()
     tables.show(table)
 
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call after each case, with a line about it."""
+    """Yield a function to call after each case, with a line about the case."""
     if not tables.on_terminal():
         width, done = len(str(total)), 0
 

@@ -1,4 +1,4 @@
-"""What a run ran on, as the columns of its rows."""
+"""The machine and the versions of a run, as columns of its rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def device_record(device: str) -> Row:
 
 
 def extra_record() -> dict[str, str | None]:
-    """What `env` shows beside the columns: Python and packages."""
+    """What `env` shows in addition to the columns: Python and packages."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -78,7 +78,7 @@ def _version(package: str) -> str | None:
 
 
 def _query(field: str) -> list[str]:
-    # By its id: CUDA may number devices in another order, and hide some.
+    # Select the GPU by its UUID: CUDA may number devices in another order, and may hide some.
     identity = str(torch.cuda.get_device_properties().uuid)
     name = identity if identity.startswith(("GPU-", "MIG-")) else f"GPU-{identity}"
     return ["nvidia-smi", "-i", name, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
@@ -89,7 +89,7 @@ def _nvidia_smi(field: str) -> str | None:
 
 
 def _clock_under_load() -> float | None:
-    """The clock of a GPU that multiplies, in MHz: at rest it runs at a fraction of it."""
+    """The SM clock of a GPU that multiplies, in MHz. An idle GPU runs at a fraction of it."""
     x = torch.randn(4096, 4096, device="cuda").bfloat16()
     with ThreadPoolExecutor(1) as pool:
         clock = pool.submit(_nvidia_smi, "clocks.sm")
@@ -105,11 +105,11 @@ def _number(text: str | None) -> float | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the checkout that this code runs from, or None.
+    """What git says about the checkout that this code runs from, or None.
 
-    An installed wheel lies in no checkout of this project, but may lie in that of another one.
+    An installed wheel is in no checkout of this project, but may be in one of another project.
     """
-    if _PACKAGE.name != "bench":  # the wheel's name is another
+    if _PACKAGE.name != "bench":  # installed from the wheel, as rosa_bench
         return None
     return _output("git", "-C", str(_PACKAGE.parent), *arguments)
 

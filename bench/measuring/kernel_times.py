@@ -1,4 +1,4 @@
-"""Device time of every GPU kernel of a call, by torch.profiler, and which stage a kernel is."""
+"""Device time of each GPU kernel of a call, by torch.profiler, and the stage of each kernel."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from .clocks import Call, Flush
 
-# (name, start, duration); both in microseconds.
+# (name, start, duration), in microseconds.
 Event = tuple[str, float, float]
 
 CALLS, _WARM_UP = 20, 3
-# Our __global__ functions -> the stages of the cost model that they are. What two stages are
-# predicted for is joined by "+", since one launch has one time.
+# Our __global__ functions -> their stages in the cost model. A launch has one time, so a kernel
+# that does two predicted stages has both names, joined by "+".
 _STAGES = {
     "pack_kernel": "pack",
     "sddmm_tile_kernel": "tiles",
@@ -31,12 +31,13 @@ _STAGES = {
     "spmm_unpermute_kernel": "unpermute",
 }
 ORDER = tuple(dict.fromkeys(_STAGES.values()))
-# As whole names: in "void rosa::cuda::pack_kernel<...>(...)", and in a mangled "11pack_kernelI..."
+# Matches whole names: in "void rosa::cuda::pack_kernel<...>(...)", and in a mangled
+# "11pack_kernelI..."
 _NAMES = re.compile(rf"(?<![A-Za-z_])({'|'.join(_STAGES)})(?![a-z0-9_])")
 
 
 def stage_of(kernel: str) -> str:
-    """The stage of a kernel of ours; the plain name of any other."""
+    """The stage of one of our kernels, or the plain name of any other kernel."""
     found = _NAMES.search(kernel)
     if found is not None and "rosa" in kernel:
         return _STAGES[found[1]]
@@ -53,9 +54,10 @@ def by_stage(kernels: Mapping[str, float]) -> dict[str, float]:
 
 
 def per_call(events: Iterable[Event], between: Collection[str]) -> dict[str, float]:
-    """Microseconds a call of each kernel: summed within a call, then the median over calls.
+    """Microseconds per call of each kernel: summed within a call, then the median over calls.
 
-    `between` are the names of what ran between two calls; everything else is part of one.
+    `between` holds the names of the kernels that ran between two calls. All other kernels are part
+    of a call.
     """
     calls: list[dict[str, float]] = []
     inside = False
@@ -86,17 +88,17 @@ class Profiler:
             return
         try:
             self._flush = Flush(device)
-            # The first one starts the profiler's library, which takes seconds, and may be empty.
+            # The first recording starts the profiler's library, in seconds. It may be empty.
             for _ in range(2):
                 self._between |= {name for name, _, _ in recorded(self._flush)}
-        except Exception as error:  # a machine that forbids profiling says so in many ways
+        except Exception as error:  # machines forbid profiling in many ways
             self.missing = f"torch.profiler failed: {type(error).__name__}: {error}".splitlines()[0]
             return
         if not self._between:
             self.missing = "torch.profiler recorded no GPU kernel: is CUPTI allowed here?"
 
     def times(self, call: Call) -> dict[str, float]:
-        """Microseconds a call of each kernel, by its full name; empty where they are missing."""
+        """Microseconds per call of each kernel, by its full name. Empty if `missing` is set."""
         if self.missing is not None:
             return {}
         for _ in range(_WARM_UP):
@@ -112,7 +114,7 @@ class Profiler:
 
 def recorded(run: Callable[[], object]) -> list[Event]:
     """What ran on the GPU while `run` was called."""
-    torch.cuda.synchronize()  # what was called before is not part of it
+    torch.cuda.synchronize()  # earlier work must not be recorded
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()

@@ -15,11 +15,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def with_peak(call: Call, device: str) -> tuple[Any, int | None]:
-    """The result of a call, and the peak memory beyond what was held before, the result included.
+    """The result of a call, and its peak memory beyond what was held before, with the result.
 
-    On CUDA the peak of torch's allocator. On Linux the peak of the process's resident set: exact to
-    pages, it sees what any library allocates, but not memory that the C heap had kept resident; the
-    heap is trimmed first. None elsewhere.
+    On CUDA this is the peak of torch's allocator. On Linux it is the peak of the process's resident
+    set, exact to a page. It includes memory that any library allocates, but not memory that the C
+    heap had kept resident. The heap is therefore trimmed first. Elsewhere the peak is None.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -32,7 +32,7 @@ def with_peak(call: Call, device: str) -> tuple[Any, int | None]:
         return call(), None
     _trim_heap()
     try:
-        _CLEAR.write_text("5")  # resets VmHWM, the peak, to the present size
+        _CLEAR.write_text("5")  # resets VmHWM, the peak, to the current size
     except OSError:  # a kernel or container that forbids it
         return call(), None
     before = _status_bytes("VmRSS")
@@ -42,7 +42,7 @@ def with_peak(call: Call, device: str) -> tuple[Any, int | None]:
 
 def _trim_heap() -> None:
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc's; other C libraries return memory by themselves
+    if hasattr(libc, "malloc_trim"):  # only glibc needs it: others return memory by themselves
         libc.malloc_trim(0)
 
 

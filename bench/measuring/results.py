@@ -1,6 +1,6 @@
 """Result rows: one flat JSON object per line, appended and never changed.
 
-A row is one (run, case, kernel, mode, charge). Ratios are derived on reading, never stored.
+A row is one (run, case, kernel, mode, charge). Ratios are computed from rows and never stored.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DEVICE_COLUMNS = (
 )
 CASE_COLUMNS = ("case", "op", "m", "n", "k", "density", "nnz", "dtype", "mask", "seed")
 KERNEL_COLUMNS = ("kernel", "backend", "mode", "charge", "status", "reason")
-# `timer` is one of bench/measuring/clocks.py; read as null from files that lack it.
+# `timer` is a name of bench/measuring/clocks.py. In files without this column it is read as null.
 TIME_COLUMNS = ("samples_s", "median_s", "p20_s", "p80_s", "calls_per_sample", "timer")
 SIZE_COLUMNS = ("flops", "bytes", "output_bytes", "peak_bytes", "workspace_bytes", "max_err")
-# Of rows about a whole layer; null in others, and read as null from files that lack them.
-# `held_bytes` stays from one step to the next, weights and inputs included; `live_bytes` is the
-# most of tensors alive beyond that; `saved_bytes` waits for backward.
+# These columns describe a layer in training. They are null in other rows and in files without them.
+# `held_bytes` stays from one step to the next and includes weights and inputs.
+# `live_bytes` is the peak of live tensors beyond that. `saved_bytes` is saved for backward.
 LAYER_COLUMNS = ("rank", "dropout", "trainable", "held_bytes", "live_bytes", "saved_bytes")
 COLUMNS = (
     *RUN_COLUMNS,
@@ -41,15 +41,15 @@ COLUMNS = (
 
 
 class ResultsError(ValueError):
-    """A results file that cannot be read: names file, line and reason."""
+    """A results file that cannot be read. The message has file, line and reason."""
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows at the end of a file, made if it is missing.
+    """Append rows to a file. The file is created if it is missing.
 
     Raises:
-        ValueError: a row without a column of the schema, or with an unknown one, or whose status
-            and time contradict each other. Nothing is written then.
+        ValueError: a row lacks a column, has an unknown column, or its status contradicts its time.
+            Nothing is written then.
     """
     lines = []
     for row in rows:
@@ -64,7 +64,7 @@ def read(path: Path) -> list[Row]:
     """All rows of a file, in the order written.
 
     Raises:
-        ResultsError: no such file, or a line that is not a row of this schema.
+        ResultsError: the file is missing, or a line is not a row of this schema.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def _parse(path: Path, text: str) -> Iterator[Row]:
                 )
             row = dict.fromkeys(("timer", *LAYER_COLUMNS)) | row
             _check(row)
-        except ValueError as error:  # json's own error is one
+        except ValueError as error:  # json.JSONDecodeError is a ValueError
             raise ResultsError(f"{path}:{number}: {error}") from error
         yield row
 
@@ -96,7 +96,7 @@ def latest_run(rows: list[Row]) -> list[Row]:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What makes two rows of different runs measurements of the same thing."""
+    """The columns by which rows of different runs are matched."""
     return tuple(row[c] for c in ("device", "threads", "case", "kernel", "mode", "charge"))
 
 
@@ -112,7 +112,7 @@ def _check(row: Row) -> None:
     timed = row["median_s"] is not None
     if timed != (row["status"] == "ok") or timed != bool(row["samples_s"]):
         raise ValueError(
-            f"expected times exactly where status is ok, got status {row['status']!r} "
+            f"expected times if and only if status is ok, got status {row['status']!r} "
             f"and median_s {row['median_s']!r}"
         )
     if row["status"] != "ok" and not row["reason"]:

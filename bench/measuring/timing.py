@@ -1,4 +1,4 @@
-"""Time of calls. Contenders of one case take turns, so that drift hits all alike."""
+"""Times calls. The contenders of a case take turns, so that drift affects all of them alike."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from .clocks import HOST, Call, Clock, timer_of
 from .results import Row
 
-# A sample shorter than this is mostly the clock and the loop: such calls are timed in batches.
+# A shorter sample measures mostly the clock and the loop, so such calls are timed in batches.
 _SHORTEST_SAMPLE_S = 200e-6
-# A contender takes turns at least this often, with at most so many samples in a row.
+# A contender has at least _ROUNDS turns, with at most _IN_A_ROW samples in each.
 _ROUNDS, _IN_A_ROW = 5, 4
 # A call longer than this many caps is sampled once.
 _ONCE = 3
-# Below this, a call that was also checked or watched for memory says too little about its time.
+# Below this an estimate is too rough, because checking or measuring memory was part of the call.
 _ROUGH_S = 20e-3
 
 
@@ -25,10 +25,11 @@ class StoppingRule:
     """When a contender has been timed enough.
 
     Attributes:
-        cap_s: seconds of samples after which it stops, however noisy.
-        noise: it stops earlier once (p80 - p20) / (2 * median) is below this ...
-        min_samples: ... and there are this many samples; a call longer than three caps gets one.
-        max_samples: an end for the short ones.
+        cap_s: seconds of samples after which timing stops, even if they are noisy.
+        noise: timing stops earlier once (p80 - p20) / (2 * median) is below this and there are
+            `min_samples` samples.
+        min_samples: the least number of samples. A call longer than three caps gets only one.
+        max_samples: the largest number of samples; only short calls reach it.
     """
 
     cap_s: float = 1.0
@@ -39,7 +40,7 @@ class StoppingRule:
 
 @dataclass
 class Samples:
-    """Seconds per call, one entry per sample, in the order taken, and the timer they are by."""
+    """Seconds per call, one entry per sample in the order taken, and the timer's name."""
 
     seconds: list[float] = field(default_factory=list)
     calls_per_sample: int = 1
@@ -66,11 +67,11 @@ def noise(samples: list[float]) -> float:
 
 
 def time_columns(samples: Samples) -> Row:
-    """A timed row's columns."""
+    """The columns of a timed row."""
     p20, median, p80 = quantiles(samples.seconds)
     return {
         "status": "ok",
-        # Five digits: clocks know no more, and the rest would double the files.
+        # Five digits: clocks are no more exact, and more digits would double the files.
         "samples_s": [float(f"{x:.5g}") for x in samples.seconds],
         "median_s": median,
         "p20_s": p20,
@@ -86,12 +87,12 @@ def interleaved(
     clock: Clock,
     estimates: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
-    """Time all calls in turns: each round gives every unfinished one a share of its samples.
+    """Time all calls in turns. Each round gives every unfinished call some of its samples.
 
-    A slow call gets one sample a round and a fast one several in a row, so that all of them spread
-    over the same stretch of time; the order is drawn anew each round. `estimates` are seconds of
-    calls that were made already: only short ones, for which a rough estimate will not do, are
-    warmed up and estimated again.
+    A slow call gets one sample a round and a fast call several in a row. So the samples of all
+    calls spread over the same time. Each round has a new random order. `estimates` are the seconds
+    of calls that were already made. Calls with a short estimate or none are warmed up and estimated
+    again.
     """
     results = {name: Samples() for name in calls}
     estimate = dict(estimates or {})
@@ -104,7 +105,7 @@ def interleaved(
     active, order, turn = list(calls), random.Random(0), 0
     while active:
         turn += 1
-        # A fixed order favours who always follows a contender that leaves the inputs in cache: 30 %
+        # A fixed order favours the call after a contender that leaves the inputs in cache, by 30 %
         # for calls under a millisecond.
         for name in order.sample(active, len(active)):
             done = results[name]
@@ -126,6 +127,6 @@ def _finished(done: Samples, rule: StoppingRule, turn: int) -> bool:
         return False
     if done.spent >= rule.cap_s or count >= rule.max_samples:
         return True
-    # A busy neighbour stalls every thread barrier by the same 8 ms: for a moment the samples agree
-    # perfectly. Only agreement over several turns counts.
+    # A busy neighbour process delays every thread barrier by the same 8 ms, so that for a moment
+    # all samples agree. Only agreement over several turns counts.
     return turn >= _ROUNDS and noise(done.seconds) < rule.noise

@@ -1,4 +1,4 @@
-"""The plots of a run, drawn from its rows alone, as PNG and SVG."""
+"""Draws the plots of a run from its rows only, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import rows as plot_rows
 
 
 def draw_all(rows: list[Row], out: Path) -> list[Path]:
-    """Every plot that the rows of one run have points for; returns the files written."""
+    """Draw every plot that the rows of one run have points for. Returns the files written."""
     written: list[Path] = []
     with style.context():
         for device, own in by_device(timed(rows)).items():
@@ -30,7 +30,7 @@ def draw_all(rows: list[Row], out: Path) -> list[Path]:
 
 
 def _draw_layers(rows: list[Row], out: Path) -> list[Path]:
-    """Layers in training: a figure per case and mode."""
+    """Draw layers in training: one figure per case and mode."""
     written: list[Path] = []
     for (_, device, case, mode), group in layer_tables.groups(rows).items():
         op, mask, shape, tokens_, _, dtype, _, *rest = case.replace(":", ".").split("/")
@@ -61,7 +61,7 @@ def _draw(rows: list[Row], sweeps: plot_rows.Sweeps, out: Path, suffix: str) -> 
 
 
 def _draw_gpu(rows: list[Row], out: Path, suffix: str) -> list[Path]:
-    """What is drawn for a GPU alone: the gain over dense GEMM, and our kernels side by side."""
+    """Draw what only a GPU has: the gain over dense GEMM, and our kernels side by side."""
     written: list[Path] = []
     found = case_results.case_results(rows)
     for dtype, curves in plot_rows.speedups(found, targets.LEAST_SIZE).items():
@@ -70,6 +70,6 @@ def _draw_gpu(rows: list[Row], out: Path, suffix: str) -> list[Path]:
     own = plot_rows.sweeps(plot_rows.own_kernels(rows), own=True)
     for (m, n, k, dtype), swept in plot_rows.one_per_shape(own).items():
         name = f"own_kernels_{m}x{n}_k{k}_{dtype}{suffix}"
-        title = "Our kernels over density, and what auto makes of them"
+        title = "Our kernels over density, and the choice of auto"
         written += density.time_vs_density(rows, swept, out, name, title)
     return written

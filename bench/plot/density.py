@@ -1,4 +1,4 @@
-"""Curves over density at one shape: time, memory, and our kernels among themselves."""
+"""Curves over density at one shape: time, memory, and our own kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def time_vs_density(
     name: str,
     title: str = "Time over density",
 ) -> list[Path]:
-    """One panel per op and mask; `rows` are those of the run, for its roofs."""
+    """One panel per op and mask. `rows` are all rows of the run, for its roofs."""
     ops = [op for op in PRODUCTS if any(key[0] == op for key in swept)]
     masks = plot_rows.masks(swept)
     sample = plot_rows.any_row(swept)
@@ -40,7 +40,7 @@ def time_vs_density(
         line[0].set_ylabel("ms per call")
     for axes in grid[-1]:
         axes.set_xlabel("density")
-    fig.draw_without_rendering()  # the layout decides where the ends of lines are
+    fig.draw_without_rendering()  # label_ends needs the final layout
     for axes, ends in endings:
         style.label_ends(axes, ends)
     return style.save(fig, out, name)
@@ -73,7 +73,7 @@ def _time_panel(
     style.density_axis(axes, plot_rows.densities(swept))  # of all panels, which share the axis
     xs = sorted(densities)
     dense = swept.get((op, mask, "dense"), {})
-    # On a GPU reading the operands takes longer than such a small part of the GEMM.
+    # A GPU has no such line: reading the operands takes longer than such a small part of the GEMM.
     if dense and next(iter(dense.values()))["device"] == "cpu":
         typical = sorted(row["median_s"] for row in dense.values())[len(dense) // 2]
         ys = [typical * density * 1e3 for density in xs]
@@ -106,7 +106,7 @@ def _time_panel(
 
 
 def memory_vs_density(swept: plot_rows.Sweep, out: Path, name: str) -> list[Path]:
-    """One panel per op, for the first mask; nothing where memory was not measured."""
+    """One panel per op, for the first mask. Nothing if memory was not measured."""
     points = [row for by_density in swept.values() for row in by_density.values()]
     if all(row["peak_bytes"] is None for row in points):
         return []
@@ -115,7 +115,7 @@ def memory_vs_density(swept: plot_rows.Sweep, out: Path, name: str) -> list[Path
     fig = style.figure(
         0.6 + 4.4 * len(ops),
         4.4,
-        "Peak memory of a call beyond its inputs",
+        "Peak memory of a call, without its inputs",
         ", ".join(
             (
                 plot_rows.shape(sample),
@@ -132,7 +132,7 @@ def memory_vs_density(swept: plot_rows.Sweep, out: Path, name: str) -> list[Path
         endings.append((axes, _memory_panel(axes, swept, op, mask)))
         axes.set_title(plot_rows.TITLES[op])
         axes.set_xlabel("density")
-    grid[0].set_ylabel("MB, its result included")
+    grid[0].set_ylabel("MB, result included")
     fig.draw_without_rendering()
     for axes, ends in endings:
         style.label_ends(axes, ends)
@@ -166,20 +166,20 @@ def _memory_panel(
     style.density_axis(axes, sorted(densities))
     xs = sorted(least)
     axes.plot(xs, [least[x] for x in xs], color=style.INK, linestyle=(0, (5, 3)), linewidth=1)
-    along(axes, xs[len(xs) // 2], least[xs[len(xs) // 2]], "the result itself")
+    along(axes, xs[len(xs) // 2], least[xs[len(xs) // 2]], "result only")
     if stated:
-        # What the kernel says it allocates; the measured line above it is pages and threads.
+        # The memory that the kernel states. The measured line above it adds pages and threads.
         xs = sorted(stated)
         ys = [stated[x] for x in xs]
         axes.plot(xs, ys, color=style.OURS_COLOR, linestyle=":", linewidth=1.4, zorder=2)
-        if ys[0] > 1.5 * least[xs[0]]:  # else it lies on the line that is labelled already
+        if ys[0] > 1.5 * least[xs[0]]:  # else it coincides with the labelled line of the result
             along(axes, xs[0], ys[0], "result + stated workspace")
     axes.margins(x=0.04)
     return ends
 
 
 def along(axes: Axes, x: float, y: float, text: str) -> None:
-    """A few small words beside a line."""
+    """Write a short label beside a line."""
     axes.annotate(
         text,
         (x, y),

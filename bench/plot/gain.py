@@ -1,4 +1,4 @@
-"""SDDMM's gain over dense GEMM + gather, which on a GPU is the peer to beat."""
+"""SDDMM's gain over dense GEMM + gather, which is the peer to beat on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
 def speedup_over_dense(
     curves: plot_rows.Speedups, dtype: str, sample: Row, out: Path, name: str
 ) -> list[Path]:
-    """A panel per number of tokens, a line per kind of mask."""
+    """One panel per number of tokens, one line per kind of mask."""
     tokens = list(curves)
     fig = style.figure(
         0.9 + 3.6 * len(tokens),

@@ -1,4 +1,4 @@
-"""Every case against every peer, as a table of colours."""
+"""A table of every case against every peer, coloured by the ratio."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ..report.rows import geomean, ratios_to_peers
 from . import rows as plot_rows
 from . import style
 
-_MOST_LINES = 80  # a page and a half
-# Mid tone at 1: orange where a peer is faster, blue where ours is; safe for colour-blind readers.
+_MOST_LINES = 80  # lines that fill a page and a half
+# The middle colour is 1; orange means that a peer is faster, blue that ours is. Colour-blind
+# readers can tell them apart.
 _DIVERGING = LinearSegmentedColormap.from_list("wins", ["#E66100", "#FBF7F2", "#2F6DA8"])
 
 
 def speedup_heatmap(rows: list[Row], out: Path, name: str) -> list[Path]:
-    """A line per case, or where there are too many of them per kind of case."""
+    """One line per case, or per kind of case if there are too many cases."""
     found = [r for r in ratios_to_peers(rows, FROM_TOKEN_MAJOR) if r.ours["op"] in PRODUCTS]
     if not found:
         return []
@@ -41,8 +42,8 @@ def speedup_heatmap(rows: list[Row], out: Path, name: str) -> list[Path]:
     fig = style.figure(
         3.2 + 0.85 * sum(len(names) for names in peers.values()),
         1.3 + 0.235 * len(lines),
-        f"How many times faster than each peer, {sample['dtype']}",
-        f"{plot_rows.CHARGE_NOTE}; {pooled}orange: the peer wins",
+        f"How many times faster ours is than each peer, {sample['dtype']}",
+        f"{plot_rows.CHARGE_NOTE}; {pooled}orange: the peer is faster",
         sample,
     )
     widths = [len(peers[op]) for op in ops]

@@ -1,4 +1,4 @@
-"""A layer in training: time and peak memory of every contender, LoRA's being 1."""
+"""A layer in training: time and peak memory of every contender, relative to LoRA."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MODES = {
     "step_fused": "forward + backward + fused AdamW",
 }
 _OWN, _PEER, _BASE = "#EEA77B", "#88AACC", "#AAAAAA"
-# Past this a bar leaves its panel, with its number at the end: what is near 1 is to be seen.
+# A longer bar is cut here, with its number at the end, so that differences near 1 stay visible.
 _WIDEST = 2.6
 
 

@@ -1,4 +1,4 @@
-"""Real masks beside uniform ones of the same shape and density."""
+"""Real masks, compared with uniform masks of the same shape and density."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from . import style
 
 
 def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
-    """A line per real mask: ours and the fastest sparse peer on it and on its uniform twin."""
+    """One line per real mask, comparing it with a uniform mask of the same shape and density.
+
+    It shows ours and the fastest sparse peer on both masks.
+    """
     pairs = plot_rows.real_pairs(rows)
     if not pairs:
         return []
@@ -46,7 +49,7 @@ def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
 
 
 def _dumbbells(axes: Axes, pairs: list[plot_rows.RealPair]) -> None:
-    """Per layer: ours and the fastest sparse peer, real filled, uniform hollow."""
+    """Draw ours and the fastest sparse peer for each layer: real filled, uniform hollow."""
     seen: set[str] = set()
     for i, (_, real, uniform) in enumerate(pairs):
         sparse = [k for k in real if k in uniform and k not in (AUTO, "dense")]

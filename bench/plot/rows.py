@@ -1,4 +1,4 @@
-"""What the plots show, read off result rows; nothing here draws."""
+"""The data of the plots, taken from result rows. Nothing here draws."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..report.case_results import CaseResult
 from ..report.rows import Ratio, is_ours, mask_kind
 
 TITLES = {"sddmm": "SDDMM", "spmm": "SpMM"}
-CHARGE_NOTE = "token-major inputs, conversions paid"
+CHARGE_NOTE = "token-major inputs, conversions timed"
 # Real masks are at most 1536 x 576; larger ones are replicated.
 _LARGE = 2**21
-# Points that make a curve over density, and over tokens.
+# The least number of points of a curve over density, and of one over tokens.
 _CURVE, _LONG_CURVE = 3, 5
-# The masks that get a column, uniform first; five fit a page.
+# The masks that have a column of panels, uniform first. Five columns fit a page.
 _MASK_ORDER = ("uniform", "q_proj", "gate_proj", "v_proj", "down_proj")
 
 Sweep = dict[tuple[str, str, str], dict[float, Row]]  # (op, mask, kernel) -> density -> row
@@ -32,7 +32,7 @@ Speedups = dict[int, dict[str, dict[float, list[float]]]]
 
 
 class RealPair(NamedTuple):
-    """One op on a real mask and on a uniform mask of the same shape and density, by kernel."""
+    """One op on a real mask and on a uniform mask of its shape and density, by kernel."""
 
     label: str
     real: dict[str, Row]
@@ -40,7 +40,7 @@ class RealPair(NamedTuple):
 
 
 def is_point(row: Row) -> bool:
-    """Whether a row is a point of a curve: "auto" or a peer, from token-major."""
+    """Whether a row is a point of a curve: "auto" or a peer, from token-major operands."""
     return (
         row["op"] in PRODUCTS
         and row["charge"] == FROM_TOKEN_MAJOR
@@ -50,9 +50,9 @@ def is_point(row: Row) -> bool:
 
 
 def sweeps(rows: list[Row], own: bool = False) -> Sweeps:
-    """Rows over density at one shape and dtype, where enough densities were measured for a curve.
+    """Rows over density at one shape and dtype, if enough densities were measured for a curve.
 
-    Of "auto" and the peers; `own`: of all rows given.
+    They are the rows of "auto" and the peers; with `own`, all rows given.
     """
     found: dict[tuple[int, int, int, str], Sweep] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -63,7 +63,7 @@ def sweeps(rows: list[Row], own: bool = False) -> Sweeps:
 
 
 def one_per_shape(found: Sweeps) -> Sweeps:
-    """Of the sweeps of one matrix the one with most points, the first measured among equals.
+    """The sweep with the most points for each matrix shape and dtype; of equals, the first.
 
     A GPU is measured at so many numbers of tokens that nobody looks at a curve of each.
     """
@@ -80,7 +80,7 @@ def _points(swept: Sweep) -> int:
 
 
 def masks(swept: Sweep) -> list[str]:
-    """The masks that make a curve, uniform first; five at most fit a page."""
+    """The masks with enough points for a curve, uniform first. At most five fit a page."""
     masks = {mask for (_, mask, _), points in swept.items() if len(points) >= _CURVE}
     return [mask for mask in _MASK_ORDER if mask in masks]
 
@@ -91,7 +91,7 @@ def densities(swept: Sweep) -> list[float]:
 
 
 def kernels(swept: Sweep) -> list[str]:
-    """Peers, then ours, so that ours is drawn on top."""
+    """The kernels of a sweep: peers first, then ours, so that ours is drawn on top."""
     return drawn({kernel for _, _, kernel in swept})
 
 
@@ -138,9 +138,10 @@ def problem_label(problem: Problem) -> str:
 
 
 def lines(found: list[Ratio], most: int) -> tuple[list[str], Callable[[Row], str]]:
-    """The lines of a table of ratios, in order, and which one a row belongs to.
+    """The lines of a table of ratios, in order, and a function from a row to its line.
 
-    A line per problem, or per kind of mask, band of density and tokens where those are too many.
+    There is a line per problem. If that gives more than `most` lines, there is one per kind of
+    mask, density band and number of tokens.
     """
     labels = {problem(r.ours): problem_label(problem(r.ours)) for r in found}
     ordered = [labels[key] for key in sorted(labels, key=problem_order)]
@@ -160,7 +161,7 @@ def lines(found: list[Ratio], most: int) -> tuple[list[str], Callable[[Row], str
 
 
 def real_pairs(rows: list[Row]) -> dict[tuple[str, bool], list[RealPair]]:
-    """Per op, and whether the masks are replicated ones: the pairs that were measured."""
+    """The pairs that were measured, by op and by whether their masks are replicated."""
     by_problem: dict[tuple[str, Problem], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if is_point(row):
@@ -175,20 +176,21 @@ def real_pairs(rows: list[Row]) -> dict[tuple[str, bool], list[RealPair]]:
 
 
 def tokens_of_real_masks(rows: list[Row]) -> list[int]:
-    """The numbers of tokens that real masks were measured at."""
+    """The numbers of tokens at which real masks were measured."""
     real = (row for row in rows if is_point(row) and mask_kind(row["mask"]) == "real")
     return sorted({row["k"] for row in real})
 
 
 def percent(value: float) -> str:
-    """0.1 % for 0.001."""
+    """A share as text: 0.1 % for 0.001."""
     return f"{value * 100:.3g} %"
 
 
 def fastest_of_families(rows: list[Row]) -> list[Row]:
-    """Of each family of peers the fastest row of a case, called by the family's name.
+    """The fastest row of each family of peers in each case, under the family's name.
 
-    A GPU has so many peers that their curves would hide each other.
+    Our rows and the roofs are kept. A GPU has so many peers that their curves would hide each
+    other.
     """
     kept: list[Row] = []
     best: dict[tuple[str, str, str, str], Row] = {}
@@ -233,10 +235,10 @@ def token_curves(rows: list[Row]) -> dict[tuple[str, int, int, float, str], Toke
 
 
 def speedups(found: Iterable[CaseResult], least_size: int) -> dict[str, Speedups]:
-    """By dtype: SDDMM over dense + gather on large masks, by kind, and the best sparse peer's.
+    """SDDMM's ratios to dense + gather on large masks, by dtype, tokens, kind and density.
 
-    Keys of the middle level: "uniform", "generated", "real", and "peers", which is the fastest
-    sparse peer on generated masks.
+    The kinds are "uniform", "generated", "real", and "peers". The last is the fastest sparse peer
+    on generated masks.
     """
     curves: dict[str, Speedups] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
@@ -247,7 +249,7 @@ def speedups(found: Iterable[CaseResult], least_size: int) -> dict[str, Speedups
             continue
         kind = mask_kind(row["mask"])
         at = curves[row["dtype"]][row["k"]]
-        # Real masks, and uniform ones of the same density, differ in it by a thousandth.
+        # Real masks and the uniform masks of the same density differ in density by a thousandth.
         density = float(f"{row['density']:.2g}")
         at[kind][density].append(dense["median_s"] / row["median_s"])
         sparse = [r["median_s"] for family, r in result.peers.items() if family != "dense"]

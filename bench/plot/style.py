@@ -1,4 +1,4 @@
-"""How the plots look: one strong colour for ours, muted colour-blind-safe ones for the peers."""
+"""The style of the plots: a strong colour for ours, muted colour-blind-safe ones for peers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..measuring.results import Row
 from . import rows as plot_rows
 
 OURS_COLOR, INK, FAINT = "#D55E00", "#333333", "#999999"
-# Muted members of Paul Tol's colour-blind-safe sets; markers tell them apart in grey too.
+# Muted colours of Paul Tol's colour-blind-safe sets. Markers tell the peers apart in grey too.
 _PEERS = {
     "dense": ("#555555", "s"),
     "torch": ("#6699CC", "^"),
@@ -29,7 +29,7 @@ _PEERS = {
     "numpy": ("#997700", "D"),
     "spops": ("#44AA99", "o"),
 }
-# Our kernels when they are drawn beside "auto", by the last part of their names.
+# Our kernels, drawn beside "auto", by the last part of their names.
 _OWN = {
     "gather": ("#0072B2", "v"),
     "tile": ("#009E73", "s"),
@@ -70,17 +70,17 @@ def line_style(kernel: str) -> dict[str, Any]:
 
 
 def name_of(kernel: str) -> str:
-    """What a plot calls a contender."""
+    """The name of a contender in plots."""
     return OURS_NAME if kernel == "auto" else kernel.replace("_", "-")
 
 
 def context() -> AbstractContextManager[None]:
-    """All drawing happens inside it; nothing of matplotlib's own settings leaks in or out."""
+    """The context for all drawing. It isolates the plots from the user's matplotlib settings."""
     return mpl.rc_context({**mpl.rcParamsDefault, **_RC})
 
 
 def figure(width: float, height: float, title: str, note: str, row: Row) -> Figure:
-    """An empty figure with a bold title, and what it was measured on below."""
+    """An empty figure with a bold title; the line below has the note and the machine."""
     width = max(width, 7.5)  # or the note would not fit
     # Two lines of text at fixed height, whatever the height of the figure.
     engine = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 / height), w_pad=0.08, h_pad=0.08)
@@ -123,7 +123,7 @@ def plain_log(axes: Axes, which: str) -> None:
 
 
 def label_ends(axes: Axes, ends: list[tuple[str, float, float, object]], fontsize: int = 8) -> None:
-    """Names beside the right ends of lines: (name, x, y, colour), pushed apart where they crowd.
+    """Write names at the right ends of lines: (name, x, y, colour). Crowded names are pushed apart.
 
     Call it when the axes have their final scale and limits.
     """
@@ -135,7 +135,7 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float, object]], fontsiz
         ([name, *to_pixels((x, y)), color] for name, x, y, color in ends), key=lambda end: end[2]
     )
     heights = [end[2] for end in placed]
-    for _ in range(50):  # relax: neighbours too close move apart by half the overlap each
+    for _ in range(50):  # neighbours that overlap each move by half the overlap
         for i in range(len(heights) - 1):
             overlap = gap - (heights[i + 1] - heights[i])
             if overlap > 0:

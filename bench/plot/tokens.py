@@ -19,7 +19,7 @@ def over_tokens(
     out: Path,
     name: str,
 ) -> list[Path]:
-    """A panel per mask; `rows` are those of the run, for its roofs."""
+    """One panel per mask. `rows` are all rows of the run, for its roofs."""
     op, m, n, share, dtype = key
     sample = next(iter(curves[next(iter(curves))][AUTO].values()))
     fig = style.figure(
@@ -37,7 +37,7 @@ def over_tokens(
         axes.set_title(plot_rows.mask_title(mask))
         axes.set_xlabel("tokens")
     grid[0].set_ylabel("us per call")
-    fig.draw_without_rendering()  # the layout decides where the ends of lines are
+    fig.draw_without_rendering()  # label_ends needs the final layout
     for axes, ends in endings:
         style.label_ends(axes, ends)
     return style.save(fig, out, name)

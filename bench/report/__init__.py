@@ -1,1 +1,1 @@
-"""What result rows say: tables, ratios, targets, comparisons."""
+"""Tables, ratios, targets and comparisons, computed from result rows."""

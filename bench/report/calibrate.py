@@ -1,4 +1,4 @@
-"""From the roofs of a CUDA run to the rates of the cost model behind `auto`."""
+"""Turns the roofs of a CUDA run into rates of the cost model behind `auto`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rosa_kernels.backends.machine import machine_of, save_calibration
 
 from ..measuring.results import ResultsError, Row
 
-# Which rate a roof measures, and the column it is a rate of; launches are times.
+# Roof -> the rate that it measures, and the column to divide by its time. A launch is a time.
 _RATES = {
     "roof/copy": ("hbm", "bytes"),
     "roof/read_l2": ("l2", "bytes"),
@@ -23,12 +23,12 @@ _RATES = {
 
 
 def calibrate(rows: Iterable[Row], path: Path | None = None) -> tuple[Path, dict[str, float]]:
-    """Keep the roofs of a run on CUDA as this device's rates; where, and which.
+    """Save the roofs of a CUDA run as this device's rates. Returns the file and the rates.
 
-    They go to `path`, for ROSA_MACHINE, or to the user's cache, where they are found unasked.
+    The file is `path`, which ROSA_MACHINE may name, or the user's cache, which is read by default.
 
     Raises:
-        ResultsError: rows without a roof that was measured on CUDA.
+        ResultsError: no row is a roof that was measured on CUDA.
     """
     measured: dict[str, float] = {}
     name = ""
@@ -46,20 +46,20 @@ def calibrate(rows: Iterable[Row], path: Path | None = None) -> tuple[Path, dict
 
 
 def adopt(rows: Iterable[Row], path: Path) -> None:
-    """Have `auto` and predictions use what the roofs measured, for the rest of this process."""
+    """Let `auto` and the predictions use the measured roofs, for the rest of this process."""
     before = os.environ.get("ROSA_MACHINE")
     try:
         _, measured = calibrate(rows, path)
         os.environ["ROSA_MACHINE"] = str(path)
         machine_of.cache_clear()
-        machine_of(torch.cuda.current_device())  # refuses rates that cannot be
-    except Exception as error:  # costs the better rates, not the run
+        machine_of(torch.cuda.current_device())  # raises if a rate is impossible
+    except Exception as error:  # the run goes on with the old rates
         if before is None:
             os.environ.pop("ROSA_MACHINE", None)
         else:
             os.environ["ROSA_MACHINE"] = before
         machine_of.cache_clear()
-        path.unlink(missing_ok=True)  # what is refused here would be refused wherever it is named
+        path.unlink(missing_ok=True)  # ROSA_MACHINE must not name a refused file
         print(f"calibrate: rates stay as they were: {error}")
         return
     print(f"Calibrated by {path}:", *(f"{rate} {value:.4g}" for rate, value in measured.items()))

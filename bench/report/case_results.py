@@ -1,4 +1,4 @@
-"""Who was how fast in each case: what ratios and targets are computed from."""
+"""The times of each case, from which ratios and targets are computed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .rows import is_ours, is_overhead, timed
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case of one run: who was how fast.
+    """The times of one case of one run.
 
     Attributes:
-        auto: what a user gets; its backend is the kernel that was taken.
-        own: our kernels by name, those that "auto" may take.
-        peers: the fastest of each family of peers.
+        auto: the row of "auto", which a user gets by default. Its backend is the selected kernel.
+        own: the rows of those of our kernels that "auto" may take, by name.
+        peers: the row of the fastest peer of each family.
         roofs: the roof rows of the same run and device, by kernel.
     """
 
@@ -35,12 +35,12 @@ class CaseResult:
         return None if peer is None else peer["median_s"] / self.auto["median_s"]
 
     def best_own(self) -> Row | None:
-        """The fastest of our kernels, called by name."""
+        """The fastest of our kernels, among those called by name."""
         return min(self.own.values(), key=lambda row: row["median_s"], default=None)
 
 
 def case_results(rows: Iterable[Row]) -> list[CaseResult]:
-    """All cases that "auto" has a time in, from token-major where there are activations."""
+    """All cases in which "auto" has a time. SDDMM and SpMM start from token-major operands."""
     roofs: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     cases: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in timed(rows):
@@ -76,9 +76,9 @@ def _case_result(rows: Sequence[Row], roofs: dict[str, Row]) -> CaseResult | Non
 
 
 def _by_name(row: Row) -> bool:
-    """Whether a row of ours is of a kernel asked for by name that "auto" might have taken.
+    """Whether a row of ours is of a kernel, called by name, that "auto" might have taken.
 
-    Not the oracle, which is there for where nothing else is.
+    The oracle does not count: "auto" takes it only if there is no other kernel.
     """
     chosen = row["kernel"].startswith(AUTO)
     return (

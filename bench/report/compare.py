@@ -1,4 +1,4 @@
-"""Two runs against each other: same, faster, slower or ambiguous, row by row."""
+"""Compares two runs row by row: same, faster, slower or ambiguous."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Comparison(NamedTuple):
 
 
 def verdict(base: Row, new: Row, threshold: float) -> str:
-    """same | faster | slower | ambiguous | other timer for two timed rows.
+    """The verdict on two timed rows: same | faster | slower | ambiguous | other timer.
 
-    A change counts when the medians differ by more than `threshold` and the p20-p80 ranges do not
-    overlap; if only the first holds the noise may explain it, and the verdict is "ambiguous".
-    Times of different timers say nothing about each other; old rows do not name theirs.
+    A change counts if the medians differ by more than `threshold` and the p20-p80 ranges do not
+    overlap. If the ranges overlap, noise may explain the change, and the verdict is "ambiguous".
+    Times of different timers cannot be compared. Old rows name no timer and are compared with any.
     """
     timers = base["timer"], new["timer"]
     if None not in timers and timers[0] != timers[1]:
@@ -80,7 +80,7 @@ def compare(base: list[Row], new: list[Row], threshold: float = 0.05) -> list[Co
 
 
 def tables(found: list[Comparison], *, show_same: bool = False) -> list[Table]:
-    """The changes, gravest first, and how many there are of each verdict."""
+    """The changes, worst first, and the number of rows with each verdict."""
     details = Table(
         "Changes", ["case", "kernel", "mode", "charge", "verdict", "base ms", "new ms", "change"]
     )

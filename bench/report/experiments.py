@@ -1,4 +1,4 @@
-"""The table of experiments: our kernels under other settings, beside their defaults."""
+"""The table of experiments: our kernels with other settings, against their defaults."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import geomean, milliseconds, timed
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
-    """Time of every experiment over that of the same kernel's default; empty without any."""
+    """Time of each experiment over that of the same kernel's default. Empty without experiments."""
     times: dict[tuple[str, str, str, str], dict[str, Row]] = defaultdict(dict)
     for row in timed(rows):
         if row["charge"] == FROM_TOKEN_MAJOR and row["mode"] in (MODE, "no_grad"):
@@ -22,8 +22,8 @@ def tables(rows: Iterable[Row]) -> list[Table]:
             suffix = row["kernel"][len(kernel) + 1 :]
             times[row["run_id"], row["device"], row["case"], kernel][suffix] = row
     table = Table(
-        "Experiments: time over that of the kernel's default, below 1 is faster",
-        ["case", "kernel", "ms", *SETTINGS],
+        "Experiments: time over the time with default settings; below 1 is faster",
+        ["case", "kernel", "default ms", *SETTINGS],
     )
     ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (_, _, case, kernel), found in times.items():

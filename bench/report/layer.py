@@ -1,4 +1,4 @@
-"""Tables and targets of layers in training, read off result rows; ratios are made here only."""
+"""Tables and targets of layers in training. All their ratios are computed here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Group = dict[str, Row]  # kernel -> row
 
 
 def groups(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Group]:
-    """Contenders that met: (run, device, case, mode) -> kernel -> row, whatever its status."""
+    """Rows that are compared: (run, device, case, mode) -> kernel -> row, with any status."""
     found: dict[tuple[str, str, str, str], Group] = defaultdict(dict)
     for row in rows:
         if row["op"] in OPS:
@@ -26,7 +26,7 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Group]:
 
 
 def peak(row: Row) -> int | None:
-    """Peak training memory: what stays between steps, and the most alive beyond it."""
+    """Peak training memory: bytes kept between steps, and the peak of live tensors beyond them."""
     if row["held_bytes"] is None or row["live_bytes"] is None:
         return None
     return int(row["held_bytes"] + row["live_bytes"])
@@ -38,7 +38,7 @@ def seconds(row: Row) -> float | None:
 
 
 def ratio(group: Group, name: str, other: str, of: Callable[[Row], float | None]) -> float | None:
-    """`of` a contender over that of another, or None where one was not measured."""
+    """`of` one contender over `of` another, or None if one was not measured."""
     found = [of(group[key]) if key in group else None for key in (name, other)]
     if found[0] is None or not found[1]:
         return None
@@ -59,10 +59,10 @@ def _measured(group: Group) -> bool:
 
 def _table(device: str, case: str, mode: str, group: Group) -> Table:
     table = Table(
-        f"{case}, {mode}, {device}: times and bytes over those of our own LoRA",
+        f"{case}, {mode}, {device}: time and memory; x lora is the ratio to our own LoRA",
         [
             *("contender", "parameters", "ms", "20-80 %", "x lora", "x peft-lora"),
-            *("peak MB", "pages MB", "saved MB", "training MB", "x lora"),
+            *("live MB", "resident MB", "saved MB", "training MB", "x lora"),
         ],
     )
     for name, row in sorted(group.items(), key=lambda item: seconds(item[1]) or float("inf")):
@@ -99,15 +99,15 @@ def _mb(value: int | None) -> str:
 
 @dataclass(frozen=True)
 class LayerTarget:
-    """A ratio of ours to another contender's that is to stay below a limit in every case.
+    """An upper limit on the ratio of ours to another contender, in every case.
 
     Attributes:
         what: the target in words.
         most: the limit, by device.
-        other: the contender it is against.
-        of: what is compared.
-        applies: to the rows of ours that it is set on.
-        strict: the limit itself misses it.
+        other: the contender that ours is divided by.
+        of: the quantity of a row that is compared.
+        applies: whether the target applies to a row of ours.
+        strict: whether the ratio must be below the limit, not equal to it.
     """
 
     what: str
@@ -121,8 +121,8 @@ class LayerTarget:
 def target_table(found: dict[tuple[str, str, str, str], Group]) -> Table:
     """Every target on every device that has rows: reached, missed or not measured."""
     table = Table(
-        "Targets of a RoSA layer: rosa over the other, worst case decides",
-        ["target", "to reach", "geometric mean (worst)", "cases", "verdict"],
+        "Targets of a RoSA layer: ratio of rosa to the other; the worst case decides",
+        ["target", "limit", "geometric mean (worst)", "cases", "verdict"],
     )
     devices = list(dict.fromkeys(key[1] for key in found))
     for device in devices:
@@ -151,7 +151,7 @@ def _target_row(target: LayerTarget, device: str, own: Sequence[Group]) -> list[
 
 
 def promised(row: Row) -> bool:
-    """The shapes that a layer's speed is promised for; on a CPU 512 tokens of 2048 x 2048."""
+    """Whether a layer has a shape with speed targets; on a CPU 512 tokens of 2048 x 2048."""
     if row["op"] != LAYER or row["dropout"]:
         return False
     shape = (row["m"], row["n"], row["k"], row["dtype"])
@@ -175,10 +175,14 @@ def _both(limit: float) -> dict[str, float]:
 _LAYER_TIME = {"cpu": 1.05, "cuda": 1.10}
 TARGETS = (
     LayerTarget(
-        "layer, forward + backward: time of our LoRA", _LAYER_TIME, REFERENCE, seconds, _in(FWD_BWD)
+        "layer, forward + backward: time over our LoRA's",
+        _LAYER_TIME,
+        REFERENCE,
+        seconds,
+        _in(FWD_BWD),
     ),
     LayerTarget(
-        "layer, forward + backward: time of PEFT's LoRA",
+        "layer, forward + backward: time over PEFT LoRA's",
         _LAYER_TIME,
         PEFT_REFERENCE,
         seconds,
@@ -186,7 +190,7 @@ TARGETS = (
     ),
     *(
         LayerTarget(
-            f"layer, forward + backward: {what} of PEFT's {title}",
+            f"layer, forward + backward: {what} over PEFT {title}'s",
             _both(1.0),
             name,
             of,
@@ -196,10 +200,10 @@ TARGETS = (
         for name, title in ((SUPER_TUNING, "Super-Tuning"), (SHIRA, "SHiRA"))
         for of, what in ((seconds, "time"), (peak, "memory"))
     ),
-    LayerTarget("layer, step: time of full fine-tuning", _both(0.75), FULL, seconds, _in(STEP)),
+    LayerTarget("layer, step: time over full fine-tuning's", _both(0.75), FULL, seconds, _in(STEP)),
     LayerTarget(
-        "model, step: time of full fine-tuning", _both(0.75), FULL, seconds, _in(STEP, MODEL)
+        "model, step: time over full fine-tuning's", _both(0.75), FULL, seconds, _in(STEP, MODEL)
     ),
-    LayerTarget("peak training memory: of our LoRA", _both(1.03), REFERENCE, peak, _any),
-    LayerTarget("peak training memory: of PEFT's LoRA", _both(1.03), PEFT_REFERENCE, peak, _any),
+    LayerTarget("peak training memory over our LoRA's", _both(1.03), REFERENCE, peak, _any),
+    LayerTarget("peak training memory over PEFT LoRA's", _both(1.03), PEFT_REFERENCE, peak, _any),
 )

@@ -1,6 +1,7 @@
-"""How many times faster, by kind of case: than every family of peers, and than our own kernels.
+"""How many times faster "auto" is than each family of peers and than our own kernels.
 
-The rows of any number of runs are taken together; every ratio is within one case of one run.
+Cases are grouped by kind. The rows of several runs may be taken together, but every ratio is within
+one case of one run.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .case_results import CaseResult, case_results
 from .rows import geomean, mask_kind, milliseconds, with_host
 
 _GROUP = "device, op, dtype, masks, density, tokens"
-# Upper ends of the bands of density that cases are grouped by.
+# Upper ends of the density bands that cases are grouped by.
 _BANDS = (0.002, 0.0045, 0.008, 0.015, 0.03, 1.0)
-# "auto" that is slower than one of our kernels by more than this took the wrong one.
+# "auto" took the wrong kernel if it is slower than another of ours by more than this.
 _WRONG = 1.05
-# A line of what has no time.
+# The longest line about cases without a time, in characters.
 _WIDEST = 120
 
 
 def band(density: float) -> str:
-    """The band of densities that a case is counted in."""
+    """The density band that a case is counted in, as text."""
     last = _band(density)
     low, high = _BANDS[last - 1] * 100, _BANDS[last] * 100
     if last == 0:
@@ -42,12 +43,13 @@ def _band(density: float) -> int:
 
 
 def short_table(rows: Iterable[Row]) -> Table:
-    """What "auto" took, and how many times faster it is than the peers: a line a mask of SDDMM.
+    """What "auto" took, and how many times faster it is than the peers.
 
-    The other ops have a line a number of tokens: geometric means.
+    SDDMM has a line per mask. The other ops have a line per number of tokens, with geometric means.
     """
     table = Table(
-        "auto, times faster than: dense (+ gather for SDDMM), cuSPARSE, the fastest other peer",
+        "How many times faster auto is than dense (+ gather for SDDMM), cuSPARSE, and the fastest "
+        "other peer",
         ["case", "auto took", "ms", "x dense", "x cuSPARSE", "x other", "fastest own", "ms"],
     )
     found = case_results(rows)
@@ -83,17 +85,20 @@ def short_table(rows: Iterable[Row]) -> Table:
 
 
 def untimed(rows: Iterable[Row]) -> list[str]:
-    """The cases that "auto" has no time in, and why; those that were not run are counted."""
+    """Lines about the cases in which "auto" has no time, with the reason.
+
+    Cases that were not run are counted together.
+    """
     found: Counter[str] = Counter()
     for row in rows:
         if row["kernel"] == AUTO and row["status"] != "ok" and row["charge"] == OP:
             whose = "" if row["reason"].startswith("not run") else f"{row['case']}: "
             found[f"{whose}{row['status']}, {row['reason']}"[:_WIDEST]] += 1
-    return [f"{count} x auto without a time: {reason}" for reason, count in found.items()]
+    return [f"auto was not timed, {count} x: {reason}" for reason, count in found.items()]
 
 
 def _against(members: Sequence[CaseResult], family: str) -> str:
-    """The geometric mean against a family of peers; marked if time of the host is in theirs."""
+    """The geometric mean against a family of peers; "+host" marks times with host time in them."""
     ratios = [ratio for result in members if (ratio := result.against(family)) is not None]
     if not ratios:
         return "-"
@@ -102,7 +107,7 @@ def _against(members: Sequence[CaseResult], family: str) -> str:
 
 
 def _against_others(members: Sequence[CaseResult]) -> str:
-    """The family that comes closest, beside dense and cuSPARSE."""
+    """The smallest ratio to a family other than dense and cuSPARSE, and this family's name."""
     families = {family for result in members for family in result.peers} - {"dense", "cusparse"}
     means = {
         family: geomean(result.against(family) for result in members if family in result.peers)
@@ -115,7 +120,7 @@ def _against_others(members: Sequence[CaseResult]) -> str:
 
 
 def tables(rows: Iterable[Row], limit: int | None = None) -> list[Table]:
-    """Ratios to peers, to our own kernels, the wrong choices of "auto", and the targets."""
+    """Ratios to peers and to our own kernels, the wrong choices of "auto", and the targets."""
     found = case_results(rows)
     made = [
         peers_table(found),
@@ -132,7 +137,7 @@ def peers_table(found: Sequence[CaseResult]) -> Table:
         family for family in peer_families() if any(family in result.peers for result in found)
     ]
     table = Table(
-        "Times faster than the fastest of a family of peers: geometric mean (worst)",
+        "How many times faster auto is than the best peer of each family: geometric mean (worst)",
         [_GROUP, "cases", *families],
     )
     for group, members in _grouped(found):
@@ -144,10 +149,10 @@ def peers_table(found: Sequence[CaseResult]) -> Table:
 
 
 def own_table(found: Sequence[CaseResult]) -> Table:
-    """How much slower "auto" is than the best of our kernels, and which these were."""
+    """How much slower "auto" is than the fastest of our kernels, and which kernels these were."""
     table = Table(
-        "auto against the best of our own kernels: times slower, geometric mean (worst)",
-        [_GROUP, "cases", "slower", "auto took", "the fastest was"],
+        "auto against the best of our own kernels: how many times slower, geometric mean (worst)",
+        [_GROUP, "cases", "slower", "auto took", "fastest own"],
     )
     for group, members in _grouped([result for result in found if result.own]):
         slower = [result.auto["median_s"] / result.best_own()["median_s"] for result in members]
@@ -170,7 +175,7 @@ def choices_table(found: Sequence[CaseResult], limit: int | None = None) -> Tabl
                 wrong.append((factor, result.auto, best))
     wrong.sort(key=lambda entry: -entry[0])
     shown = wrong[:limit]
-    more = f"; the worst {len(shown)}, `ratios` has all" if len(shown) < len(wrong) else ""
+    more = f"; here the worst {len(shown)}, `ratios` shows all" if len(shown) < len(wrong) else ""
     table = Table(
         f"auto should have taken another of our kernels: {len(wrong)} of {len(found)} cases{more}",
         ["case", "took", "ms", "better", "ms", "slower"],

@@ -1,4 +1,4 @@
-"""What single rows say, and ratios of two: the vocabulary of every table and plot."""
+"""Properties of rows and ratios of two rows, as all tables and plots use them."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def timed(rows: Iterable[Row]) -> list[Row]:
 
 
 def milliseconds(row: Row, digits: int = 3) -> str:
-    """A row's median in ms; "+host" after it says that time of the host is in it."""
+    """The median of a row in ms; the suffix "+host" marks a time with host time in it."""
     return f"{row['median_s'] * 1e3:.{digits}f}" + (WITH_HOST if with_host(row) else "")
 
 
 def with_host(row: Row) -> bool:
-    """Whether time of the host is in a device's time."""
+    """Whether a device's time includes time of the host."""
     return (row["timer"] or "").endswith(WITH_HOST)
 
 
 def is_overhead(row: Row) -> bool:
-    """Whether a row belongs to a case that measures what a call costs beside its kernel."""
+    """Whether a row's case measures what a call costs in addition to its kernel."""
     return row["kernel"] == AUTO and row["m"] is not None and row["m"] * row["n"] <= 64 * 64
 
 
 def ratios_to_peers(rows: Iterable[Row], charge: str) -> list[Ratio]:
-    """Ours against every peer, case by case, within the run and the device."""
+    """ "auto" against every peer in each case, within one run and one device."""
     cases: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
     for row in timed(rows):
         if row["mode"] == "no_grad" and row["charge"] == charge and row["op"] != "roof":
@@ -61,7 +61,7 @@ def ratios_to_peers(rows: Iterable[Row], charge: str) -> list[Ratio]:
 
 
 def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of each device; cases of one name on two devices are not comparable."""
+    """The rows of each device. Cases of one name on two devices are not comparable."""
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         found[row["device"]].append(row)
@@ -69,7 +69,7 @@ def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def is_ours(row: Row) -> bool:
-    """Whether a row is of a kernel of this project."""
+    """Whether a row is of one of our kernels."""
     return family_of(row["kernel"]) not in peer_families()
 
 
@@ -80,5 +80,5 @@ def geomean(values: Iterable[float]) -> float:
 
 
 def mask_kind(mask: str) -> str:
-    """uniform, real, or generated."""
+    """The kind of a mask: uniform, real, or generated."""
     return mask if mask == "uniform" else "real" if mask.startswith("real:") else "generated"

@@ -1,4 +1,4 @@
-"""The tables of stages: what each took beside what is predicted for it."""
+"""Tables of stages: the time that each took, and its predicted time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..measuring.names import PRODUCTS
 from ..measuring.results import Row
 from .rows import geomean
 
-Times = dict[str, tuple[float | None, float | None]]  # what -> measured, predicted
+Times = dict[str, tuple[float | None, float | None]]  # stage -> measured, predicted
 
 
 def tables(rows: Sequence[Row], limit: int | None = None) -> list[Table]:
-    """For each op every stage of every kernel, and the geometric means of measured / predicted.
+    """For each op: every stage of every kernel, and the geometric means of measured / predicted.
 
-    `limit` bounds the lines beside the means.
+    `limit` bounds the number of lines, not counting the means.
     """
     made = []
     for op in PRODUCTS:
@@ -38,9 +38,9 @@ def _table(op: str, rows: Sequence[Row], limit: int | None) -> Table:
     )
     columns = [*stages, *(what for what in ends if what in found)]
     shown = lines[:limit]
-    more = f"; the first {len(shown)} of {len(lines)}" if len(shown) < len(lines) else ""
+    more = f"; the first {len(shown)} of {len(lines)} lines" if len(shown) < len(lines) else ""
     table = Table(
-        f"Stages of {op} in us: measured/predicted and their ratio; launch: the call less its "
+        f"Stages of {op} in us: measured/predicted, and their ratio; launch is the call minus its "
         f"kernels{more}",
         ["case", "kernel", *columns],
     )
@@ -67,7 +67,7 @@ def _times(row: Row) -> Times:
     for stage, us in measured.items():
         parts = [predicted.pop(part) for part in stage.split("+") if part in predicted]
         times[stage] = us, sum(parts) if parts else None
-    # What is predicted and was not seen to run.
+    # Stages that are predicted but did not run.
     times |= {stage: (None, us) for stage, us in predicted.items() if us > 0}
     spent = sum(measured.values()) if measured else None
     if spent is not None or total is not None:

@@ -1,4 +1,4 @@
-"""Tables read off result rows: speed-ups, efficiency, overhead, and what was lost or left out."""
+"""Tables of a run: speed-ups, efficiency, overhead, cases that peers win, missing times."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .rows import (
 
 
 def efficiency(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
-    """Per (op, dtype, kind of mask): median over 1-5 % of (t_dense / t_ours) * density.
+    """Median over 1-5 % of (t_dense / t_ours) * density, per (op, dtype, kind of mask).
 
-    1 would be dense GEMM's rate on the nonzeros alone.
+    1 would be the rate of dense GEMM on the nonzeros only.
     """
     groups: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for ratio in ratios_to_peers(rows, FROM_TOKEN_MAJOR):
@@ -39,7 +39,7 @@ def efficiency(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
 
 
 def overheads(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """Per op: seconds of the adapter alone, and what the op adds to it without and with grad."""
+    """Per op: seconds of the adapter, and what the op adds to it without and with grad."""
     medians: dict[str, dict[str, float]] = defaultdict(dict)
     for row in timed(rows):
         if is_overhead(row):
@@ -58,7 +58,7 @@ def overheads(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 
 def summary(rows: list[Row], limit: int | None = None) -> list[Table]:
-    """What a run says, a screenful per device; `limit` bounds the lists of cases that peers win."""
+    """The summary of a run, per device. `limit` bounds the lists of cases that peers win."""
     devices = by_device(rows)
     return [
         replace(table, title=f"{device}: {table.title}") if len(devices) > 1 else table
@@ -81,19 +81,20 @@ def _summary(rows: list[Row], limit: int | None) -> list[Table]:
 
 
 def noise_note(rows: list[Row], limit: float = 0.2) -> str | None:
-    """A warning if many times vary a lot, as they do where other processes share the cores."""
+    """A warning if many times vary a lot, as they do if other processes share the cores."""
     found = [row for row in timed(rows) if len(row["samples_s"]) > 1]
     noisy = [row for row in found if noise(row["samples_s"]) > limit]
     if len(noisy) <= len(found) / 20:
         return None
     return (
-        f"{len(noisy)} of {len(found)} times vary by more than {limit:.0%} (half of p20-p80 over "
-        "the median): something else ran on this machine. Distrust small ratios; measure again."
+        f"{len(noisy)} of {len(found)} times vary by more than {limit:.0%} (half of p80 - p20 "
+        "over the median). Another process probably ran on this machine. Measure again, and do not "
+        "trust ratios near 1."
     )
 
 
 def roof_table(rows: list[Row]) -> Table:
-    """What the machine could do at most, in the same run."""
+    """The peak rates of the machine, measured in the same run."""
     table = Table("Roofs, measured in this run", ["what", "rate"])
     for row in timed(rows):
         if row["op"] != "roof":
@@ -121,7 +122,7 @@ def speedup_table(rows: list[Row], charge: str) -> Table:
         groups[group][ratio.peer["kernel"]].append(ratio.value)
     peers = list(dict.fromkeys(peer for by_peer in groups.values() for peer in by_peer))
     table = Table(
-        f"Times faster than, charge {charge}: geometric mean (worst case)",
+        f"How many times faster auto is than each peer, charge {charge}: geometric mean (worst)",
         ["op, dtype, masks", "cases", *peers],
     )
     for group, by_peer in sorted(groups.items()):
@@ -135,7 +136,7 @@ def speedup_table(rows: list[Row], charge: str) -> Table:
 
 
 def efficiency_table(rows: list[Row]) -> Table:
-    """Efficiency against the 1/density limit."""
+    """Efficiency: the part of the limit 1 / density that the speed-up over dense reaches."""
     table = Table(
         "Efficiency: (t_dense / t_sparse) * density, median over 1-5 %",
         ["op, dtype, masks", "efficiency"],
@@ -146,9 +147,9 @@ def efficiency_table(rows: list[Row]) -> Table:
 
 
 def overhead_table(rows: list[Row]) -> Table:
-    """Microseconds of a call beside its kernel."""
+    """Microseconds of a call in addition to its kernel."""
     table = Table(
-        "Call overhead in us: the op less its bare adapter",
+        "Call overhead in us: the op minus the bare adapter of its kernel",
         ["op", "adapter", "+ op, no grad", "+ op, with grad"],
     )
     for op, modes in overheads(rows).items():
@@ -165,10 +166,10 @@ def losing_table(rows: list[Row], charge: str, limit: int | None = None) -> Tabl
     lost = sorted((r for r in ratios_to_peers(rows, charge) if r.value < 1), key=lambda r: r.value)
     total = len(ratios_to_peers(rows, charge))
     shown = lost[:limit]
-    more = f"; the worst {len(shown)}, `report` has all" if len(shown) < len(lost) else ""
+    more = f"; here the worst {len(shown)}, `report` shows all" if len(shown) < len(lost) else ""
     table = Table(
         f"A peer is faster, charge {charge}: {len(lost)} of {total} comparisons{more}",
-        ["case", "peer", "ours ms", "peer ms", "ratio"],
+        ["case", "peer", "ours ms", "peer ms", "peer / ours"],
     )
     for ratio in shown:
         times = map(milliseconds, ratio)
@@ -178,7 +179,7 @@ def losing_table(rows: list[Row], charge: str, limit: int | None = None) -> Tabl
 
 
 def status_table(rows: list[Row]) -> Table:
-    """Pairs that have no time, with the reason; equal ones are counted together."""
+    """The pairs without a time, with the reason. Equal reasons are counted together."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         if row["status"] != "ok" and row["charge"] == OP:
@@ -202,7 +203,7 @@ def case_tables(rows: list[Row]) -> list[Table]:
 
 
 def case_table(rows: list[Row], charge: str, device: str) -> Table:
-    """Every case: our time, dense, and the fastest other peer."""
+    """Every case: our time, and how many times faster it is than dense and the best other peer."""
     cases: dict[str, list[Ratio]] = defaultdict(list)
     for ratio in ratios_to_peers(rows, charge):
         cases[ratio.ours["case"]].append(ratio)

@@ -1,4 +1,4 @@
-"""The speeds to reach on one GPU, and whether the rows reach them."""
+"""The speed targets on one GPU, and whether the rows reach them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from .case_results import CaseResult
 from .rows import geomean, mask_kind
 
 _TOKENS = (2048, 8192, 16384)
-# 4096 x 4096 and larger; real masks are replicated to multiples of their own size, 4032 x 4032.
+# About 4096 x 4096 and larger: real masks are replicated to multiples of their own size, 4032 x
+# 4032.
 LEAST_SIZE = 4000 * 4000
 _SECTOR = 32  # bytes that DRAM and L2 deliver at a time
 
@@ -23,10 +24,10 @@ class Target:
 
     Attributes:
         what: the target in words.
-        least: what the statistic of the ratios has to be.
-        applies: the cases it is set on, by their "auto" row.
-        ratio: a case's ratio, higher is better, or None where it was not measured.
-        every: every case has to reach it, not the geometric mean.
+        least: the least value to reach.
+        applies: whether the target applies to a case, by its "auto" row.
+        ratio: a case's ratio (higher is better), or None if it was not measured.
+        every: whether every case must reach `least`, not only the geometric mean.
     """
 
     what: str
@@ -100,7 +101,8 @@ def _against_all(result: CaseResult) -> float | None:
 def scattered_floor_s(row: Row, copy: Row) -> float:
     """Seconds that the scattered sectors of a uniform csr_add_ take at copy bandwidth.
 
-    Every sector with an entry is read and written back, each entry's column and value are read.
+    Every sector with an entry is read and written back. The column and value of each entry are
+    read.
     """
     size = {"float32": 4}.get(row["dtype"], 2)
     per_sector = _SECTOR // size
@@ -135,7 +137,7 @@ TARGETS = (
     Target("SDDMM, real-like masks: x spops", 8.0, _sddmm(*_REAL_LIKE), _against("spops")),
     Target("SDDMM, real-like masks: x cuSPARSE", 8.0, _sddmm(*_REAL_LIKE), _against("cusparse")),
     Target(
-        "SDDMM, uniform masks: x the best of all peers",
+        "SDDMM, uniform masks: x the fastest peer",
         1 / 1.05,
         _sddmm("uniform"),
         _against_all,
@@ -143,9 +145,9 @@ TARGETS = (
     ),
     Target("SpMM, 1-64 tokens: x cuSPARSE", 2.0, _decoding, _against("cusparse")),
     Target("SpMM, 1-64 tokens: x Sputnik-style", 2.0, _decoding, _against("sputnik_style")),
-    Target("csr_add_: x spops, which clones", 5.0, _csr_add, _against("spops")),
+    Target("csr_add_: x spops, which clones the weight", 5.0, _csr_add, _against("spops")),
     Target(
-        "csr_add_, uniform masks: rate over that of scattered sectors at copy bandwidth",
+        "csr_add_, uniform masks: share of copy bandwidth, counting the 32-byte sectors",
         0.8,
         _uniform_csr_add,
         _against_floor,

@@ -1,1 +1,1 @@
-"""Suites on devices: every contender checked, then timed; rows written as they come."""
+"""Runs suites on devices: checks every contender, times it, and writes its rows at once."""

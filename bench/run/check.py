@@ -1,4 +1,4 @@
-"""Correct before fast: the float64 oracle on a part of a case that is cheap and hard to fool."""
+"""Checks results against the float64 oracle, on rows that are cheap but hard to fool."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from rosa_kernels.testing import assert_within_bound, oracle
 
 from ..contenders.base import Problem
 
-# Float64 terms behind the rows that are checked: products, or elements of rows of a dense matrix.
-# On a CPU a 4096 x 4096 case at 5 % and 2048 tokens has 1.7e9 in all, half a minute; 4M take 0.1 s.
-# On a GPU, where the oracle runs beside the inputs, 32M take a few milliseconds.
+# The limit on float64 terms behind the checked rows: products, or elements of rows of a dense
+# matrix. A 4096 x 4096 case at 5 % and 2048 tokens has 1.7e9 terms, half a minute on a CPU; 4M take
+# 0.1 s. In cases on a GPU the oracle runs there too, and 32M take a few milliseconds.
 TERMS = {"cpu": 2**22, "cuda": 2**25}
-# SDDMM's fullest row may have a thousand entries, each with all tokens: it is checked in part.
+# The fullest row of an SDDMM may have a thousand entries, each with all tokens. Only about this
+# many entries of a row are checked.
 _ENTRIES_PER_ROW = 64
 
 
 class Check:
-    """The accuracy policy of rosa_kernels.testing on a few rows, NaN and shape on all.
+    """Checks a few rows by the accuracy policy of rosa_kernels.testing, and all rows for NaN.
 
-    Checked are the first, the last and the fullest row, and rows drawn at random until `terms` is
-    spent: all rows if it suffices. Every token counts in each of them. Of a long row of an SDDMM,
-    whose entries are independent, some are taken: its first and last, and others evenly between.
+    The checked rows are the first, the last, the fullest, and random ones until `terms` is spent.
+    If `terms` suffices, all rows are checked. All tokens of a checked row are checked. The entries
+    of an SDDMM are independent. Of a long row only some are checked: the first, the last, and
+    others spread evenly between.
     """
 
     def __init__(self, problem: Problem, terms: int | None = None) -> None:
@@ -51,7 +53,7 @@ class Check:
         """The largest relative error |got - ref| / (||a o b||_2 + |ref|) over the checked rows.
 
         Raises:
-            AssertionError: wrong shape, a NaN anywhere, or an element outside the bound.
+            AssertionError: the shape is wrong, there is a NaN, or an element is outside the bound.
         """
         got = got.detach()
         if tuple(got.shape) != self._out_shape:
@@ -68,7 +70,7 @@ class Check:
 
 
 def _choose_rows(problem: Problem, terms: int) -> tuple[Tensor, bool]:
-    """The rows, ascending, on the problem's device, and whether they are all."""
+    """The rows to check, ascending, on the problem's device; and whether these are all rows."""
     case, counts = problem.case, problem.pattern.row_nnz
     if case.op in ("sddmm", "spmm"):
         cost = counts.long() * case.k
@@ -91,7 +93,7 @@ def _entries(pattern: CsrPattern, rows: Tensor) -> Tensor:
 
 
 def _thin(pattern: CsrPattern, entries: Tensor) -> Tensor:
-    """At most about _ENTRIES_PER_ROW of each row's entries, the first and the last among them."""
+    """At most about _ENTRIES_PER_ROW entries of each row, including its first and last."""
     row = pattern.row_indices[entries].long()
     place = entries - pattern.crow_indices[row]
     count = pattern.row_nnz[row]
@@ -100,7 +102,7 @@ def _thin(pattern: CsrPattern, entries: Tensor) -> Tensor:
 
 
 def _sub_pattern(pattern: CsrPattern, rows: Tensor, entries: Tensor) -> tuple[CsrPattern, Tensor]:
-    """The entries as a pattern of `rows` by the columns that they lie in, and those columns."""
+    """The entries as a pattern over `rows` and the columns in use; and these columns."""
     columns, at = torch.unique(pattern.col_indices[entries], return_inverse=True)
     row = torch.searchsorted(rows, pattern.row_indices[entries].long())
     crow = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)

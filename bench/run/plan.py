@@ -1,4 +1,4 @@
-"""What a run measures: the suites, devices and contenders that its arguments leave."""
+"""The plan of a run: the suites, devices and contenders that its arguments select."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Entry = tuple[Case, list[Contender | LayerContender]]
 
 
 class UsageError(ValueError):
-    """Arguments that parse but make no sense together."""
+    """Arguments that parse but contradict each other or this machine."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Part:
 
 
 def parts(args: argparse.Namespace) -> list[Part]:
-    """The parts that the arguments leave something of, in the order given.
+    """The nonempty parts that the arguments select, in the order given.
 
     Raises:
-        UsageError: a device that is not here, a name that no contender has, or nothing left.
+        UsageError: the machine lacks a device, no contender has a given name, or nothing is left.
     """
     found = []
     known: dict[str, None] = {}
@@ -59,7 +59,9 @@ def parts(args: argparse.Namespace) -> list[Part]:
             )
     if not found:
         names = " or ".join(args.suite)
-        raise UsageError(f"run: expected filters that leave a pair of {names}, got none left")
+        raise UsageError(
+            f"run: expected filters that match a case and contender of {names}, got none"
+        )
     return found
 
 

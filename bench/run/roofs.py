@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured in the run that is judged by it."""
+"""Roofs: the peak rates of the machine, measured in the same run as the kernels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from ..measuring import clocks, timing
 from ..measuring.names import OP, dtype_name
 from ..measuring.results import Row
 
-# On a GPU: well past L2, and matrices that fill it several times over.
+# On a GPU the copy is much larger than L2, and the GEMM has enough tiles to fill the GPU several
+# times.
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
-# Half of the smallest L2 of a data-centre GPU (A100: 40 MiB), read so often that the first pass,
-# from DRAM, does not count.
+# Half of the smallest L2 of a data-centre GPU (A100: 40 MiB). It is read so often that the first
+# pass, from DRAM, does not count.
 _L2_BYTES, _L2_PASSES = 24 * 2**20, 64
 _LAUNCHES = 100
 
 
 def roof_rows(dtypes: Sequence[torch.dtype], rule: timing.StoppingRule, device: str) -> list[Row]:
-    """Copy bandwidth and the GEMM rate of each dtype; on CUDA, L2 bandwidth and launches too.
+    """Copy bandwidth and the GEMM rate of each dtype; on CUDA also L2 bandwidth and launch time.
 
-    Columns of the results' schema; the others are for the caller to fill.
+    The rows have some columns of the schema. The caller fills in the others.
     """
     source = torch.zeros(_COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -51,7 +52,7 @@ def roof_rows(dtypes: Sequence[torch.dtype], rule: timing.StoppingRule, device: 
 
 
 def _read_l2(device: str) -> tuple[clocks.Call, Row]:
-    """Our own kernel of 16-byte loads past L1; torch's sum where the build has none."""
+    """Reads L2 by our kernel of 16-byte loads past L1, or by torch's sum if it was not built."""
     data = torch.zeros(_L2_BYTES // 4, device=device)
     columns = {"kernel": "read_l2", "bytes": _L2_BYTES * _L2_PASSES}
     sums = torch.zeros((), device=device)
@@ -74,7 +75,7 @@ def _read_l2(device: str) -> tuple[clocks.Call, Row]:
 
 
 def _launch(device: str) -> tuple[clocks.Call, Row]:
-    """Kernels that do (next to) nothing, one after the other on one stream."""
+    """Kernels that do (next to) nothing, launched one after the other on one stream."""
     columns = {"kernel": "launch"}
     if not hasattr(native._C, "cuda_launch_empty"):
         one = torch.zeros(1, device=device)

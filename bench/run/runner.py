@@ -1,4 +1,4 @@
-"""One case at a time: build it, check every contender, time those that are right, make the rows."""
+"""Runs one case: builds it, checks every contender, times the correct ones, makes the rows."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ from . import roofs
 from .check import Check
 from .sizes import size_columns
 
-# Slower calls are not made again just to measure their memory: that would cost the quick suite
-# 20 s.
+# Slower calls are not repeated just to measure their memory: that would cost the quick suite 20 s.
 _REPEAT_BELOW_S = 0.1
 _EMPTY: Row = dict.fromkeys(COLUMNS)
 _OOM_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
@@ -36,7 +35,7 @@ _OOM_TEXTS = ("out of memory", "can't allocate memory", "not enough memory")
 
 @dataclass
 class _Entry:
-    """One timed call: a contender under a charge, and all the rows it stands for."""
+    """One timed call: a contender, and the charges that it has rows for."""
 
     contender: Contender | LayerContender
     charges: tuple[str, ...]
@@ -52,10 +51,11 @@ def run_case(
     device: str = "cpu",
     timer: str = clocks.COLD,
 ) -> list[Row]:
-    """Rows for all contenders of a case: every pair ends in a status, with the reason.
+    """Rows for all contenders of a case. Every row has a status, and a failed one has a reason.
 
-    A call is timed only after its result has passed the check, and the two charges of a peer are
-    checked separately: a conversion can be wrong too. `timer` is for CUDA: "cold", "hot", "graph".
+    A call is timed only after its result has passed the check. The two charges of a peer are
+    checked separately, because a conversion can be wrong too. `timer` is for CUDA: "cold", "hot",
+    "graph".
     """
     if isinstance(case, LayerCase):
         if timer == clocks.GRAPH:
@@ -97,7 +97,7 @@ def _run_case(
     estimates = {str(i): e.estimate for i, e in enumerate(entries)}
     try:
         timed = timing.interleaved(calls, rule, clocks.clock_on(device, timer), estimates)
-    except Exception as error:  # a contender that passed once and then fails takes all down
+    except Exception as error:  # one failed after it had passed; all lose their times
         for entry in entries:
             if entry.call is not None:
                 entry.columns |= failure(error)
@@ -108,11 +108,14 @@ def _run_case(
 
 
 def warm_up(contenders: Iterable[Contender | LayerContender], device: str) -> None:
-    """Call contenders once on a tiny problem: libraries and thread pools start outside of rows."""
+    """Call each contender once on a tiny problem.
+
+    Libraries and thread pools thus start before the first row.
+    """
     for contender in contenders:
         if isinstance(contender, LayerContender):
-            continue  # takes three steps on its own problem before its first sample
-        # What fails here fails again in its row, which tells the reason.
+            continue  # makes three steps of its own before its first sample
+        # A contender that fails here fails again in its row, which has the reason.
         with quiet_torch(), contextlib.suppress(Exception):
             problem = Problem.of(Case(contender.op, 64, 64, 64, 0.05), device)
             if contender.reject(problem) is None:
@@ -121,14 +124,14 @@ def warm_up(contenders: Iterable[Contender | LayerContender], device: str) -> No
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Without torch's notices that sparse CSR is in beta and its invariants go unchecked."""
+    """Suppress torch's notices that sparse CSR is in beta and its invariants are unchecked."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
         yield
 
 
 def skipped(case: Case, contenders: Sequence[Contender | LayerContender], reason: str) -> list[Row]:
-    """Rows of a case that was not run, so that no point is missing without a reason."""
+    """Rows of a case that was not run, so that no case is missing without a reason."""
     entries = [
         _Entry(contender, contender.charges, {"status": "unsupported", "reason": reason})
         for contender in contenders
@@ -137,15 +140,15 @@ def skipped(case: Case, contenders: Sequence[Contender | LayerContender], reason
 
 
 def roof_rows(dtypes: Sequence[torch.dtype], rule: timing.StoppingRule, device: str) -> list[Row]:
-    """What the machine can do, as full rows."""
+    """The roofs of a device, as full rows."""
     return [_EMPTY | row for row in roofs.roof_rows(dtypes, rule, device)]
 
 
 def lost(device: str) -> str | None:
-    """Why a device takes no more work, or None.
+    """Why a device accepts no more work, or None if it does.
 
-    A kernel that reads or writes where it may not takes the CUDA context of the process down: every
-    later call fails with its error, and none of them is to blame.
+    A kernel that accesses memory out of bounds destroys the CUDA context of the process. Every
+    later call then fails with the same error, although it is correct.
     """
     if device == "cpu":
         return None
@@ -157,7 +160,7 @@ def lost(device: str) -> str | None:
 
 
 def _examine(entry: _Entry, problem: Problem, check: Check, timer: str) -> None:
-    """Prepare a contender, check it, measure its memory; leaves a call only if it may be timed."""
+    """Prepare a contender, check it, measure its memory. Only a correct one gets a call to time."""
     contender = entry.contender
     reason = contender.reject(problem)
     if reason is not None:
@@ -169,21 +172,21 @@ def _examine(entry: _Entry, problem: Problem, check: Check, timer: str) -> None:
             entry.columns["backend"] = contender.serves(problem)
         call = contender.prepare(problem, entry.charges[0])
         held = getattr(call, "workspace_bytes", None)
-        if held is not None:  # allocated in `prepare`, where no peak sees it
+        if held is not None:  # allocated in `prepare`, before the peak is measured
             entry.columns["workspace_bytes"] = held
         got, entry.columns["peak_bytes"], entry.estimate = _watched(call, problem.device)
         entry.columns["max_err"] = check(got)
         del got
         if entry.estimate < _REPEAT_BELOW_S:
-            # The first call may have built what is kept, such as a plan; the second shows what
-            # every call needs.
+            # The first call may have built something that is kept, such as a plan. The second call
+            # shows what every call needs.
             _, entry.columns["peak_bytes"], entry.estimate = _watched(call, problem.device)
         entry.call = clocks.captured(call) if timer == clocks.GRAPH else call
     except Unsupported as error:
         entry.columns |= {"status": "unsupported", "reason": str(error)}
     except AssertionError as error:
         entry.columns |= {"status": "incorrect", "reason": str(error)}
-    except Exception as error:  # a peer may raise anything; the row says what
+    except Exception as error:  # a peer may raise anything; the row has the reason
         entry.columns |= failure(error)
 
 
@@ -200,7 +203,7 @@ def failure(error: Exception) -> Row:
         words in str(error).lower() for words in _OOM_TEXTS
     )
     if oom and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()  # what is cached for one contender's sizes may be another's room
+        torch.cuda.empty_cache()  # the next contender may need this memory
     return {"status": "oom" if oom else "error", "reason": text}
 
 
@@ -220,7 +223,7 @@ def _rows(base: Row, entries: Sequence[_Entry]) -> list[Row]:
 
 
 def case_columns(case: Case) -> Row:
-    """The columns that say which case a row is of."""
+    """The columns that identify the case of a row."""
     return {
         "case": case_id(case),
         "op": case.op,

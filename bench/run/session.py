@@ -1,4 +1,4 @@
-"""One run: suites on devices, within a time budget, rows written as they come."""
+"""One run: suites on devices, within a time budget. Rows are written at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..suites.cases import case_id
 from . import runner, stages
 from .plan import Entry, Part
 
-# quick has to stay under four minutes with its plots on two slow cores: three samples tell a factor
-# of two, and what its budget does not reach is recorded as not run.
-# layer: targets of a few percent are set on ratios of calls of 50 ms.
-# first, second: breadth within minutes; a sample of short calls takes 10 ms, most of it flushes.
+# quick must end within four minutes, plots included, on two slow cores. Three samples suffice to
+# tell a factor of two. Cases that its budget does not reach are recorded as not run.
+# layer: its targets are a few percent, on ratios of calls of 50 ms.
+# first, second: many cases within minutes. A sample of short calls takes 10 ms, most of it flushes.
 _SHORT = timing.StoppingRule(cap_s=0.3, noise=0.02, min_samples=5, max_samples=40)
 _RULES = {
     "first": _SHORT,
@@ -30,7 +30,7 @@ _BUDGETS = {"quick": 200.0}
 
 
 class Session:
-    """One run over all its parts: its rows, and what it knows of its devices."""
+    """One run over all its parts: its rows, and the state of its devices."""
 
     def __init__(self, args: argparse.Namespace, parts: Sequence[Part]) -> None:
         self._args, self._parts = args, parts
@@ -42,7 +42,7 @@ class Session:
         self.lost: dict[str, str] = {}
 
     def measure(self, part: Part, end: float, spent: str) -> None:
-        """All cases of a part that begin before `end`; the others get `spent` as their reason."""
+        """Measure a part's cases that begin before `end`; `spent` is the reason of the others."""
         device = part.device
         if device not in self._base:
             self._begin(device, part.suite)
@@ -62,7 +62,7 @@ class Session:
                 advance(_line(case, new))
 
     def stages(self, end: float) -> list[results.Row]:
-        """Stage times of the cases of all parts that begin before `end`."""
+        """Measure stage times of the cases of all parts that begin before `end`."""
         rows: list[results.Row] = []
         for device, base in self._base.items():
             if device not in self.lost:
@@ -74,7 +74,7 @@ class Session:
         return [entry for part in self._parts if part.device == device for entry in part.plan]
 
     def _begin(self, device: str, suite: str) -> None:
-        """Warm a device up, and measure what it can do at most."""
+        """Warm a device up and measure its roofs."""
         base = self._base[device] = self._identity | environment.device_record(device)
         threads = f", {base['threads']} threads" if device == "cpu" else ""
         print(f"{base['device_name']}{threads}, torch {base['torch']}")
@@ -86,7 +86,7 @@ class Session:
             rule = _rule(self._args, suite)
             try:
                 self._write(device, runner.roof_rows(dtypes, rule, device))
-            except Exception as error:  # costs the roofs, not the cases
+            except Exception as error:  # the cases can still be measured
                 print(f"Roofs of {device} were not measured: {type(error).__name__}: {error}")
             self._check_device(device)
         if device == "cuda" and self._args.calibrate and device not in self.lost:
@@ -106,10 +106,9 @@ class Session:
 def end_of_part(
     budget: float | None, start: float, suite: str, parts_left: int, reserved: float = 0.0
 ) -> tuple[float, str]:
-    """When a part has to begin no further case, and what to say of those that it does not.
+    """The time after which a part begins no case, and the reason for the cases that it leaves out.
 
-    What is left of a budget, less what is reserved, is shared evenly between this part and those to
-    come.
+    The rest of the budget, less `reserved`, is shared evenly by this part and the parts to come.
     """
     now = time.monotonic()
     if budget is None:
@@ -127,7 +126,7 @@ def _rule(args: argparse.Namespace, suite: str) -> timing.StoppingRule:
 
 
 def _line(case: Case, rows: list[results.Row]) -> str:
-    """A case's name, and its times, fastest first, from token-major where there is that row."""
+    """A case's name and its times, fastest first; from token-major if there is such a row."""
     times: dict[str, tuple[float, str]] = {}
     for row in reversed(rows):
         name = row["kernel"] if row["mode"] == "no_grad" else f"{row['kernel']} {row['mode']}"

@@ -1,4 +1,4 @@
-"""Arithmetic and memory that a case needs at least, whoever computes it."""
+"""The least arithmetic and memory traffic of a case, in any implementation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _INDEX = 4  # bytes of an int32
 
 
 def size_columns(problem: Problem, contender: Contender) -> Row:
-    """flops, bytes and output_bytes of the case; workspace_bytes of the contender.
+    """flops, bytes and output_bytes of the case, and workspace_bytes of the contender.
 
-    flops counts what the entries need, also for a contender that computes all of the dense matrix.
-    bytes reads every input once and writes every output once. output_bytes is the least that any
-    implementation must allocate.
+    flops counts the products of the entries, also for a contender that computes the whole dense
+    matrix. bytes counts every input read once and every output written once. output_bytes is the
+    least that any implementation must allocate.
     """
     case, nnz = problem.case, problem.pattern.nnz
     size = case.dtype.itemsize

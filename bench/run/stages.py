@@ -1,7 +1,8 @@
-"""Where the time of our native kernels goes: each stage measured beside what is predicted for it.
+"""Times each stage of our native kernels, beside its predicted time.
 
-Rows of their own, one per case and kernel, beside the results of a run: kernels_us by full name,
-stages_us, predicted_us (of the defaults, also for an experiment), and call_us from end to end.
+The rows have a file and columns of their own: one row per case and kernel, with kernels_us by full
+name, stages_us, predicted_us and call_us, the time of the whole call. predicted_us assumes the
+default settings, also in the row of an experiment.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _EMPTY: Row = dict.fromkeys((*_COLUMNS, "predicted_us"))
 
 
 def measure(device: str, plan: Plan, base: Row, out: Path, end: float) -> list[Row]:
-    """Rows of all cases that begin before `end`, each written to `out` as it comes."""
+    """Rows of all cases that begin before `end`. Each row is written to `out` at once."""
     profiler = kernel_times.Profiler(device)
     if profiler.missing is not None:
         print(f"Stages on {device} have no times: {profiler.missing}")
@@ -64,9 +65,9 @@ def _line(row: Row) -> str:
 
 
 def bare(device: str, plan: Plan, end: float) -> None:
-    """Call every kernel once: nothing before it, no check, no profiler. For `ncu`.
+    """Call every kernel once, without warm-up, check or profiler. For `ncu`.
 
-    No case is begun after `end`: a profiler that is killed writes nothing.
+    No case begins after `end`, because a profiler that is killed writes nothing.
     """
     for case, contenders in _chosen(device, plan):
         if time.monotonic() > end:
@@ -82,9 +83,10 @@ def bare(device: str, plan: Plan, end: float) -> None:
 
 
 def _chosen(device: str, plan: Plan) -> list[tuple[Case, list[Contender]]]:
-    """Our native kernels of the products.
+    """The cases of SDDMM and SpMM with our native kernels for the device.
 
-    Launches that overlap are left out: a kernel's time then has its wait for the one ahead in it.
+    Kernels with overlapping launches are left out: a kernel's time would include its wait for the
+    launch ahead of it.
     """
     kept = [
         (
@@ -140,7 +142,7 @@ def _columns(
         columns["stages_us"] = kernel_times.by_stage(columns["kernels_us"])
     except AssertionError as error:
         return columns | {"status": "incorrect", "reason": str(error)}
-    except Exception as error:  # the row says what
+    except Exception as error:  # the row has the reason
         return columns | runner.failure(error)
     return columns | {"status": "ok", "reason": profiler.missing}
 

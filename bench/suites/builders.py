@@ -1,4 +1,4 @@
-"""What suites are put together from."""
+"""Functions and constants that the suites are built from."""
 
 from __future__ import annotations
 
@@ -49,7 +49,11 @@ def sweep(
     dtype: torch.dtype,
     seed: int,
 ) -> list[Case]:
-    """Tokens innermost: the cases of one mask are neighbours, and it is drawn once."""
+    """One case per mask, density and number of tokens.
+
+    The number of tokens varies fastest, so that the cases of a mask are neighbours and it is drawn
+    once.
+    """
     return [
         Case(op, *shape, k, density, dtype, mask, seed)
         for mask in names
@@ -65,7 +69,7 @@ def elementwise(
     dtype: torch.dtype,
     seed: int,
 ) -> list[Case]:
-    """The ops on a dense weight, as many as this version has."""
+    """Cases of the ops on a dense weight, for each of these ops that has a kernel."""
     ops = [op for op in ours.ops() if op not in PRODUCTS]
     return [
         Case(op, *shape, 1, density, dtype, mask, seed)
@@ -83,10 +87,10 @@ def real(
     seed: int,
     ops: Sequence[str] = PRODUCTS,
 ) -> list[Case]:
-    """Real masks, each shape's after a uniform mask of the same shape and density.
+    """Cases on real masks. A uniform mask comes before the real masks of its shape and density.
 
-    `shapes` says per kind of layer to about which shapes its masks are replicated; None leaves
-    them as they are.
+    `shapes` gives the approximate shapes that the masks of each kind of layer are replicated to.
+    With None the masks keep their own shapes.
     """
     found: dict[tuple[int, int, float], list[str]] = {}
     for name in names:

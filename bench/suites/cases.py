@@ -1,4 +1,4 @@
-"""What is measured: the cases of a suite, and which contenders meet in each of them."""
+"""The cases of a suite, and the contenders of each case."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from . import SUITES
 
 
 def suite(name: str, seed: int = 0, device: str = "cpu") -> list[Case]:
-    """The cases of a suite on a device, what says most first."""
+    """The cases of a suite on a device, the most informative first."""
     if name not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
     return SUITES[name].cases(device, seed)
 
 
 def contenders(case: Case, device: str = "cpu") -> list[Contender] | list[LayerContender]:
-    """All that compete in a case: "auto", every registered kernel, and the peers."""
+    """All contenders of a case: "auto", every registered kernel, and the peers."""
     if isinstance(case, LayerCase):
         return layer_contenders(case, device)
     if is_overhead(case):
@@ -35,14 +35,14 @@ def contenders(case: Case, device: str = "cpu") -> list[Contender] | list[LayerC
 def pairs(
     name: str, seed: int = 0, device: str = "cpu"
 ) -> Iterator[tuple[Case, Contender | LayerContender]]:
-    """Every (case, contender) of a suite; the command line and pytest-benchmark iterate these."""
+    """Every (case, contender) of a suite, for pytest-benchmark."""
     for case in suite(name, seed, device):
         for contender in contenders(case, device):
             yield case, contender
 
 
 def case_id(case: Case) -> str:
-    """The name of a case in results: everything that defines it."""
+    """The name of a case in results, made of everything that defines it."""
     name = (
         f"{case.op}/{case.mask}/{case.m}x{case.n}/k{case.k}/"
         f"{case.density:g}/{dtype_name(case.dtype)}/{case.seed}"

@@ -1,4 +1,4 @@
-"""The suites at sizes for a few cores."""
+"""The suites at sizes for a CPU with a few cores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DENSITIES = (0.001, 0.003, 0.005, 0.01, 0.02, 0.05)
 
 
 def quick(seed: int) -> list[Case]:
-    """Mostly 1024 tokens, not 2048."""
+    """Cases for every plot, mostly at 1024 tokens instead of 2048."""
     cases = overhead_cases(seed)
     cases += elementwise(_BOTH, _SQUARE, (ROSA_DENSITY,), F32, seed)
     cases += real(of_layer(14), None, (2048,), F32, seed)
@@ -38,7 +38,8 @@ def quick(seed: int) -> list[Case]:
         for k, dtype in ((2048, F32), (1024, BF16))
         for op in PRODUCTS
     ]
-    # Densities outermost: if the time budget ends it, both masks have their curves so far.
+    # Density is the outer loop: if the time budget ends here, both masks have the same curve so
+    # far.
     cases += [
         Case(op, 4096, 4096, 1024, density, F32, mask, seed)
         for density in (0.001, 0.003, 0.01, 0.02, 0.05)
@@ -49,14 +50,14 @@ def quick(seed: int) -> list[Case]:
 
 
 def first(seed: int) -> list[Case]:
-    """What the suite has on a GPU, at the masks' own shapes and 256 tokens: a rehearsal."""
+    """A rehearsal of the GPU's suite, at the masks' own shapes and 256 tokens."""
     own = real(of_layer(14), None, (256,), F32, seed, ops=("sddmm",))
     masked = [case for case in own if case.mask != "uniform"]
     return [*masked, replace(masked[0], mask="uniform")]
 
 
 def second(seed: int) -> list[Case]:
-    """What the suite has on a GPU, less of it."""
+    """A rehearsal of the GPU's suite, with fewer cases."""
     other = real(("0.q_proj", "29.down_proj"), None, (256,), F32, seed, ops=("sddmm",))
     return [
         *real(("14.q_proj",), None, (1, 8, 64), F32, seed, ops=("spmm",)),
@@ -67,7 +68,7 @@ def second(seed: int) -> list[Case]:
 
 
 def rosa(seed: int) -> list[Case]:
-    """2048 tokens; at their own shapes, then replicated to about 4096 either way."""
+    """Real masks at 2048 tokens: at their own shapes, then replicated to about 4096 x 4096."""
     names, large = masks.real_names(), dict.fromkeys(masks.KINDS, (_SQUARE,))
     cases = real(names, None, (2048,), F32, seed)
     cases += real(names, None, (2048,), BF16, seed)
@@ -75,7 +76,7 @@ def rosa(seed: int) -> list[Case]:
 
 
 def density(seed: int) -> list[Case]:
-    """4096 x 4096, 2048 tokens."""
+    """Masks of all kinds over density, at 4096 x 4096 and 2048 tokens."""
     cases = [
         Case(op, 4096, 4096, 2048, density, dtype, mask, seed)
         for dtype, chosen in (
@@ -92,7 +93,7 @@ def density(seed: int) -> list[Case]:
 
 
 def tokens(seed: int) -> list[Case]:
-    """2048 x 2048."""
+    """Curves over the number of tokens, at 2048 x 2048."""
     shape, rate = (2048, 2048), (ROSA_DENSITY,)
     return [
         *sweep("spmm", _BOTH, shape, DECODE_TOKENS, rate, F32, seed),
@@ -101,7 +102,10 @@ def tokens(seed: int) -> list[Case]:
 
 
 def llm(seed: int) -> list[Case]:
-    """All layers of the smallest model, and two of a large one; 256 tokens."""
+    """All layers of the smallest model, and two layers of a large one.
+
+    SDDMM has 256 tokens; SpMM has 1 and 16.
+    """
     large = MODELS["Llama-2-7B"]
     layers = [
         *MODELS["SmolLM2-135M"].items(),

@@ -1,6 +1,7 @@
-"""The suites at the sizes that one large GPU is used for, bfloat16 unless said otherwise.
+"""The suites at sizes for one large GPU, in bfloat16 unless said otherwise.
 
-float32 and float16 come in where a peer takes nothing else: cuSPARSE has no bfloat16 SDDMM.
+Some cases are in float32 or float16 because a peer supports nothing else: cuSPARSE has no bfloat16
+SDDMM.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ UNIFORM = (0.001, 0.006, 0.01, 0.05, 0.003, 0.02, 0.1, 0.0005)
 
 _BOTH, _RATE = ("uniform", "q_proj"), (ROSA_DENSITY,)
 _ELEMENTWISE = (ROSA_DENSITY, 0.001, 0.02)
-# Where the layers of a kind lie in models of 7 and 8 billion weights.
+# The shapes of each kind of layer in models of 7 and 8 billion weights.
 _NATURAL: dict[str, Sequence[Shape]] = {
     **dict.fromkeys(masks.KINDS, (SQUARE,)),
     "gate_proj": (TALL, TALLER),
@@ -47,7 +48,7 @@ _ONE_SHAPE = {kind: shapes[:1] for kind, shapes in _NATURAL.items()}
 
 
 def quick(seed: int) -> list[Case]:
-    """8192 tokens; one layer's real masks, two curves over density, decoding, merging."""
+    """One layer's real masks, two curves over density, decoding and merging; mostly 8192 tokens."""
     return [
         *overhead_cases(seed),
         *sweep("sddmm", _BOTH, SQUARE, (8192,), (0.006, 0.02), BF16, seed),
@@ -61,14 +62,17 @@ def quick(seed: int) -> list[Case]:
 
 
 def first(seed: int) -> list[Case]:
-    """SDDMM on one layer's real masks, q_proj first; last, a uniform mask like that of q_proj."""
+    """SDDMM on the real masks of one layer, q_proj first.
+
+    The last case is a uniform mask with the shape and density of q_proj.
+    """
     replicated = real(of_layer(14), _ONE_SHAPE, (8192,), BF16, seed, ops=("sddmm",))
     masked = [case for case in replicated if case.mask != "uniform"]
     return [*masked, replace(masked[0], mask="uniform")]
 
 
 def second(seed: int) -> list[Case]:
-    """First one mask of every other op, so that each has a number; then the other masks."""
+    """One mask of every other op comes first, so that each op has a number. The rest follows."""
     other = [
         case
         for layer in (0, 29)
@@ -84,7 +88,11 @@ def second(seed: int) -> list[Case]:
 
 
 def rosa(seed: int) -> list[Case]:
-    """Layer 14 stands for the others if the time ends; last, masks so small that dense wins."""
+    """Real masks at model shapes.
+
+    Layer 14 comes first and stands for the others if the time ends. The last masks are so small
+    that dense wins.
+    """
     return [
         *_replicated((14, 0, 29), (8192,), BF16, seed),
         *_replicated((14,), (2048, 16384), BF16, seed),
@@ -97,7 +105,7 @@ def rosa(seed: int) -> list[Case]:
 
 
 def density(seed: int) -> list[Case]:
-    """First each kind of layer at its own shapes, at last every kind at every shape."""
+    """Each kind of layer at its own shapes comes first, every kind at every shape last."""
     return [
         *sweep("sddmm", ("uniform",), SQUARE, (8192,), UNIFORM, BF16, seed),
         *_generated((8192,), DENSITIES, seed),
@@ -116,7 +124,7 @@ def density(seed: int) -> list[Case]:
 
 
 def tokens(seed: int) -> list[Case]:
-    """0.6 %, and for decoding 0.3 and 2 % too."""
+    """Curves over the number of tokens at 0.6 %; for decoding also at 0.3 and 2 %."""
     lengths = (512, 1024, 2048, 4096, 8192, 16384)
     return [
         *sweep("spmm", _BOTH, SQUARE, DECODE_TOKENS, _RATE, BF16, seed),
@@ -133,7 +141,7 @@ def tokens(seed: int) -> list[Case]:
 
 
 def llm(seed: int) -> list[Case]:
-    """8192 tokens in training, 1 and 16 in decoding."""
+    """All layers of all models: SDDMM at 8192 tokens, SpMM at 1 and 16."""
     return [
         case
         for layers in MODELS.values()
@@ -147,7 +155,7 @@ def llm(seed: int) -> list[Case]:
 
 
 def _generated(tokens: Sequence[int], densities: Sequence[float], seed: int) -> list[Case]:
-    """SDDMM on a generated mask of every kind at its shapes; densities outermost."""
+    """SDDMM on a generated mask of every kind at its shapes. Density is the outer loop."""
     return [
         case
         for density in densities
@@ -165,7 +173,7 @@ def _everywhere(names: Sequence[str], densities: Sequence[float], seed: int) -> 
 def _replicated(
     layers: Sequence[int], tokens: Sequence[int], dtype: torch.dtype, seed: int, op: str = "sddmm"
 ) -> list[Case]:
-    """Real masks of some decoder layers, layer by layer, replicated to about model shapes."""
+    """Real masks of decoder layers, layer by layer, replicated to about model shapes."""
     return [
         case
         for layer in layers

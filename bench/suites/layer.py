@@ -1,7 +1,7 @@
 """The suite of a whole layer in training, on a CPU and on one large GPU.
 
-Every contender of a case trains as many parameters as LoRA of the case's rank; the first case of
-either device is the one that speeds are promised for.
+Every contender of a case trains as many parameters as LoRA of the case's rank. The first case of
+each device is the one that has speed targets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DROPOUT = 0.05
 
 
 def cpu(seed: int) -> list[LayerCase]:
-    """2048 x 2048 and the largest layer of SmolLM2-135M; then that model, four blocks of it."""
+    """A layer of 2048 x 2048, the largest layer of SmolLM2-135M, and four blocks of that model."""
     square = (2048, 2048)
     return [
         layer_case(*square, 512, seed=seed, modes=_ALL),
@@ -23,7 +23,8 @@ def cpu(seed: int) -> list[LayerCase]:
         layer_case(576, 1536, 2048, "down_proj", seed=seed, modes=(FWD_BWD, STEP)),
         layer_case(*square, 2048, seed=seed),
         layer_case(*square, 512, dtype=BF16, seed=seed),
-        # As many entries as the real mask lets RoSA have beside half of such a rank.
+        # Rank 4 is the largest rank at which the real mask has enough entries for RoSA's sparse
+        # half.
         layer_case(576, 1536, 512, "real:14.down_proj", seed=seed, rank=4),
     ]
 

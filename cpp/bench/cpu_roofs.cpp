@@ -1,11 +1,11 @@
-// Measures what this machine's cores can do at most, so that a kernel's speed can be read against
-// it: fused multiply-adds from registers, and multiply-adds on rows gathered from the second-level
-// cache.
+// Measures the limits of this machine's cores, to compare a kernel's speed with. There are two
+// limits: fused multiply-adds from registers, and multiply-adds on rows gathered from the
+// second-level cache.
 //
-//   cpu_roofs [THREADS]     prints one line of JSON, best of several rounds
+//   cpu_roofs [THREADS]     prints one line of JSON: the best of several rounds
 //
-// Compiled for the instruction set that ROSA_LANES belongs to. The gather is the access pattern of
-// spmm without its bookkeeping.
+// It is compiled for the instruction set whose vectors hold ROSA_LANES floats. The gather has the
+// access pattern of spmm, without its bookkeeping.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -39,7 +39,7 @@ double best_seconds(int threads, const Body& body) {
 }
 
 double fma_gflops(int threads) {
-  constexpr int kChains = 12;  // two pipes of latency 4 want 8; a few more hide the loop
+  constexpr int kChains = 12;  // two pipes of latency 4 need 8; a few more hide the loop
   constexpr int64_t kSteps = 2'000'000;
   std::vector<float> sink(static_cast<size_t>(threads) * 64);
   const double seconds = best_seconds(threads, [&](int worker) {
@@ -54,7 +54,7 @@ double fma_gflops(int threads) {
   return 2.0 * ROSA_LANES * kChains * kSteps * threads / seconds / 1e9;
 }
 
-// Rows of kVectors vectors, at random from a panel of `panel_bytes` for each thread, in GB/s.
+// Reads rows of kVectors vectors at random from a panel of `panel_bytes` per thread. Returns GB/s.
 template <int kVectors>
 double gather_gbytes(int threads, int64_t panel_bytes) {
   constexpr int64_t kWidth = kVectors * ROSA_LANES;
@@ -67,7 +67,8 @@ double gather_gbytes(int threads, int64_t panel_bytes) {
     state = state * 1664525u + 1013904223u;
     row = static_cast<int32_t>((state >> 8) % rows);
   }
-  // Ascending within runs of 64, as the columns of a CSR row are: the hardware profits from it.
+  // Rows ascend within runs of 64, like the columns of a CSR row. The hardware profits from this
+  // order.
   for (auto run = order.begin(); run != order.end(); run += 64) std::sort(run, run + 64);
   struct alignas(64) Line {
     float floats[16];

@@ -1,5 +1,5 @@
-// The only pybind11 file: addresses, sizes, strides and dtypes become views. No maths, no
-// allocation.
+// The only file that uses pybind11. It turns addresses, sizes, strides and dtypes into views. It
+// neither computes nor allocates.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -54,7 +54,7 @@ VectorView vector(const py::tuple& t) {
 }
 
 void def_tile_plan(py::module_& m) {
-  // Local: the tests load two modules that have it.
+  // Module-local, because the tests load two modules that define this class.
   py::class_<TilePlan>(m, "TilePlan", py::module_local())
       .def_readonly("header", &TilePlan::header)
       .def_property_readonly("blob_size", [](const TilePlan& plan) { return plan.blob.size(); })
@@ -75,7 +75,7 @@ using rosa::cuda::SddmmVariant;
 using rosa::cuda::SpmmVariant;
 using rosa::cuda::Stream;
 
-// (header address, header size, blob address, blob size), or ()
+// (header address, header size, blob address, blob size), or () for no plan
 PlanView plan_of(const py::tuple& t) {
   if (t.empty()) return {};
   return rosa::plan_view(static_cast<const int64_t*>(address(t, 0)), integer(t, 1),
@@ -158,7 +158,7 @@ void def_cuda(py::module_& m) {
   });
 }
 
-// What only benchmarks call.
+// Functions that only the benchmarks call.
 void def_cuda_baselines(py::module_& m) {
   m.def("cuda_sputnik_style_sddmm", [](const py::tuple& pattern, uintptr_t row_swizzle,
                                        int64_t grid_rows, int64_t grid_entries, const py::tuple& a,

@@ -42,7 +42,7 @@ int main() {
     if (rosa::cpu::isa_available(wider)) isa = wider;
   }
   const int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  // The ops allocate nothing: the caller brings their scratch. Wrong shapes or dtypes throw
+  // The ops allocate nothing; the caller provides scratch. Wrong shapes or dtypes throw
   // std::invalid_argument.
   std::vector<char> workspace(
       std::max(rosa::cpu::spmm_workspace_bytes(pattern, tokens, DType::kFloat32, threads, isa),
@@ -55,7 +55,7 @@ int main() {
   rosa::cpu::sddmm(pattern, transposed(dy, m), transposed(x, n), view(dvalues), workspace.data(),
                    threads, isa);
 
-  // The same by plain loops.
+  // The same results by plain loops.
   std::vector<double> y_want(tokens * m), dvalues_want(nnz);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t t = crow[i]; t < crow[i + 1]; ++t) {

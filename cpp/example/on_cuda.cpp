@@ -16,7 +16,7 @@ void check_cuda(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
 }
 
-// A copy in device memory, which is freed with the process.
+// Copies to device memory, which is freed when the process ends.
 template <typename T>
 T* on_device(const std::vector<T>& host) {
   void* device = nullptr;
@@ -36,7 +36,8 @@ int main() {
     return 0;
   }
 
-  // S (n, n) has ones on its diagonal and one place to the right. x and y are (tokens, n).
+  // S (n, n) has ones on its diagonal and in the column to the right of it. x and y are (tokens,
+  // n).
   const int64_t n = 64, tokens = 40, nnz = 2 * n - 1;
   std::vector<int32_t> crow = {0}, col;
   for (int32_t i = 0; i < n; ++i) {
@@ -48,7 +49,7 @@ int main() {
   std::vector<float> x(tokens * n), y(tokens * n);
   for (int64_t e = 0; e < tokens * n; ++e) x[e] = static_cast<float>(e % 9 - 4);
 
-  // The same views as on the CPU, over device memory.
+  // The same views as on the CPU, but of device memory.
   const rosa::CsrView pattern = {on_device(crow), on_device(col), n, n, nnz};
   const rosa::VectorView values_view = {on_device(values), DType::kFloat32, nnz, 1};
   const rosa::MatrixView x_t = {on_device(x), DType::kFloat32, n, tokens, 1, n};
@@ -62,7 +63,7 @@ int main() {
   cudaStream_t stream = nullptr;  // the default one
   rosa::cuda::spmm(variant, pattern, no_plan, values_view, x_t, y_t, on_device(scratch), device,
                    stream);
-  // cudaMemcpy waits for the kernels, which rosa::cuda never does.
+  // cudaMemcpy waits for the kernels. rosa::cuda itself never waits.
   check_cuda(cudaMemcpy(y.data(), y_t.data, y.size() * sizeof(float), cudaMemcpyDeviceToHost));
 
   bool right = true;

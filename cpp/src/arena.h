@@ -1,14 +1,14 @@
-// Dividing up a workspace.
+// Divides a workspace into aligned pieces.
 #pragma once
 
 #include <cstdint>
 
 namespace rosa {
 
-// A line of a GPU's caches, two of a CPU's.
+// One line of a GPU's caches, two lines of a CPU's.
 constexpr int64_t kArenaAlignment = 128;
 
-// Consecutive pieces of a workspace.
+// Takes consecutive pieces from a workspace.
 class Arena {
  public:
   explicit Arena(void* base) : next_(reinterpret_cast<uintptr_t>(base)) {}
@@ -24,7 +24,7 @@ class Arena {
   uintptr_t next_;
 };
 
-// What `lay_out(arena)` takes in all, wherever its base may lie.
+// The bytes that `lay_out(arena)` takes in all, for a base of any alignment.
 template <class LayOut>
 int64_t bytes_of(const LayOut& lay_out) {
   Arena arena(nullptr);

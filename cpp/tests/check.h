@@ -1,4 +1,4 @@
-// Checks that count instead of aborting: one run shows every failure.
+// Checks that count failures instead of aborting, so that one run shows many failures.
 #pragma once
 
 #include <atomic>
@@ -10,7 +10,7 @@ namespace rosa::test {
 inline std::atomic<int> failures{0};
 
 inline void fail(const char* file, int line, const char* text, const std::string& context) {
-  // A broken kernel fails by the thousand; the first lines tell what there is to know.
+  // A broken kernel fails thousands of checks. The first 20 lines are enough to see why.
   if (failures++ < 20) {
     std::fprintf(stderr, "%s:%d: %s [%s]\n", file, line, text, context.c_str());
   }

@@ -1,5 +1,5 @@
-// The number formats, written independently of the library's conversions: arithmetic on a wide
-// type instead of bit tricks, so that the two cannot share a mistake.
+// The number formats, written independently of the library's conversions. This file uses arithmetic
+// on a wide type, and the library uses bit tricks. So the two cannot share a mistake.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,9 @@
 
 namespace rosa::test {
 
-// Wide enough that the oracle's own rounding vanishes beside float64's (64 bits or more on the
-// platforms that matter; where it is plain double, the tolerance still covers it).
+// The oracle's type. It has 64 significant bits or more on the platforms that matter, so its
+// rounding is negligible beside that of float64. If long double is plain double, the tolerance
+// still covers the rounding.
 using Wide = long double;
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
@@ -24,7 +25,7 @@ constexpr const char* name(DType dtype) {
 }
 
 struct Format {
-  int precision;  // significant bits, the implicit one included
+  int precision;  // significant bits, including the implicit one
   int min_exponent;
   int max_exponent;
 };
@@ -34,7 +35,7 @@ constexpr Format format_of(DType dtype) {
   return formats[static_cast<int>(dtype)];
 }
 
-// The nearest value of `dtype`, ties to even, subnormals and overflow included.
+// The nearest value of `dtype`, with ties to even, subnormals and overflow.
 inline double round_to(DType dtype, Wide x) {
   if (dtype == DType::kFloat64) return static_cast<double>(x);
   if (dtype == DType::kFloat32) return static_cast<float>(x);

@@ -1,5 +1,5 @@
 # Installs a build, moves the installation, and uses it from there as another project would.
-# cpp/tests/CMakeLists.txt hands over the variables in capitals.
+# cpp/tests/CMakeLists.txt passes the variables in capitals.
 cmake_minimum_required(VERSION 3.24)
 
 set(prefix "${WORK_DIR}/moved")
@@ -9,10 +9,10 @@ execute_process(
   COMMAND "${CMAKE_COMMAND}" --install "${BUILD_DIR}" --config "${CONFIG}"
           --prefix "${WORK_DIR}/installed"
   OUTPUT_QUIET COMMAND_ERROR_IS_FATAL ANY)
-# A path into the first folder leads nowhere from here on.
+# From here on, a path into the first folder does not exist.
 file(RENAME "${WORK_DIR}/installed" "${prefix}")
 
-# ---- what the files say ----------------------------------------------------------------------
+# ---- installed files name only installed files -------------------------------------------------
 file(GLOB_RECURSE headers RELATIVE "${prefix}/${INCLUDE_DIR}" "${prefix}/${INCLUDE_DIR}/*")
 foreach(header IN LISTS headers)
   file(STRINGS "${prefix}/${INCLUDE_DIR}/${header}" lines REGEX "#include \"")
@@ -38,7 +38,7 @@ endforeach()
 # ---- requests that must fail -----------------------------------------------------------------
 function(expect_not_found reason)
   find_package(rosa ${ARGN} QUIET PATHS "${package}" NO_DEFAULT_PATH)
-  # CMake itself refuses a version, and says no more than which ones it saw.
+  # CMake itself refuses a version. Its message names only the versions that it saw.
   set(got "${rosa_NOT_FOUND_MESSAGE} (versions seen: ${rosa_CONSIDERED_VERSIONS})")
   if(rosa_FOUND OR NOT got MATCHES "${reason}")
     list(JOIN ARGN " " request)
@@ -48,7 +48,7 @@ function(expect_not_found reason)
 endfunction()
 expect_not_found("got gpu" COMPONENTS cpu gpu)
 expect_not_found("seen: ${VERSION}" 99)
-expect_not_found("seen: ${VERSION}" 0.0)  # older, and its interface may have been another
+expect_not_found("seen: ${VERSION}" 0.0)  # an older version may have another interface
 if(NOT HAS_CUDA)
   expect_not_found("built without CUDA" COMPONENTS cuda)
 endif()

@@ -15,19 +15,19 @@
 
 namespace rosa::test {
 
-// Under AddressSanitizer buffers end exactly where their data does: it sees stray reads, which
-// guard words cannot.
+// Under AddressSanitizer a buffer ends exactly where its data ends. AddressSanitizer then reports
+// stray reads, which guard bytes cannot show.
 #if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
 constexpr int64_t kGuardBytes = 0;
 #else
 constexpr int64_t kGuardBytes = 64;
 #endif
 
-// Fills guards, gaps and unwritten outputs. All ones is NaN in every dtype, so reading it spoils
-// a result as surely as writing it shows.
+// Fills guards, gaps and unwritten outputs. All ones is NaN in every dtype. So a stray read makes
+// the result NaN, and a stray write changes these bytes.
 constexpr unsigned char kPoison = 0xFF;
 
-// splitmix64: the same data on every platform, unlike the standard distributions.
+// splitmix64. It gives the same data on every platform. The standard distributions do not.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -44,7 +44,7 @@ class Random {
   uint64_t state_;
 };
 
-// Poisoned bytes between guards, `offset` bytes past a 64-byte boundary.
+// Poisoned bytes between guards. They begin `offset` bytes past a 64-byte boundary.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes, int64_t offset = 0)
@@ -85,7 +85,7 @@ class Buffer {
   char* memory_;
 };
 
-// kWritable comes first: the layouts without internal overlap.
+// The first kWritableLayouts have no internal overlap, so that outputs may have them.
 enum class Layout {
   kRow,
   kColumn,
@@ -96,7 +96,7 @@ enum class Layout {
   kBothStrided,
   kRowBroadcast,  // row stride 0
   kColumnBroadcast,
-  kScalar,  // both strides 0, as in y.sum().backward()
+  kScalar,  // both strides 0, as the gradient in y.sum().backward()
 };
 constexpr int kLayouts = 10;
 constexpr int kWritableLayouts = 7;
@@ -136,7 +136,8 @@ inline Strides strides_of(Layout layout, int64_t rows, int64_t cols) {
   return {};
 }
 
-// A strided operand, poisoned until set. With one column it serves as a vector.
+// A strided operand. Its elements are poisoned until they are set. A matrix with one column serves
+// as a vector.
 class Matrix {
  public:
   Matrix(DType dtype, int64_t rows, int64_t cols, Layout layout)
@@ -162,7 +163,7 @@ class Matrix {
   int64_t cols() const { return cols_; }
 
   bool same_bytes(const Matrix& other) const { return buffer_.same_bytes(other.buffer_); }
-  // Guards and the gaps between elements, whatever the elements hold.
+  // Whether the guards and the gaps between elements are intact. The elements do not matter.
   bool surroundings_intact() const {
     Matrix copy = *this;
     copy.for_each([&](int64_t i, int64_t j) {

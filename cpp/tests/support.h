@@ -1,4 +1,4 @@
-// What every native test builds on: patterns, the accuracy policy, and the sweeps' dimensions.
+// Shared by all native tests: patterns, the accuracy policy, and the sizes that sweeps use.
 #pragma once
 
 #include <cmath>
@@ -59,7 +59,7 @@ inline Pattern random_pattern(int64_t rows, int64_t cols, double density, uint64
           [&](int64_t, int64_t) { return random.unit() < density; }};
 }
 
-// Each one has broken a kernel somewhere.
+// Each of these patterns has broken some sparse kernel before.
 inline const std::vector<Pattern>& patterns() {
   static const std::vector<Pattern> all = {
       random_pattern(23, 31, 0.2),
@@ -76,13 +76,14 @@ inline const std::vector<Pattern>& patterns() {
       {"empty rows and columns", 20, 22, [](int64_t i, int64_t j) { return i % 3 && j % 4 == 2; }},
       {"full", 11, 13, [](int64_t, int64_t) { return true; }},
       {"tall", 301, 3, [](int64_t i, int64_t j) { return (i + j) % 2 == 0; }},
-      // Beyond 16-bit columns.
+      // Column indices beyond the range of int16.
       {"wide", 3, 40000, [](int64_t i, int64_t j) { return j % 997 == i || j == 39999; }},
   };
   return all;
 }
 
-// Enough work that every thread gets some, and more rows and columns than one block or panel holds.
+// These patterns give every thread some work. They have more rows and columns than one block or
+// panel holds.
 inline const std::vector<Pattern>& large_patterns() {
   static const std::vector<Pattern> all = {
       random_pattern(257, 390, 0.28),
@@ -91,7 +92,8 @@ inline const std::vector<Pattern>& large_patterns() {
   return all;
 }
 
-// The operands' dtype and the values' (SDDMM's output, SpMM's and csr_add's input).
+// The dtype of the dense operands, and that of the values. The values are SDDMM's output, and an
+// input of SpMM and csr_add.
 struct Types {
   DType operand, values;
 };
@@ -102,7 +104,7 @@ constexpr Types kTypes[] = {
 };
 constexpr Types types(int64_t index) { return kTypes[index % 6]; }
 
-// Around every vector width and unroll factor.
+// Inner sizes around every vector width and unroll factor.
 inline const std::vector<int64_t>& inner_sizes() {
   static const std::vector<int64_t> all =
       kReduced
@@ -119,8 +121,9 @@ inline std::vector<Isa> available_isas() {
   return isas;
 }
 
-// The accuracy policy: a reduction of k products a*b may miss the exact result by
-// e = 4 sqrt(k) u (||a o b||_2 + |exact|), and both ends are rounded to the output's dtype.
+// The accuracy policy. A reduction of k products a*b may differ from the exact result by at most
+// e = 4 sqrt(k) u (||a o b||_2 + |exact|). The results exact - e and exact + e are rounded to the
+// output's dtype.
 class Expected {
  public:
   void add(Wide a, Wide b) {
@@ -142,7 +145,7 @@ class Expected {
   int64_t terms_ = 0;
 };
 
-// Work from two threads of the caller's at once.
+// Calls function(1) and function(2) at the same time, from two threads.
 template <typename Function>
 void run_concurrently(Function function) {
   std::thread other([&] { function(1); });

@@ -1,5 +1,5 @@
-// The cases SDDMM and SpMM are held against: both reduce over an inner size k, take two dense
-// operands and a vector of values, and dispatch on the instruction set.
+// The cases that SDDMM and SpMM are tested on. Both ops reduce over an inner size k, have two dense
+// matrices and a vector of values, and dispatch on the instruction set.
 #pragma once
 
 #include <limits>
@@ -14,7 +14,7 @@ struct Case {
   const Pattern* pattern;
   Types types;
   int64_t k;
-  int64_t turn;  // walks through what is not swept, and seeds the data
+  int64_t turn;  // selects the parameters that are not swept, and seeds the data
   Layout first, second;
   std::vector<int> threads;
   double scale = 1;
@@ -34,8 +34,8 @@ struct Case {
   }
 };
 
-// What no nonzero refers to must not reach the result: `referenced[i]` false makes row i Inf or
-// NaN. Layouts whose rows share memory are left alone.
+// Fills row i with Inf or NaN if `referenced[i]` is false. A row that no nonzero refers to must not
+// reach the result. Matrices whose rows share memory are not changed.
 inline void spoil_unreferenced(Matrix& matrix, const std::vector<bool>& referenced, Layout layout) {
   if (static_cast<int>(layout) >= kWritableLayouts) return;
   for (int64_t i = 0; i < matrix.rows(); ++i) {
@@ -58,11 +58,11 @@ struct Referenced {
   }
 };
 
-// Calls test(case) for everything but what only one op has.
+// Calls test(case) for every case that both ops have.
 template <typename Test>
 void sweep(Test test) {
   int64_t turn = 0;
-  // Every size in every pair of layouts, in a pattern that reaches all paths.
+  // Every size with every pair of layouts. The pattern reaches all paths.
   for (Types types : kTypes) {
     for (int64_t k : inner_sizes()) {
       for (int64_t pair = 0; pair < kLayouts * kLayouts; ++pair) {
@@ -78,7 +78,7 @@ void sweep(Test test) {
       }
     }
   }
-  // Every pattern, every number of threads.
+  // Every pattern with every number of threads.
   for (const Pattern& pattern : patterns()) {
     for (Types types : kTypes) {
       for (int64_t k : {0, 1, 4, 33}) {
@@ -87,7 +87,7 @@ void sweep(Test test) {
       }
     }
   }
-  // Every way to divide the work: few and many tokens, up to far more threads than cores.
+  // Every way to divide the work: few and many tokens, and up to far more threads than cores.
   for (const Pattern& pattern : large_patterns()) {
     for (Types types : kTypes) {
       for (int64_t k : kReduced ? std::vector<int64_t>{16, 40} : std::vector<int64_t>{5, 40, 200}) {
@@ -99,7 +99,7 @@ void sweep(Test test) {
       }
     }
   }
-  // Enough nonzeros that the passes over the values alone are divided too.
+  // With this many nonzeros, the passes over only the values are divided too.
   static const Pattern dense = random_pattern(640, 760, 0.9);
   for (int64_t i = 0; i < (kReduced ? 2 : 6); ++i) {
     ++turn;

@@ -1,4 +1,4 @@
-// csr_add_ against the oracle: w[i_t, j_t] += alpha * values[t], and nothing else moves.
+// csr_add_ against the oracle: w[i_t, j_t] += alpha * values[t], and nothing else changes.
 #include "support.h"
 
 namespace rosa::test {
@@ -20,7 +20,7 @@ void test_case(const Pattern& pattern, Types types, double alpha, Layout w_layou
   cpu::csr_add_(w.view(), pattern.view(), values.vector(), alpha, threads);
   cpu::csr_add_(again.view(), pattern.view(), values.vector(), alpha, threads);
 
-  // With the touched elements put back, every byte must be what it was.
+  // After the changed elements are restored, every byte must be as before.
   Matrix restored = w;
   pattern.for_each([&](int64_t t, int64_t i, int64_t j) {
     Expected expected;

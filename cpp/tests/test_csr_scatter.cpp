@@ -1,4 +1,4 @@
-// csr_scatter_: w[i_t, j_t] is values[t] afterwards, and nothing else moves.
+// csr_scatter_: w[i_t, j_t] is values[t] afterwards, and nothing else changes.
 #include <cstring>
 
 #include "support.h"
@@ -32,7 +32,7 @@ void test_case(const Pattern& pattern, Types types, Layout w_layout, Layout valu
   ROSA_CHECK(values.same_bytes(values_before), context);
 }
 
-// What csr_gather took is put back after csr_add_ changed it: every bit, those of NaNs included.
+// After csr_add_, csr_scatter_ restores what csr_gather read: every bit, including those of NaNs.
 void test_restore(const Pattern& pattern, DType dtype, Layout w_layout, int threads,
                   uint64_t seed) {
   const std::string context = describe(pattern, {dtype, dtype}, w_layout, Layout::kRow, threads);

@@ -1,5 +1,5 @@
-// How cuda/platform.h launches kernels under nvcc, against a CUDA runtime that only keeps the
-// books.
+// Tests how cuda/platform.h launches kernels under nvcc. The CUDA runtime is a stand-in that only
+// records calls.
 #include <fake_cuda/cuda_runtime.h>
 
 #include <stdexcept>
@@ -43,8 +43,9 @@ void declare_static() {
   runtime.static_bytes[reinterpret_cast<fake_cuda::Kernel>(&kernel<kNumber>)] = kStatic;
 }
 
-// Below 48 KiB of dynamic shared memory, but not of both; then all that a block may have.
-void test_every_size_is_served() {
+// Some sizes are below 48 KiB by themselves, but above 48 KiB together with the static part. The
+// last size is the most that a block may have.
+void test_every_shared_size_launches() {
   declare_static<1>();
   for (int64_t bytes : {0, 16, kDefault - kStatic, kDefault - kStatic + 16, kDefault, kDefault + 16,
                         runtime.optin_bytes - kStatic}) {
@@ -53,27 +54,29 @@ void test_every_size_is_served() {
   }
 }
 
-void test_a_kernel_is_asked_about_once_a_device() {
+void test_attributes_are_read_once_per_device() {
   declare_static<2>();
   const int set = runtime.limits_set, read = runtime.attributes_read;
   launch<kernel<2>>(grid_of(0), 1);
-  ROSA_CHECK(runtime.attributes_read == read, "no dynamic shared memory, no question");
+  ROSA_CHECK(runtime.attributes_read == read, "attributes are read without need");
   for (int device : {0, 1, 0, 1}) {
     const cuda::DeviceGuard guard(device);
     for (int64_t bytes : {100000, 16, 200000}) launch<kernel<2>>(grid_of(bytes), 1);
   }
-  ROSA_CHECK(fake_cuda::device == 0, "the device before");
-  ROSA_CHECK(runtime.limits_set == set + 2 && runtime.attributes_read == read + 2, "two devices");
+  ROSA_CHECK(fake_cuda::device == 0, "the device is not restored");
+  ROSA_CHECK(runtime.limits_set == set + 2 && runtime.attributes_read == read + 2,
+             "not once per device");
   const auto key = reinterpret_cast<fake_cuda::Kernel>(&kernel<2>);
   for (int device : {0, 1})
-    ROSA_CHECK((runtime.limit[{key, device}] == runtime.optin_bytes - kStatic), "the most");
-  const cuda::DeviceGuard far(70);  // past the devices that are remembered
+    ROSA_CHECK((runtime.limit[{key, device}] == runtime.optin_bytes - kStatic),
+               "not the most that a block may have");
+  const cuda::DeviceGuard far(70);  // not one of the devices that are remembered
   for (int i = 0; i < 2; ++i) launch<kernel<2>>(grid_of(200000), 1);
   ROSA_CHECK((runtime.limit[{key, 70}] == runtime.optin_bytes - kStatic), "device 70");
 }
 
-// A limit that followed each launch's need would let the small ones refuse the large ones.
-void test_threads_of_different_needs() {
+// If each launch set the limit to its own need, a small launch could make a large one fail.
+void test_threads_with_different_shared_sizes() {
   declare_static<3>();
   std::vector<std::string> errors(8);
   std::vector<std::thread> threads;
@@ -87,15 +90,15 @@ void test_threads_of_different_needs() {
   for (const std::string& error : errors) ROSA_CHECK(error.empty(), error);
 }
 
-void test_a_refusal_says_why_and_leaves_nothing_behind() {
+void test_a_refused_launch_reports_and_clears_its_error() {
   declare_static<4>();
   const std::string error = error_of<4>(runtime.optin_bytes - kStatic + 16);
   ROSA_CHECK(error == "kernel launch: invalid argument (cudaErrorInvalidValue)", error);
-  ROSA_CHECK(cudaGetLastError() == cudaSuccess, "the next caller's error");
-  ROSA_CHECK(error_of<4>(runtime.optin_bytes - kStatic).empty(), "the next launch");
+  ROSA_CHECK(cudaGetLastError() == cudaSuccess, "the error is left to the next caller");
+  ROSA_CHECK(error_of<4>(runtime.optin_bytes - kStatic).empty(), "the next launch fails");
 }
 
-void test_early_launches_say_so() {
+void test_an_early_launch_sets_its_attribute() {
   Grid grid;
   launch<kernel<5>>(grid, 1);
   ROSA_CHECK(runtime.last_attributes == 0, "not early");
@@ -108,10 +111,10 @@ void test_early_launches_say_so() {
 }  // namespace rosa::test
 
 int main() {
-  rosa::test::test_every_size_is_served();
-  rosa::test::test_a_kernel_is_asked_about_once_a_device();
-  rosa::test::test_threads_of_different_needs();
-  rosa::test::test_a_refusal_says_why_and_leaves_nothing_behind();
-  rosa::test::test_early_launches_say_so();
+  rosa::test::test_every_shared_size_launches();
+  rosa::test::test_attributes_are_read_once_per_device();
+  rosa::test::test_threads_with_different_shared_sizes();
+  rosa::test::test_a_refused_launch_reports_and_clears_its_error();
+  rosa::test::test_an_early_launch_sets_its_attribute();
   return rosa::test::exit_status();
 }

@@ -1,4 +1,4 @@
-// The tests' own number formats: every kernel is judged by them.
+// Tests the tests' own number formats, by which every kernel is judged.
 #include "support.h"
 
 namespace rosa::test {

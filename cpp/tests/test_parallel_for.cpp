@@ -1,4 +1,4 @@
-// parallel_for: every worker runs exactly once, whoever calls from wherever.
+// parallel_for runs every worker exactly once, from any calling thread.
 #include "cpu/parallel_for.h"
 
 #include "support.h"
@@ -7,8 +7,8 @@ namespace rosa::test {
 namespace {
 
 void test_each_worker_runs_once(int workers) {
-  // Plain ints on purpose: two runs of one worker, or a return before the last write, are races
-  // that ThreadSanitizer reports.
+  // These are plain ints on purpose. If a worker runs twice, or parallel_for returns before the
+  // last write, ThreadSanitizer reports a race.
   std::vector<int> runs(static_cast<size_t>(workers), 0);
   cpu::parallel_for(workers, [&](int worker) { ++runs[static_cast<size_t>(worker)]; });
   for (int count : runs) ROSA_CHECK(count == 1, std::to_string(workers) + " workers");

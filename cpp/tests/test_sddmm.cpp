@@ -45,7 +45,7 @@ void test_case(const Case& test) {
   });
 }
 
-// The reduction must not swallow a NaN or an Inf that an entry does refer to.
+// The reduction must not lose a NaN or an Inf that an entry refers to.
 void test_nonfinite_operands_show() {
   const Pattern pattern("full", 3, 4, [](int64_t, int64_t) { return true; });
   for (DType dtype : kDTypes) {

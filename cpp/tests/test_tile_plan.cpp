@@ -1,4 +1,4 @@
-// make_tile_plan against counting and sorting by the book, array by array.
+// Compares make_tile_plan, array by array, with straightforward counting and sorting.
 #include "rosa/tile_plan.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace {
 
 using Ints = std::vector<int32_t>;
 
-// Lengths of the test's arrays are the plan's word against the test's own counts.
+// The lengths come from the plan. Each comparison checks them against the test's own counts.
 Ints copy_of(const int32_t* array, int64_t size) { return {array, array + size}; }
 
 struct Entry {
@@ -22,7 +22,7 @@ struct Entry {
   int32_t p, q;  // positions
 };
 
-// One axis by the book: a stable sort of the indices that have a nonzero.
+// One axis as expected: a stable sort of the indices that have a nonzero.
 struct ExpectedAxis {
   Ints position, order, sector;
   int32_t padded;
@@ -138,14 +138,15 @@ void test_case(const Pattern& pattern, int tile_rows, int tile_cols, double heav
   ROSA_CHECK(view.light_col + view.light_nnz() == plan.blob.data() + plan.blob.size(), context);
 }
 
-// Rows around the length at which they are cut, next to empty ones.
+// Rows of about the length at which rows are cut, beside empty rows.
 Pattern long_rows() {
   const int64_t lengths[] = {511, 0, 512, 513, 1024, 1025, 0, 2600, 1, 512};
   return {"long rows", 10, 2600,
           [&](int64_t i, int64_t j) { return (j * 7 + i) % 2600 < lengths[i]; }};
 }
 
-// Full blocks in the middle of nothing, and a thin rest: heavy tiles beside light ones.
+// Some rows and columns are dense and the others are nearly empty. So the plan has heavy tiles and
+// light entries.
 Pattern skewed() {
   Random random(5);
   return {"skewed", 333, 417, [&](int64_t i, int64_t j) {
@@ -154,7 +155,7 @@ Pattern skewed() {
           }};
 }
 
-// More tiles than could be counted at once: the builder works strip by strip.
+// There are more tiles than can be counted at once, so the builder works strip by strip.
 void test_diagonal() {
   const int32_t n = kReduced ? 20'000 : 300'000;
   Ints crow(static_cast<size_t>(n) + 1), col(static_cast<size_t>(n));

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Find nvcc; on a machine with an NVIDIA GPU and none, install it from PyPI. Prints its path.
+"""Find nvcc and print its path. Install it from PyPI if that is allowed and there is a GPU.
 
-    python cpp/tools/cuda_toolchain.py             # prints the path, or nothing where there is none
+    python cpp/tools/cuda_toolchain.py             # prints the path, or nothing if there is no nvcc
     python cpp/tools/cuda_toolchain.py --install   # may install it into this Python's environment
 
-Most users of a GPU have its driver and torch, but no compiler. The wheels hold all of it: 105 MB to
-download, no root, removed with the environment. Nothing is ever downloaded without a GPU, for a
-torch without CUDA, or outside a virtual environment; a failure is said and costs the CUDA kernels
-alone, since the rest of the project builds without them.
+Most users of a GPU have its driver and torch, but no compiler. NVIDIA's wheels contain the whole
+compiler: 105 MB to download, without root, removed with the environment. Nothing is downloaded
+without a GPU, for a torch without CUDA, or outside a virtual environment. If the installation
+fails, a message says so. The rest of the project then builds without CUDA kernels.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# wgmma and the compilation of C++17 with current host compilers begin there; 13.0 is what was run.
+# wgmma, and C++17 with current host compilers, need 12.0. The version that was run is 13.0.
 OLDEST = (12, 0)
 TOOLKIT = Path("/usr/local/cuda")
 DRIVER = Path("/proc/driver/nvidia")
-# CUDA's headers, compiler stages and static runtime, each a package of its own since CUDA 13.
+# CUDA's headers, compiler stages and static runtime. Each is a separate package since CUDA 13.
 PACKAGES = (
     "nvidia-cuda-nvcc",
     "nvidia-cuda-crt",
@@ -39,12 +39,12 @@ PACKAGES = (
 
 
 def wheel_root() -> Path:
-    """Where NVIDIA's wheels for CUDA 13 put their files in this Python's environment."""
+    """The folder of NVIDIA's wheels for CUDA 13 in this Python's environment."""
     return Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
 
 
 def candidates() -> Iterator[Path]:
-    """Where nvcc may be, what the user chose first."""
+    """Paths at which nvcc may be. The user's choice comes first."""
     if chosen := os.environ.get("CUDACXX"):
         yield Path(shutil.which(chosen) or chosen)
     if on_path := shutil.which("nvcc"):
@@ -57,7 +57,7 @@ def candidates() -> Iterator[Path]:
 
 
 def version_of(nvcc: Path) -> tuple[int, int] | None:
-    """(major, minor) of a compiler that starts, or None."""
+    """The (major, minor) version of a compiler, or None if it does not start."""
     match = re.search(r"release (\d+)\.(\d+)", output(str(nvcc), "--version") or "")
     return (int(match[1]), int(match[2])) if match else None
 
@@ -72,7 +72,7 @@ def find() -> Path | None:
             return nvcc
         if version is not None:
             needed = ".".join(map(str, OLDEST))
-            say(f"{nvcc} is version {version[0]}.{version[1]}, older than {needed}: passed over")
+            say(f"{nvcc} is version {version[0]}.{version[1]}, older than {needed}: not used")
     return None
 
 
@@ -83,9 +83,10 @@ def has_gpu() -> bool:
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version this Python's torch was built with; "" for a CPU build, None if unknown.
+    """The CUDA version of this Python's torch: "" for a CPU build, None if it is unknown.
 
-    Read from its version file: importing torch takes seconds, and this runs at every configure.
+    It is read from torch's version file. Importing torch takes seconds, and this runs at every
+    configure.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -99,10 +100,10 @@ def torch_cuda() -> str | None:
 
 
 def requirements(torch_version: str | None) -> list[str]:
-    """What pip is asked for: the pins of constraints.txt if they are of torch's CUDA version.
+    """The requirements for pip: the pins of constraints.txt if they have torch's CUDA version.
 
-    torch brings a CUDA runtime of its own version, which must stay; another minor version of the
-    compiler beside it would replace that package.
+    torch brings a CUDA runtime of its own version, which must stay. A compiler of another minor
+    version would replace that package.
     """
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==", 1) for line in lines if "==" in line)
@@ -124,21 +125,21 @@ def minor(version: str) -> str:
 
 
 def reason_not_to_install() -> str | None:
-    """Why nothing may be downloaded here, or None."""
+    """The reason why nothing may be downloaded here, or None. "" is a reason without a message."""
     if not has_gpu():
-        return ""  # the usual case, and nothing to tell
+        return ""  # the usual case, which needs no message
     cuda = torch_cuda()
     if cuda == "":
-        return "nvcc is not installed, since torch here is a build without CUDA"
+        return "nvcc is not installed, because torch here is a build without CUDA"
     if cuda is not None and not cuda.startswith("13."):
-        return f"torch here is for CUDA {cuda}, whose nvcc PyPI lacks: install the CUDA toolkit"
+        return f"torch is for CUDA {cuda}, and PyPI has no nvcc for it: install the CUDA toolkit"
     if sys.prefix == sys.base_prefix:
-        return "nvcc was not found, and is only installed into a virtual environment"
+        return "nvcc was not found, and it is installed only into a virtual environment"
     return None
 
 
 def install() -> Path | None:
-    """nvcc from PyPI, in this environment; None, with a sentence on stderr, where it fails."""
+    """Install nvcc from PyPI into this environment. If that fails, say so and return None."""
     wanted = requirements(torch_cuda())
     say(f"no nvcc was found: installing {', '.join(wanted)}")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -151,7 +152,7 @@ def install() -> Path | None:
 
 
 def link_libraries() -> None:
-    """The names under which CMake and the linker look, which wheels cannot hold."""
+    """Make the links that CMake and the linker look for. Wheels cannot contain links."""
     root = wheel_root()
     links = {root / "lib64": "lib"}
     for library in sorted((root / "lib").glob("libcudart.so.*")):
@@ -163,7 +164,7 @@ def link_libraries() -> None:
 
 
 def output(*command: str) -> str | None:
-    """What a command prints, or None if it fails."""
+    """The stdout of a command, or None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -172,14 +173,14 @@ def output(*command: str) -> str | None:
 
 
 def say(text: str) -> None:
-    """For people: stdout is for the path alone."""
+    """Print a message on stderr, because stdout is only for the path."""
     print(f"cuda_toolchain: {text}", file=sys.stderr)
 
 
 def main() -> None:
-    """Print nvcc's path, after installing it if that is asked for and needed."""
+    """Print nvcc's path. With --install, install it first if it is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--install", action="store_true", help="from PyPI, where there is a GPU")
+    parser.add_argument("--install", action="store_true", help="install nvcc, if there is a GPU")
     arguments = parser.parse_args()
     nvcc = find()
     if nvcc is None and arguments.install:

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Two short sessions on a GPU machine that has torch, nvcc and cmake, and no package index.
+"""Check and measure the kernels on a GPU machine, in one of two short sessions.
 
     python3 cpp/tools/gpu.py first --budget 5     # minutes, all together; `make gpu BUDGET=5`
     python3 cpp/tools/gpu.py more --budget 4      # `make gpu-more BUDGET=4`
 
-`first` answers three questions. Are the kernels right, in cases that small tests never reach? How
-fast are they on real masks, against dense + gather and cuSPARSE? Where does the time go, against
-what the cost model expects? `more` runs the GPU tests and memcheck, and measures the other masks,
-decoding, the copies and the layer. `--device cpu` rehearses either without a GPU.
+The machine needs torch, nvcc and cmake, but no package index. `first` answers three questions. Are
+the kernels right in cases that small tests never reach? How fast are they on real masks, compared
+with dense + gather and cuSPARSE? Where does the time go, compared with the cost model? `more` runs
+the GPU tests and memcheck. It also measures the other masks, decoding, the copies and the layer.
+`--device cpu` rehearses either session without a GPU.
 
-Each builds into build/gpu and runs a copy of the Python sources there, beside the new module: the
-checkout's own module stays as it is. Whatever hangs, a session ends within its budget. The exit
-status is 0; 1 if something is incorrect; 2 if something failed; 3 if something was not reached.
-Under --out: log.txt, results.jsonl, stages.jsonl, machine.json and ncu.csv.
+Each session builds into build/gpu and runs a copy of the Python sources there, beside the new
+module. The checkout's own module stays as it is. A session ends within its budget, even if a step
+hangs. The exit status is 0; 1 if something is incorrect; 2 if something failed; 3 if something was
+not reached. The files under --out are log.txt, results.jsonl, stages.jsonl, machine.json and
+ncu.csv.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ TREE = BUILD / "tree"
 STAGED = ("rosa_kernels", "rosa_train", "bench", "tests", "cpp/tools", "pyproject.toml")
 NOT_STAGED = ("__pycache__", "*.so", "rows")
 
-# A family's kernels share code, so one process checks them: a fault takes its CUDA context along.
+# A family's kernels share code, so one process checks them. A fault breaks the CUDA context of the
+# whole process.
 FAMILIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "cuda": {
         "sddmm cuda/gather": (("sddmm",), "cuda/gather"),
@@ -54,20 +57,22 @@ FAMILIES: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
         "copies cpu": (("csr_add_", "csr_gather", "csr_scatter_"), "cpu"),
     },
 }
-# Those whose memory accesses are the least like plain loops.
+# The families whose memory accesses are least like plain loops.
 MEMCHECKED = ("sddmm cuda/tile", "sddmm cuda/wgmma", "spmm cuda/gather", "spmm cuda/tile")
 
-# Of the layer suite: a case has 34 contenders otherwise, more than there is time for.
+# Contenders of the layer suite. Without this choice a case has 34, more than there is time for.
 LAYERS = ("rosa", "lora", "peft-lora", "peft-supra", "full")
 
-# Shares of the budget, as limits. Time that a step does not use goes to the measurements.
+# Time limits as shares of the budget. Time that a step does not use goes to the measurements.
 BUILD_SHARE, CHECK_SHARE, NCU_SHARE, TEST_SHARE, LAYER_SHARE = 0.65, 0.25, 0.13, 0.3, 0.25
-# Checks and ncu stop themselves so long before they are stopped, to say what they found.
+# Checks and ncu stop themselves this long before their limit, so that they can report what they
+# found.
 CHECK_MARGIN_S, NCU_MARGIN_S = 12.0, 20.0
 SHORTEST_MEASUREMENT_S = 15.0
 LINES_SHOWN = 45
 
-# Time, bytes from and to memory, hits of the second-level cache, how busy, how many blocks fit.
+# Time, bytes from and to memory, hits in the L2 cache, utilisation, registers, blocks per
+# multiprocessor.
 NCU_METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -78,10 +83,11 @@ NCU_METRICS = (
     "launch__registers_per_thread",
     "launch__occupancy_limit_shared_mem",
 )
-# What gpu_check says where time allowed for no case; and where a kernel is for another GPU.
+# gpu_check prints the first if there was no time for any case. It prints the second if the kernel
+# is for another GPU.
 NO_TIME, NO_SERVICE = "^nothing was reached", "^no kernel served a case"
 FOR_SOME_GPUS = ("cuda/wgmma",)
-# What sanitizer and profiler say where the machine does not let them work.
+# What the sanitizer and the profiler print if the machine does not let them work.
 NO_SANITIZER = "Device not supported|terminated before first instrumented API call|Unable to"
 NO_PROFILER = "ERR_NVGPUCTRPERM|No kernels were profiled|not supported"
 WARM_UP = """
@@ -96,7 +102,7 @@ NO_GPU = "no CUDA device: nothing was built. `--device cpu` rehearses the sessio
 
 @dataclass
 class Run:
-    """A session and what its steps share."""
+    """A session, and the settings that its steps share."""
 
     session: Session
     device: str
@@ -105,17 +111,17 @@ class Run:
     without: list[str] = field(default_factory=list)
 
     def share(self, of_budget: float) -> float:
-        """A step's time limit in seconds."""
+        """The time limit, in seconds, of a step with this share of the budget."""
         return min(of_budget * self.budget_s, self.session.left())
 
     def bench(self, *arguments: str | Path, limit_s: float, name: str) -> bool:
-        """One benchmark process, which ends itself before its limit unless something hangs."""
+        """Run one benchmark process. It ends itself before its limit unless something hangs."""
         if limit_s < SHORTEST_MEASUREMENT_S:
             self.session.skip(name, f"{max(limit_s, 0):.0f} s are left", "not reached")
             return False
         command = [sys.executable, "-m", "bench", *arguments, "--device", self.device]
         command += ["--time-budget", f"{limit_s * 0.8:.0f}"]
-        if self.without and "layer" not in arguments:  # whose contenders have other names
+        if self.without and "layer" not in arguments:  # its contenders have other names
             command += ["--without", *self.without]
         task = Task(name, command, limit_s=limit_s, show=LINES_SHOWN)
         return self.session.run(task).ok
@@ -127,18 +133,18 @@ def has(module: str) -> bool:
 
 
 def program(name: str) -> str | None:
-    """A program of the CUDA toolkit, on PATH or where toolkits put it."""
+    """The path of a CUDA toolkit's program, from PATH or the toolkit's folder, or None."""
     folders = [cuda_toolchain.TOOLKIT / "bin", cuda_toolchain.TOOLKIT / "compute-sanitizer"]
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
 
 
 def gpu_is_here() -> bool:
-    """Without importing torch, which takes seconds."""
+    """Whether there is a GPU, found without importing torch, which takes seconds."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or cuda_toolchain.has_gpu()
 
 
 def environment() -> dict[str, str]:
-    """What the steps run in: this Python and the staged sources, whatever the caller's settings."""
+    """The environment of the steps: the staged sources, without the caller's settings."""
     ignored = ("VIRTUAL_ENV", "MAKEFLAGS", "MFLAGS", "PYTHONPATH")
     kept = {
         key: value
@@ -161,7 +167,7 @@ def stage() -> None:
 
 
 def build(run: Run) -> bool:
-    """The Python module for the GPU of this machine, with plain CMake; True if it is there."""
+    """Build the Python module for this machine's GPU with plain CMake. True if that worked."""
     stage()
     nvcc = cuda_toolchain.find()
     if nvcc is None and run.device == "cuda":
@@ -188,7 +194,7 @@ def build(run: Run) -> bool:
     built, _ = run.session.together(
         [
             Task("build", command, limit_s=run.share(BUILD_SHARE)),
-            # On a fresh machine the first import reads gigabytes: here nobody waits for it.
+            # On a fresh machine the first import reads gigabytes. Here it runs beside the build.
             Task("import torch", [sys.executable, "-c", WARM_UP], limit_s=run.share(BUILD_SHARE)),
         ]
     )
@@ -198,7 +204,7 @@ def build(run: Run) -> bool:
 def checks(
     run: Run, names: Iterable[str], limit_s: float, *, under: Sequence[str] = ()
 ) -> list[Task]:
-    """gpu_check for families of kernels, each in a process of its own, side by side."""
+    """Tasks that run gpu_check for families of kernels, each in a process of its own."""
     names = list(names)
     tasks = []
     for name in names:
@@ -227,16 +233,16 @@ def checks(
 
 
 def threads_for(processes: int) -> dict[str, str]:
-    """An equal share of the cores for each of some processes; each would take all."""
+    """Give each process an equal share of the cores. By default, each takes all of them."""
     return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
 
 
 def check(run: Run) -> None:
-    """Every family of kernels; what fails is not measured afterwards."""
+    """Check every family of kernels. A kernel that fails is not measured afterwards."""
     families = FAMILIES[run.device]
     steps = run.session.together(checks(run, families, run.share(CHECK_SHARE)))
     for step, (ops, kernel) in zip(steps, families.values(), strict=True):
-        # The next suite is of sddmm. It would refuse the name of a kernel that sddmm lacks.
+        # The next suite is of sddmm. It would refuse the name of a kernel that sddmm does not have.
         if step.outcome in ("failed", "incorrect") and "sddmm" in ops:
             run.without.append(kernel)
     if run.without:
@@ -244,7 +250,7 @@ def check(run: Run) -> None:
 
 
 def profile(run: Run) -> None:
-    """What Nsight Compute counts in each kernel, where it works."""
+    """Write what Nsight Compute counts in each kernel, if it works here."""
     ncu = program("ncu")
     if ncu is None or run.device != "cuda":
         run.session.skip("ncu", "ncu was not found" if run.device == "cuda" else run.device)
@@ -253,7 +259,7 @@ def profile(run: Run) -> None:
         *(ncu, "--clock-control", "none", "--csv", "--metrics", ",".join(NCU_METRICS)),
         *("--kernel-name-base", "demangled", "--kernel-name", "regex:rosa::cuda"),
         *(sys.executable, "-m", "bench", "stages", "--suite", "first", "--device", "cuda"),
-        # It prints at the end: what is killed leaves nothing.
+        # ncu prints at the end, so a killed ncu leaves nothing.
         *("--bare", "--time-budget", f"{max(run.session.left() - NCU_MARGIN_S, 1):.0f}"),
         *(("--without", *run.without) if run.without else ()),
     ]
@@ -266,7 +272,7 @@ def profile(run: Run) -> None:
 
 
 def first(run: Run) -> None:
-    """Right? How fast on real masks? Where does the time go?"""
+    """Check the kernels, measure them on real masks, and profile them."""
     check(run)
     run.bench(
         *("run", "--suite", "first", "--experiments", "--stages", "--no-plots"),
@@ -278,7 +284,7 @@ def first(run: Run) -> None:
 
 
 def more(run: Run) -> None:
-    """GPU tests beside memcheck; the remaining masks, decoding, copies; the layer."""
+    """Run GPU tests beside memcheck. Then measure other masks, decoding, copies and the layer."""
     limit = run.share(TEST_SHARE)
     sanitizer = program("compute-sanitizer")
     tasks = []
@@ -291,7 +297,7 @@ def more(run: Run) -> None:
     else:
         memcheck = (
             *(sanitizer, "--tool=memcheck", "--error-exitcode=86"),
-            "--report-api-errors=no",  # torch asks for things that may fail
+            "--report-api-errors=no",  # some of torch's own calls fail
             "--kernel-name=kernel_substring=rosa",  # torch's own kernels take most of the time
             *("--padding", "1024"),  # makes small overruns visible
         )
@@ -305,10 +311,11 @@ def more(run: Run) -> None:
 
 
 def gpu_tests(limit_s: float) -> Task:
-    """Those that pytest marks gpu, in parallel where it can."""
-    # The versions on this machine are not ours: neither their warnings nor their age count.
+    """The task of the tests marked gpu, in parallel if pytest-xdist is installed."""
+    # This machine's versions of pytest and others are not ours, so warnings and old versions are
+    # allowed.
     lenient = ("-W", "default", "-o", "minversion=7.0", "-p", "no:cacheprovider")
-    # Without those that have nothing on a GPU but take long to collect.
+    # Leaves out folders that have no GPU tests but take long to collect.
     chosen = ("-m", "gpu", "--ignore=tests/train", "--ignore=tests/bench")
     workers = min(8, os.cpu_count() or 1) if has("xdist") else 1
     parallel = ("-n", str(workers)) if workers > 1 else ()
@@ -326,7 +333,7 @@ SESSIONS: dict[str, tuple[float, Callable[[Run], None]]] = {"first": (5, first),
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, look for a GPU, run a session."""
+    """Parse the arguments, look for a GPU and run a session."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("session", choices=list(SESSIONS))
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="default: 5, or 4 for more")
@@ -353,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (out / "log.txt").open("w") as log:
         session = Session(budget_s, log, TREE, environment())
         run = Run(session, arguments.device, budget_s, out, list(arguments.without))
-        # As Ctrl-C does: stops what was started, and says how far that came.
+        # SIGTERM acts like Ctrl-C: it stops what was started and reports how far that came.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             if _prepare(run, arguments.no_build):

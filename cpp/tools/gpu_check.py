@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Every CUDA kernel against the float64 oracle, with nothing but torch.
+"""Check every CUDA kernel against the float64 oracle. Needs only torch.
 
     python cpp/tools/gpu_check.py                                     # all kernels, all cases
     python cpp/tools/gpu_check.py --ops sddmm --kernels cuda/tile     # one family
     python cpp/tools/gpu_check.py --sizes small                       # for compute-sanitizer
 
-Small cases are nasty patterns. Large ones are what those never reach: thousands of tokens, rings
-that wrap, tiles that stream-K cuts, panels of one MiB, launches that overlap, the hidden sizes of
-models. Of a large product a sample is compared; all of it is finite, and the same in four calls.
+Small cases are nasty patterns. Large cases have what small ones never reach: thousands of tokens,
+rings that wrap, tiles that stream-K cuts, panels of one MiB, overlapping launches, the hidden sizes
+of models. A sample of a large result is compared with the oracle. All of it must be finite, and the
+same in four calls.
 
 Lines that begin with INCORRECT name wrong results. The exit status is 0; 2 if a result is
-incorrect, a call failed or none was served; or 3 if the device was lost on the way (an access out
-of bounds takes all later calls of the process with it). It is no substitute for `pytest -m gpu`,
-which also tests streams, graphs, errors and threads.
+incorrect, a call failed or no kernel served a case; 3 if the device was lost. After an access out
+of bounds, all later calls of the process fail. This check does not replace `pytest -m gpu`, which
+also tests streams, graphs, errors and threads.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from rosa_kernels.testing import (
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (BF16, F16, F32)
-# Tokens around vectors, panel lines and chunks.
+# Numbers of tokens near the widths of vectors, panel lines and chunks.
 TOKENS = (1, 7, 8, 33, 64, 65, 130, 512)
 SMALL_PATTERNS = ("nnz=0", "corners", "one-full-row", "last-column-only", "powerlaw", "odd-tiles")
 SMALL_TOKENS = (8, 33, 130)
@@ -52,23 +53,23 @@ OPS = ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_")
 PRODUCTS = ("sddmm", "spmm")
 IN_PLACE = ("csr_add_", "csr_scatter_")
 SIZES = ("small", "nasty", "large")
-# Hidden sizes at which operands in shared memory pass 48 KiB, 64 KiB and more.
+# Hidden sizes at which operands in shared memory take more than 48 KiB, 64 KiB and so on.
 WIDTHS = (2048, 3072, 11008)
 WIDTH_TOKENS = (1, 2, 8)
 TILES = ((128, 128), (128, 256))
 CALLS_IN_A_ROW = 4
 SAMPLED_ENTRIES, SAMPLED_ROWS = 4096, 96
-# Read by the kernels at every call; 0 is the default.
+# The kernels read these variables at every call. 0 stands for the default.
 DEFAULTS = {"ROSA_PANEL_MIB": "0", "ROSA_EARLY_LAUNCH": "0"}
 SMALL_PANELS, OVERLAP = {"ROSA_PANEL_MIB": "1"}, {"ROSA_EARLY_LAUNCH": "1"}
-# A CPU rehearses the large cases at an eighth of every edge.
+# A CPU rehearses the large cases with every edge divided by this.
 REHEARSAL = 8
 LOST = 3
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A case, and how it is called."""
+    """A case, and the settings of its call."""
 
     name: str
     op: str
@@ -77,7 +78,7 @@ class Problem:
     dtype: torch.dtype
     layout: str = "token-major"
     variables: dict[str, str] = field(default_factory=dict)
-    tile: tuple[int, int] | None = None  # of the plan, by default the device's
+    tile: tuple[int, int] | None = None  # of the plan; None: the device's default
     sampled: bool = False
 
     def __str__(self) -> str:
@@ -88,7 +89,7 @@ class Problem:
 
 
 def skewed(m: int, n: int, density: float) -> rk.CsrPattern:
-    """Rows and columns of very unequal weight: heavy tiles beside scattered entries."""
+    """A pattern with very unequal rows and columns: heavy tiles beside scattered entries."""
     generator = torch.Generator().manual_seed(m + n)
     score = torch.rand(m, n, generator=generator)
     score *= torch.rand(m, 1, generator=generator) ** 3
@@ -98,7 +99,7 @@ def skewed(m: int, n: int, density: float) -> rk.CsrPattern:
 
 
 def small_problems(op: str, nasty: bool) -> Iterator[Problem]:
-    """Patterns that have broken a sparse kernel before."""
+    """Problems with patterns that have broken a sparse kernel before."""
     for name, build in {**NASTY, "skewed": lambda: skewed(700, 900, 0.03)}.items():
         if not nasty and name not in SMALL_PATTERNS:
             continue
@@ -113,7 +114,7 @@ def small_problems(op: str, nasty: bool) -> Iterator[Problem]:
 
 
 def large_problems(op: str, shrink: int) -> Iterator[Problem]:
-    """What small cases never reach, what is likeliest to break first."""
+    """Problems that small cases never reach. The likeliest to fail come first."""
     edge = 4096 // shrink
     if op not in PRODUCTS:
         pattern = skewed(edge, edge, 0.006)
@@ -142,7 +143,7 @@ def large_problems(op: str, shrink: int) -> Iterator[Problem]:
     for tokens, dtype, layout, variables in calls:
         tokens = max(tokens // shrink, 1)
         yield Problem("4096 x 4096", op, real, tokens, dtype, layout, variables, sampled=True)
-    for tile in TILES:  # whichever the device's own is
+    for tile in TILES:  # both, whatever the device's default
         for tokens in (8192 // shrink, 65):
             yield Problem("4096 x 4096", op, real, tokens, BF16, tile=tile, sampled=True)
     odd = skewed(edge + 37, 2 * edge + 91, 0.01)  # no edge is a whole tile
@@ -162,7 +163,7 @@ def inputs_of(problem: Problem, device: str) -> dict[str, Tensor]:
 def call(
     problem: Problem, kernel: str, pattern: rk.CsrPattern, inputs: dict[str, Tensor]
 ) -> Tensor:
-    """One result, with calls in a row that must give the same bits."""
+    """The result of a call. Several calls in a row must give the same bits."""
     op = getattr(rk, problem.op)
 
     def once() -> Tensor:
@@ -184,7 +185,7 @@ def call(
 def sample(
     problem: Problem, pattern: rk.CsrPattern, inputs: dict[str, Tensor], got: Tensor
 ) -> tuple[rk.CsrPattern, dict[str, Tensor], Tensor]:
-    """A part of a large problem, and of its result: some entries of sddmm, some rows of spmm."""
+    """A part of a large problem and of its result: some entries of sddmm, or rows of spmm."""
     if not problem.sampled or problem.op not in PRODUCTS or pattern.nnz == 0:
         return pattern, inputs, got
     generator = torch.Generator().manual_seed(problem.tokens)
@@ -203,7 +204,7 @@ def sample(
 
 
 def check(problem: Problem, kernel: str, device: str) -> None:
-    """Raises AssertionError if the kernel's result is wrong, what it refuses with otherwise."""
+    """Raise AssertionError if the kernel's result is wrong. Other errors are the kernel's own."""
     inputs, pattern = inputs_of(problem, device), problem.pattern.to(device)
     if problem.tile is not None:
         pattern.build_tile_plan(*problem.tile)
@@ -214,7 +215,7 @@ def check(problem: Problem, kernel: str, device: str) -> None:
 
 
 def lost(device: str) -> str:
-    """Why the device takes no more work, or ""."""
+    """The reason why the device takes no more work, or "" if it works."""
     if device == "cpu":
         return ""
     try:
@@ -225,9 +226,10 @@ def lost(device: str) -> str:
 
 
 def available(op: str, wanted: list[str], device: str, count: Counter[str]) -> list[str]:
-    """The kernels of an op on this device, or those asked for by name or backend.
+    """The kernels of an op on this device, or those of them that `wanted` names.
 
-    One that is asked for but cannot run in this process has failed: its build may be broken.
+    `wanted` holds names and backends. A wanted kernel that cannot run in this process has failed,
+    because its build may be broken.
     """
     names = []
     for kernel in rk.kernels(op):
@@ -244,9 +246,9 @@ def available(op: str, wanted: list[str], device: str, count: Counter[str]) -> l
 
 
 def outcome(problem: Problem, kernel: str, device: str) -> str:
-    """How one check ends; what is bad is printed."""
+    """Run one check and return its outcome. Failures are printed."""
     case = f"{problem.op} {kernel}, {problem}"
-    if problem.sampled:  # of a hang, the last line says where
+    if problem.sampled:  # if it hangs, the last line says where
         print(f"at {case}", flush=True)
     try:
         check(problem, kernel, device)
@@ -254,7 +256,7 @@ def outcome(problem: Problem, kernel: str, device: str) -> str:
         print(f"INCORRECT {case}: {error}", flush=True)
         return "incorrect"
     except Exception as error:
-        if "asked for explicitly" in str(error):  # it may refuse, with a reason
+        if "asked for explicitly" in str(error):  # a kernel may refuse, with a reason
             return "refused"
         print(f"FAILED {case}: {error}", flush=True)
         return "failed"
@@ -269,7 +271,7 @@ def problems(size: str, op: str, device: str) -> Iterator[Problem]:
 
 
 def main() -> int:
-    """Check what was asked for; print what failed and a count per kernel."""
+    """Check what was asked for. Print failures, and counts per op."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="default: all")
@@ -280,7 +282,7 @@ def main() -> int:
         type=float,
         default=float("inf"),
         metavar="S",
-        help="no case is begun after, on the clock of time.monotonic(), which processes share",
+        help="begin no case after this time of time.monotonic(), which all processes share",
     )
     arguments = parser.parse_args()
     device = arguments.device

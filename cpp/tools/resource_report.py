@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What the compiler made of every CUDA kernel: registers, spills, shared memory, instructions.
+"""Report every CUDA kernel's machine code: registers, spills, shared memory, instructions.
 
     python cpp/tools/resource_report.py build/release/cpp/src/cuda/librosa_cuda.a
 
-Any object file, library, module or cubin will do. It exits with 1 if a kernel spills, or lacks the
-instructions that its speed rests on (EXPECTED below): a tile kernel without tensor cores is still
-correct, so no other test would notice. No GPU is needed, but cuobjdump and nvdisasm are: those
-beside nvcc, on PATH, from the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (5 MB, part of
-the `dev` extra) or in triton's package. Without them it exits with 77, which ctest takes for
-"skipped".
+It reads any object file, library, module or cubin. It exits with 1 if a kernel spills, or lacks the
+instructions that make it fast (EXPECTED below). A tile kernel without tensor cores is still
+correct, so no other test would notice. No GPU is needed, but cuobjdump and nvdisasm are. They may
+lie beside nvcc, on PATH or in triton's package. The wheels nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm have them, too (5 MB, part of the `dev` extra). Without them the report exits
+with 77, which ctest takes for "skipped".
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import cuda_toolchain
 
 SKIPPED = 77
 
-# Instructions that are counted, by a pattern of their name in the machine code.
+# The instructions that are counted, each by a pattern of its name in the machine code.
 INSTRUCTIONS = {
-    "HMMA": r"HMMA\b",  # tensor cores by mma.sync
-    "HGMMA": r"HGMMA\b",  # and by wgmma
+    "HMMA": r"HMMA\b",  # tensor cores, by mma.sync
+    "HGMMA": r"HGMMA\b",  # tensor cores, by wgmma
     "LDSM": r"LDSM\b",  # ldmatrix
     "LDGSTS": r"LDGSTS\b",  # cp.async
     "UBLKCP": r"UBLKCP\b",  # cp.async.bulk
@@ -50,11 +50,11 @@ FORBIDDEN = {
 
 @dataclass(frozen=True)
 class Expectation:
-    """Kernels whose name matches `kernel`, and each instruction that all of them must hold."""
+    """The instructions that every kernel whose name matches `kernel` must have."""
 
     kernel: str
     instructions: tuple[str, ...]
-    architecture: str = ""  # the only one they are built for, if there is just one
+    architecture: str = ""  # if they are built for only one
 
 
 EXPECTED = (
@@ -65,13 +65,14 @@ EXPECTED = (
     Expectation(r"spmm_gather_kernel\b", ("LDG.128",)),
     Expectation(r"spmm_staged_kernel\b", ("LDG.128", "LDS.128")),
     Expectation(r"spmm_tile_kernel\b", ("HMMA", "LDSM", "LDGSTS")),
-    # A baseline that does not load as its model does would be an unfair one.
+    # A baseline must load like the code it models, or the comparison is unfair.
     Expectation(r"baselines::sputnik_style_\w+_kernel<(float, 4|Bf16, 8|Half, 8),", ("LDG.128",)),
 )
 
 
-# (kernel, architecture) that may spill so many bytes: a baseline on a device nobody measures peers
-# on. nvcc saves two registers once; every launch bound that spares them halves its blocks.
+# Kernels that may spill, by (kernel, architecture), and the bytes that they may spill. This one is
+# a baseline on a device on which nobody measures peers. nvcc saves two registers once. Every launch
+# bound that avoids this halves the blocks.
 TOLERATED_STACK = {("baselines::sputnik_style_spmm_kernel<float, 4, 8, 2>", "sm_86"): 8}
 
 
@@ -87,7 +88,7 @@ class Kernel:
     counts: Counter[str] = field(default_factory=Counter)
 
     def violations(self) -> Iterator[str]:
-        """What is wrong with it, if anything."""
+        """What is wrong with the kernel, if anything."""
         tolerated = TOLERATED_STACK.get((self.name, self.architecture), 0)
         if self.stack > tolerated:
             yield f"{self.stack} bytes of stack"
@@ -102,7 +103,7 @@ class Kernel:
 
 
 class Disassembler:
-    """cuobjdump, with the nvdisasm it calls on its PATH."""
+    """cuobjdump, with nvdisasm on its PATH, which it calls."""
 
     def __init__(self) -> None:
         folders = [str(folder) for folder in self._folders()]
@@ -113,7 +114,7 @@ class Disassembler:
     @staticmethod
     def _folders() -> Iterator[Path]:
         nvcc = cuda_toolchain.find()
-        if nvcc is not None:  # the same version, before any other
+        if nvcc is not None:  # the same version as nvcc comes first
             yield nvcc.resolve().parent
         yield cuda_toolchain.TOOLKIT / "bin"
         yield cuda_toolchain.wheel_root() / "bin"
@@ -122,7 +123,7 @@ class Disassembler:
             yield Path(triton.origin).parent / "backends" / "nvidia" / "bin"
 
     def lines(self, option: str, file: Path) -> list[str]:
-        """What `cuobjdump option file` prints."""
+        """The lines that `cuobjdump option file` prints."""
         done = subprocess.run(
             ["cuobjdump", option, str(file)],
             env=self._environment,
@@ -153,7 +154,7 @@ def read(disassembler: Disassembler, file: Path) -> list[Kernel]:
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\t\tFunction : (\S+)", line):
-            # A template's kernel may be in several objects of a library: one copy counts.
+            # A template's kernel may be in several objects of a library. Only one copy counts.
             counts = kernels[match[1], architecture].counts = Counter()
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+)", line):
             for instruction, pattern in patterns.items():
@@ -187,7 +188,7 @@ def short_name(demangled: str) -> str:
 
 
 def missing(kernels: list[Kernel]) -> Iterator[str]:
-    """Expectations that nothing is held to: a renamed kernel must not slip out of the check."""
+    """Expectations that match no kernel, so that no renamed kernel escapes the check."""
     architectures = {kernel.architecture for kernel in kernels}
     for expected in EXPECTED:
         if expected.architecture and expected.architecture not in architectures:
@@ -197,7 +198,7 @@ def missing(kernels: list[Kernel]) -> Iterator[str]:
 
 
 def table(kernels: list[Kernel]) -> Iterator[str]:
-    """The report as lines of aligned columns; a dot is a zero."""
+    """The lines of the report, in aligned columns. A dot stands for zero."""
     head = ["kernel", "arch", "regs", "stack", "shared", *INSTRUCTIONS]
     rows = [
         [
@@ -218,7 +219,7 @@ def table(kernels: list[Kernel]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Print the report and what violates the expectations; 1 if anything does."""
+    """Print the report and all violations. Returns 1 if there is a violation."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="objects, libraries, modules or cubins")
     arguments = parser.parse_args()

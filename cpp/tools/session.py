@@ -1,8 +1,8 @@
-"""A session of commands against a clock: each ends in an outcome, and the session ends in time.
+"""Run commands within a time budget. Each command gets an outcome, and the session ends in time.
 
-Every outcome is one of OUTCOMES. What time did not allow for is "not reached": a command that was
-never begun, or was stopped because the session's time was up. That says nothing about whether its
-results are right.
+Every outcome is one of OUTCOMES. A command is "not reached" if it was never begun, or was stopped
+because the session's time was up. This outcome does not say whether the command's results are
+right.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import IO
 
 OUTCOMES = ("ok", "skipped", "not reached", "failed", "incorrect")
-# What is left for stopping commands and writing the table of outcomes.
+# Time reserved for stopping commands and writing the table of outcomes.
 _RESERVE_S = 3.0
-# A command that cannot do anything useful in so short a time is not begun.
+# With less time than this, a command is not begun, because it could do nothing useful.
 _SHORTEST_S = 1.0
-# A killed process is awaited so long. One that a driver holds may never end; it is left behind.
+# How long to wait for a killed process. A driver may hold one forever; such a process is left
+# behind.
 _PATIENCE_S = 2.0
 _LINES_SHOWN = 12
 
@@ -35,16 +36,17 @@ class Task:
     """A command to run.
 
     Attributes:
-        name: what the table of outcomes calls it.
+        name: the command's name in the table of outcomes.
         command: the program and its arguments.
-        limit_s: seconds after which it is stopped; None: only the session's end stops it.
-        ends_itself: whether it stops well before its limit, so that it hangs, and has failed, when
-            it is stopped there. Anything else was then "not reached".
-        wrong: a regular expression; a line of output that matches, and nothing else, says
-            "incorrect", even if the command is stopped later on.
-        excuses: outcomes by regular expressions: how it counts if it fails after such a line.
-        environment: added to the session's.
-        show: how many of its last lines the terminal gets at the session's end; the log gets all.
+        limit_s: seconds after which the command is stopped. None: only the session's end stops it.
+        ends_itself: whether the command ends well before its limit by itself. If it is stopped at
+            its limit, it hangs and has "failed". Other commands are then "not reached".
+        wrong: a regular expression. The outcome is "incorrect" if and only if a line of output
+            matches, even if the command is stopped later.
+        excuses: regular expressions and outcomes. If the command fails and a line matches, the
+            outcome is this one.
+        environment: variables that are added to the session's.
+        show: how many of its last lines the terminal shows at the session's end. The log has all.
     """
 
     name: str
@@ -70,17 +72,18 @@ class Step:
 
     @property
     def ok(self) -> bool:
-        """Whether it ran to its end and found nothing."""
+        """Whether the task ran to its end and found nothing wrong."""
         return self.outcome == "ok"
 
 
 class Session:
-    """Runs tasks until its time is up, and keeps what became of them.
+    """Runs tasks until its time is up, and keeps their outcomes.
 
     Args:
-        budget_s: seconds, all together.
-        log: gets every line.
-        cwd, environment: of the commands.
+        budget_s: the time for the whole session in seconds.
+        log: the file to which every line is written.
+        cwd: the working directory of the commands.
+        environment: the environment of the commands.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Session:
         self._end = self._start + budget_s - _RESERVE_S
         self._running: list[_Running] = []
         self._lock = threading.Lock()
-        # Whatever hangs, in a command or in this process.
+        # Ends the session even if a command or this process hangs.
         self._watchdog = threading.Timer(budget_s, self._overrun)
         self._watchdog.daemon = True
         self._watchdog.start()
@@ -102,12 +105,12 @@ class Session:
         return self._end - time.monotonic()
 
     def say(self, text: str) -> None:
-        """To the terminal and the log."""
+        """Write a text to the terminal and the log."""
         print(text, flush=True)
         self.note(text)
 
     def note(self, text: str) -> None:
-        """To the log alone."""
+        """Write a text to the log only."""
         with self._lock:
             print(text, file=self._log, flush=True)
 
@@ -120,7 +123,7 @@ class Session:
         return self.together([task])[0]
 
     def together(self, tasks: Sequence[Task]) -> list[Step]:
-        """Run tasks at the same time; the fault of one is not another's."""
+        """Run tasks at the same time. A failure of one does not affect the others."""
         if self.left() < _SHORTEST_S:
             return [self.skip(task.name, "the time is up", "not reached") for task in tasks]
         for task in tasks:
@@ -141,7 +144,7 @@ class Session:
         return step
 
     def finish(self) -> int:
-        """Print all outcomes, last what tasks have to show.
+        """Print all outcomes, then the last lines of tasks that have some to show.
 
         Returns:
             The exit status: 0 if all is well, 1 if anything is incorrect, 2 if anything failed, 3
@@ -162,7 +165,7 @@ class Session:
         return 0
 
     def stop(self) -> None:
-        """Stop whatever runs; a later task is not begun."""
+        """Stop all running tasks. No later task is begun."""
         self._end = time.monotonic()
         for running in self._running:
             running.kill(patience_s=0.0)
@@ -181,7 +184,7 @@ class Session:
 
 
 class _Running:
-    """A command under way, and the thread that reads what it says."""
+    """A running command, and the thread that reads its output."""
 
     def __init__(
         self, task: Task, cwd: Path, environment: Mapping[str, str], note: Callable[[str], None]
@@ -219,7 +222,7 @@ class _Running:
                 self._note(f"[{self.task.name}] {self._lines[-1]}")
 
     def kill(self, patience_s: float = _PATIENCE_S) -> None:
-        """End it and its children, without waiting for those that a driver holds."""
+        """End the command and its children, without waiting for any that a driver holds."""
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
@@ -227,7 +230,7 @@ class _Running:
             self._process.wait(patience_s)
 
     def finish(self, end: float) -> Step:
-        """Wait for its end, its limit or the session's."""
+        """Wait for the command's end, its limit or the session's end."""
         if self._process is None:
             return self.step("failed", self._error)
         limit = self.task.limit_s
@@ -237,7 +240,7 @@ class _Running:
         except subprocess.TimeoutExpired:
             status = None
             self.kill()
-        # A grandchild may hold the pipe open: what it says is not waited for.
+        # A grandchild may hold the pipe open. The session does not wait for its output.
         self._reader.join(_PATIENCE_S)
         last = self._lines[-1] if self._lines else "nothing"
         if self._said(self.task.wrong):
@@ -256,13 +259,13 @@ class _Running:
         return self.step("failed", f"{how}; its last words: {last}")
 
     def _said(self, pattern: str) -> str:
-        """The first line that matches, or nothing."""
+        """The first line of output that matches, or ""."""
         if not pattern:
             return ""
         return next((line for line in self._lines if re.search(pattern, line)), "")
 
     def step(self, outcome: str, reason: str = "") -> Step:
-        """The outcome; of a bad one, the terminal gets the last lines at once."""
+        """The step with this outcome. If it is bad, the terminal shows the last lines at once."""
         if outcome in ("failed", "incorrect"):
             for line in self._lines[-_LINES_SHOWN:]:
                 print(f"    {line}", flush=True)

@@ -1,4 +1,4 @@
-"""The kernels: importing this package registers every one of them. None touches autograd."""
+"""The kernels. Importing this package registers all of them. None of them touches autograd."""
 
 from rosa_kernels.backends import dense, native, native_cuda, reference, reference_plan
 

@@ -1,8 +1,8 @@
 """The cost model of the CUDA kernels: seconds by stage, from sizes and a machine's rates.
 
-Every stage takes as long as the busiest of what it needs: bytes to and from memory, bytes from the
-second-level cache, products. Nothing here reads a tensor; no estimate is exact, and each says by
-how much it may be off. None stands for "no idea": a call without the sizes, or not on CUDA.
+A stage takes as long as its busiest resource: bytes to and from HBM, bytes from L2, or products.
+Nothing here reads a tensor. No estimate is exact, and each says how much longer the kernel may
+take. A model returns None for a call that is not on CUDA or that lacks the sizes.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Model = Callable[[Call], Estimate | None]
 
 # DRAM and L2 deliver this many bytes at a time.
 _SECTOR = 32
-# Columns that a pack reads together.
+# Neighbouring rows or columns that a pack reads together.
 _SECTOR_INDICES = 16
-# Panels of one chunk of tokens: cpp/src/cuda/device.cu.
+# Most bytes of the panels of one chunk of tokens: kPanelMib of cpp/src/cuda/device.cu.
 _PANEL_BYTES = 128 << 20
-# How much longer than predicted a kernel may take: the GEMM's rate is the best known of all; ours
-# are trusted more once this kind of device was calibrated.
+# How much longer than predicted a kernel may take, as a share. The GEMM's rate is the best known of
+# all. Our kernels' rates are trusted more once this kind of device is calibrated.
 _DENSE_UNCERTAINTY, _CALIBRATED_UNCERTAINTY, _UNCERTAINTY = 0.03, 0.10, 0.25
-# What one block may have of shared memory, by compute capability, and what of it spmm's staging
-# keeps for itself.
+# Bytes of shared memory that one block may use, by compute capability, and _LEAST_SHARED_BYTES for
+# all others. spmm's staging needs _STAGING_BYTES of them for itself.
 _SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10}
 _LEAST_SHARED_BYTES, _STAGING_BYTES = 99 << 10, 20 << 10
-# Products a second and multiprocessor of 16-bit tokens staged there: 24 a clock of 1.7 GHz, bank
-# conflicts at random included. And the chain of loads before the first of them.
+# Products per second and multiprocessor of 16-bit tokens staged in shared memory: 24 per clock at
+# 1.7 GHz, which includes random bank conflicts. The latency is the loads before the first product.
 _STAGED_PRODUCTS, _STAGED_LATENCY = 24 * 1.7e9, 1.5e-6
-# Taking a 128 x 128 tile's nonzeros out of its sums, by one multiprocessor.
+# Time in which one multiprocessor takes a 128 x 128 tile's nonzeros out of its sums.
 _SAMPLE_SECONDS = 1e-6
 
 
@@ -51,7 +51,7 @@ def _estimate(machine: Machine, stages: dict[str, float]) -> Estimate:
 
 
 def _pack(machine: Machine, plan: PlanSizes | None, call: Call, packed: list[int]) -> float:
-    """Reading operands, `packed` of them by number, sector by sector and writing panels."""
+    """Seconds to pack the operands with the numbers in `packed`: to read them and write panels."""
     m, k, n = call.shape
     size = call.dtype.itemsize
     indices = {
@@ -62,27 +62,33 @@ def _pack(machine: Machine, plan: PlanSizes | None, call: Call, packed: list[int
     read = 0.0
     for i in packed:
         active, sectors = indices[i]
-        # Rows that lie token by token are read in whole sectors, others only where they are wanted.
+        # A token-major operand is read in whole sectors, a row-major one only in its active rows.
         read += size * k * (active if call.in_place[i] else sectors * _SECTOR_INDICES)
-    # Panels larger than half the cache go out to memory, and come back when they are read.
+    # Panels larger than half of L2 are written to HBM and read back.
     spilled = 2 * written if written > machine.l2_bytes / 2 else 0
     return max((read + spilled) / machine.hbm, (read + written) / machine.l2)
 
 
 def _gathered(machine: Machine, call: Call, entries: int, rows: int) -> float:
-    """A dot product of k tokens per entry: b's row each time, a's where a row or a warp begins."""
+    """Seconds of a dot product of k tokens per entry.
+
+    Every entry reads a row of b. A row of a is read once per row and per 32 entries of a warp.
+    """
     k, size = call.shape[1], call.dtype.itemsize
     lines = entries + min(entries, entries / 32 + rows)
     return lines * k * size / machine.l2
 
 
 def _finalized(machine: Machine, call: Call, entries: int) -> float:
-    """Partial sums read, their places in the result, a sector of it each if it is permuted."""
+    """Seconds to read partial sums and their places, and to write a permuted result.
+
+    Each entry of a permuted result takes a whole sector.
+    """
     return entries * (4 + 4 + _SECTOR) / machine.hbm
 
 
 def sddmm_gather(call: Call) -> Estimate | None:
-    """Pack what cannot be read in place, a dot product for every nonzero, finalize."""
+    """Pack operands that cannot be read in place, take a dot product per nonzero, finalize."""
     machine = _machine(call)
     if machine is None:
         return None
@@ -116,9 +122,8 @@ def _sddmm_tiles(rate: Callable[[Machine], float]) -> Model:
         k, size, edges = call.shape[1], call.dtype.itemsize, plan.tile_rows + plan.tile_cols
         area = plan.tile_rows * plan.tile_cols
         chunks = _chunks(call, [0, 1])
-        # This ASSUMES that all reads of a panel but the first meet it in the second-level cache.
-        # Stream-K's blocks work at unrelated tokens, so they may not: the stage table of the
-        # benchmark (`python -m bench stages`) is what tests it.
+        # This ASSUMES that every read of a panel but the first hits L2. Stream-K's blocks work at
+        # unrelated tokens, so reads may miss. The stage table of `python -m bench stages` tests it.
         sampled = _SAMPLE_SECONDS * area / 2**14 * (plan.tiles / machine.multiprocessors + 1)
         tiles = max(
             2 * area * k * plan.tiles / rate(machine), edges * k * size * plan.tiles / machine.l2
@@ -143,13 +148,16 @@ sddmm_wgmma = _sddmm_tiles(lambda machine: machine.wgmma16)
 
 
 def _gemm(machine: Machine, m: int, n: int, k: int, dtype: torch.dtype) -> float:
-    """torch.mm of (m, k) by (k, n): whole waves of 128 x 128 tiles, or the operands' bytes."""
+    """Seconds of torch.mm of (m, k) by (k, n).
+
+    They are the longer of whole waves of 128 x 128 tiles and reading the operands, plus a launch.
+    """
     rate = machine.gemm16 if dtype.itemsize == 2 else machine.gemm32
     if dtype == torch.float64:
         rate /= 2
     tiles = math.ceil(m / 128) * math.ceil(n / 128)
     waves = tiles / machine.multiprocessors
-    # Fewer tiles than multiprocessors are split along k.
+    # If there are fewer tiles than multiprocessors, torch splits them along k.
     padded = math.ceil(waves) / waves if waves > 1 else 1.0
     flop = 2 * 128 * 128 * tiles * k * padded
     read = dtype.itemsize * k * (m + n)
@@ -157,7 +165,7 @@ def _gemm(machine: Machine, m: int, n: int, k: int, dtype: torch.dtype) -> float
 
 
 def dense_sddmm(call: Call) -> Estimate | None:
-    """The GEMM in slabs of rows; from each a gather; the results converted once."""
+    """A GEMM and a gather per slab of rows, then one conversion of the results."""
     machine = _machine(call)
     if machine is None:
         return None
@@ -178,7 +186,7 @@ def dense_sddmm(call: Call) -> Estimate | None:
 
 
 def dense_spmm(call: Call) -> Estimate | None:
-    """Slabs of rows: zeroed, scattered into, multiplied, copied to the result."""
+    """Each slab of rows is zeroed, scattered into, multiplied and copied to the result."""
     machine = _machine(call)
     if machine is None:
         return None
@@ -201,7 +209,7 @@ def dense_spmm(call: Call) -> Estimate | None:
 
 
 def _spmm_operands(machine: Machine, call: Call) -> tuple[float, float]:
-    """Packing b into rows where it is not read in place, and what every kernel moves at least."""
+    """Seconds to pack b into rows (0 if read in place), and the least HBM time of any kernel."""
     m, n, k = call.shape
     size = call.dtype.itemsize
     values = (call.values_dtype or call.dtype).itemsize
@@ -217,7 +225,10 @@ def _spmm_operands(machine: Machine, call: Call) -> tuple[float, float]:
 
 
 def _staged_slot(machine: Machine, n: int, k: int, size: int) -> int | None:
-    """Bytes of a column's slot in shared memory, or None: choose_slots of cpp/src/cuda/spmm.cu."""
+    """Bytes of a column's slot in shared memory, or None if b is not staged.
+
+    The rule is that of choose_slots in cpp/src/cuda/spmm.cu.
+    """
     shared = _SHARED_BYTES.get(machine.capability, _LEAST_SHARED_BYTES) - _STAGING_BYTES
     for slot, most_tokens in ((16, math.inf), (8, 512), (4, 64)):
         if n * slot <= shared and (k <= most_tokens or k <= slot // size):
@@ -226,7 +237,10 @@ def _staged_slot(machine: Machine, n: int, k: int, size: int) -> int | None:
 
 
 def spmm_gather(call: Call) -> Estimate | None:
-    """A few tokens of all of b in shared memory where they fit, else a line of b per nonzero."""
+    """Stage a few tokens of all of b in shared memory, or read a row of b per nonzero.
+
+    :func:`_staged_slot` decides between the two.
+    """
     machine = _machine(call)
     if machine is None:
         return None
@@ -243,7 +257,7 @@ def spmm_gather(call: Call) -> Estimate | None:
         }
         return _estimate(machine, stages)
     groups = math.ceil(k * size / slot)
-    # Parts of the rows, each with a copy of b: as launch_staged balances them.
+    # The rows are divided into parts, each with its own copy of b, as launch_staged does.
     parts = max(min(math.sqrt(67 * nnz / max(n, 1) / max(groups, 1)), machine.multiprocessors), 1)
     parts = max(min(parts, machine.multiprocessors / max(groups, 1)), 1)
     products = nnz * k * size / 2 / (_STAGED_PRODUCTS * machine.multiprocessors)
@@ -259,7 +273,7 @@ def spmm_gather(call: Call) -> Estimate | None:
 
 
 def spmm_tile(call: Call) -> Estimate | None:
-    """Heavy tiles written out and multiplied on the tensor cores, the rest gathered."""
+    """Write out heavy tiles and multiply them on tensor cores, gather the light nonzeros."""
     machine, plan = _machine(call), call.plan
     if machine is None or plan is None:
         return None
@@ -272,7 +286,7 @@ def spmm_tile(call: Call) -> Estimate | None:
         (area + plan.tile_cols * tokens) * size * plan.tiles / machine.l2,
     )
     row = max(k * size, _SECTOR)
-    # Token-major results pass through a panel of lines.
+    # A token-major result is written to a panel first, then read back and copied.
     back = 0.0 if call.in_place[0] else 2 * m * k * size / machine.hbm
     return _estimate(
         machine,

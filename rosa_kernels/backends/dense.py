@@ -1,8 +1,8 @@
-"""The backend "dense": torch's GEMM, in slabs of rows so that no dense m x n matrix is ever held.
+"""The backend "dense": torch's GEMM in slabs of rows, so that no dense m x n matrix is ever held.
 
-On a GPU, and on a mask that is even and dense enough, multiplying everything and keeping the
-nonzeros is the fastest there is. On a CPU it serves by request alone: there a nonzero costs two to
-three times its share of the GEMM, so that RoSA's few percent never come near it.
+On a GPU, multiplying everything and keeping the nonzeros is fastest on a mask that is even and
+dense enough. On a CPU, the kernels of "cpu" have priority over it. There a nonzero costs two to
+three times its share of the GEMM, so sparse kernels win easily at RoSA's few percent.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _DEVICES = {"cpu", "cuda"}
 
 
 def _gemm_dtype(x: Tensor) -> torch.dtype:
-    """What the operands of a GEMM are converted to; the result has at least float32.
+    """The dtype to which the operands of a GEMM are converted. The result has at least float32.
 
-    A GEMM that writes bfloat16 may also add its partial sums in bfloat16. On CUDA the result's
-    dtype is an argument, on a CPU it is the operands'.
+    A GEMM that writes bfloat16 may also add its partial sums in bfloat16. On CUDA, the result's
+    dtype is an argument of torch.mm. On a CPU, it is the operands' dtype.
     """
     return x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32
 
@@ -41,7 +41,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _no_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
-    """Autocast would take the GEMM's operands as its own to round."""
+    """Disable autocast, which would round the GEMM's operands."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -55,7 +55,7 @@ def _reject(call: Call, row_bytes: int) -> str | None:
         )
     if not call.exact:
         name = str(call.dtype).removeprefix("torch.")
-        return f"multiplies {name} in full precision only, which torch's present settings do not"
+        return f"multiplies {name} in full precision only, which torch's current settings do not"
     if slab_edges(rows, row_bytes) is None:
         needed = -(-rows // SLABS) * row_bytes
         return f"works in at most {SLABS} slabs of {MOST_SLAB_BYTES} bytes, got {needed} bytes each"
@@ -69,7 +69,7 @@ def _reject_sddmm(call: Call) -> str | None:
 
 def _reject_spmm(call: Call) -> str | None:
     if call.device_type == "cuda" and call.values_dtype not in (None, call.dtype):
-        return f"would round {call.values_dtype} values to {call.dtype}: takes values of b's dtype"
+        return f"takes values of b's dtype {call.dtype}, got {call.values_dtype}"
     return _reject(call, _spmm_row_bytes(call.shape[1], call.dtype, call.device_type))
 
 
@@ -95,7 +95,7 @@ def sddmm(
     out_dtype: torch.dtype,
     plan: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Multiply a slab of rows by all of b, then gather its entries."""
+    """Multiply each slab of a's rows by all of b, then gather the slab's entries."""
     if a.shape[0] != crow.numel() - 1:
         raise ValueError(f"expected a of {crow.numel() - 1} rows, got {tuple(a.shape)}")
     dtype = _gemm_dtype(a)
@@ -110,7 +110,7 @@ def sddmm(
             gather = choice.kernel_on_matrix("csr_gather_slab", products)
             at = crow[slab.begin : slab.end + 1]
             gather.run(products, at, col, slab.first, out[slab.first : slab.last])
-            del products  # or the next slab's would be allocated beside it
+            del products  # else the next slab's would be allocated beside it
     return out.to(out_dtype)
 
 
@@ -128,9 +128,9 @@ def sddmm(
 def spmm(
     crow: Tensor, col: Tensor, values: Tensor, b: Tensor, plan: Sequence[Tensor] = ()
 ) -> Tensor:
-    """Write a slab of rows of S out as a dense matrix, then multiply it by b.
+    """Write each slab of S's rows out as a dense matrix, then multiply it by b.
 
-    The zeros are multiplied too: Inf and NaN in b spread over the columns of c that they are in.
+    The zeros are multiplied too, so an Inf or NaN in b spreads over its whole column of c.
     """
     m, (n, k) = crow.numel() - 1, b.shape
     if values.numel() != col.numel():
@@ -148,11 +148,11 @@ def spmm(
             scatter = choice.kernel_on_matrix("csr_scatter_slab_", dense)
             at = crow[slab.begin : slab.end + 1]
             scatter.run(dense, at, col, slab.first, values[slab.first : slab.last])
-            # The products, in float32 at least, take as much again at most.
+            # The products, in float32 at least, may take as many bytes again as a slab.
             step = max(SLAB_BYTES // (max(dtype.itemsize, 4) * dense.shape[0]), 1)
             for start in range(0, k, step):
                 tokens = slice(start, start + step)
-                # Written in c's own order, which spares the copy a transposition.
+                # The product has c's stride order, so that the copy need not transpose it.
                 if c.stride(0) < c.stride(1):
                     c.t()[tokens, rows] = _product(right[:, tokens].t(), dense.t())
                 else:

@@ -1,4 +1,4 @@
-"""What the cost model knows of a GPU: a few rates, each measured or estimated, and says which."""
+"""A GPU's rates for the cost model. Each rate is marked as measured or estimated."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ MEASURED, ESTIMATED = "measured", "estimated"
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU, in bytes, FLOP and seconds.
+    """A GPU's sizes and rates, in bytes, FLOP and seconds.
 
     Attributes:
-        name: of the device.
-        capability: its compute capability.
-        multiprocessors, l2_bytes: what its properties say.
-        hbm: bytes/s of a copy, read plus written.
-        l2: bytes/s from the second-level cache to all multiprocessors.
-        gemm16, gemm32: FLOP/s of torch.mm, 16-bit operands and true float32.
-        tile16, wgmma16: FLOP/s of the tile kernels where operands arrive in time: through mma.sync,
-            and through wgmma.
+        name: the device's name.
+        capability: the compute capability (major, minor).
+        multiprocessors, l2_bytes: number of multiprocessors and bytes of L2, from the device's
+            properties.
+        hbm: bytes/s of a copy in HBM, read plus written.
+        l2: bytes/s from L2 to all multiprocessors.
+        gemm16, gemm32: FLOP/s of torch.mm with 16-bit operands and in true float32.
+        tile16, wgmma16: FLOP/s of the tile kernels if operands arrive in time. tile16 is through
+            mma.sync, wgmma16 through wgmma.
         launch: seconds from one kernel of a stream to the next.
-        source: for each rate, "measured" or "estimated".
+        source: "measured" or "estimated", for each rate.
     """
 
     name: str
@@ -51,12 +52,12 @@ class Machine:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """The tile of the plans that its kernels want."""
+        """The default tile (rows, columns) of a plan for this machine."""
         return (128, 256) if self.capability == (9, 0) else (128, 128)
 
     @property
     def calibrated(self) -> bool:
-        """Whether all that decides between the kernels was measured on this kind of device."""
+        """Whether all rates that decide between kernels were measured on this kind of device."""
         return all(self.source.get(rate) == MEASURED for rate in _DECISIVE)
 
 
@@ -68,9 +69,9 @@ def _sources(*measured: str) -> dict[str, str]:
     return {rate: MEASURED if rate in measured else ESTIMATED for rate in RATES}
 
 
-# Measured: hbm (a copy) and gemm16 (torch.mm of bfloat16) of the H100 and the H200. Estimated: all
-# else; l2 as three quarters of 32 bytes a clock and multiprocessor, tile16 as 60 % of the GEMM's
-# rate, which is what mma.sync has on Hopper, wgmma16 as 85 % of it.
+# Two rates of the H100 and the H200 are measured: hbm (a copy) and gemm16 (torch.mm of bfloat16).
+# All others are estimated. l2 is three quarters of 32 bytes per clock and multiprocessor. tile16 is
+# 60 % of the GEMM's rate, which is what mma.sync reaches on Hopper. wgmma16 is 85 % of that rate.
 _H200 = Machine(
     "H200",
     (9, 0),
@@ -102,8 +103,8 @@ _A100 = Machine(
 )
 MACHINES = {machine.name: machine for machine in (_H200, _H100, _A100)}
 
-# FLOP a clock and multiprocessor, by compute capability: 16-bit products summed in float32, and
-# float32. From the vendor's data sheets.
+# FLOP per clock and multiprocessor, by compute capability, from the vendor's data sheets. The first
+# number is for 16-bit products summed in float32, the second for float32.
 _FLOP_PER_CLOCK = {
     (8, 0): (2048, 128),
     (8, 6): (512, 256),
@@ -113,7 +114,7 @@ _FLOP_PER_CLOCK = {
 
 
 def derived(properties: object) -> Machine:
-    """A machine nobody has measured, from what torch says of the device; all rates estimated."""
+    """A machine that was never measured. Its rates are estimated from torch's device properties."""
     p = properties
     capability = (p.major, p.minor)  # type: ignore[attr-defined]
     sms = p.multi_processor_count  # type: ignore[attr-defined]
@@ -140,10 +141,10 @@ def derived(properties: object) -> Machine:
 def machine_of(place: int | str) -> Machine:
     """The machine of a CUDA device by its index, or one of MACHINES by its name.
 
-    A device's own rates come from a calibration, where there is one: see :func:`load_calibration`.
+    If a device was calibrated, its measured rates are used: see :func:`load_calibration`.
 
     Raises:
-        ValueError: a name that is not known, or a calibration that is not valid.
+        ValueError: the name is unknown, or ROSA_MACHINE names a file that is not valid.
     """
     if isinstance(place, str):
         if place not in MACHINES:
@@ -157,7 +158,7 @@ def machine_of(place: int | str) -> Machine:
 
 
 def calibration_path(device_name: str) -> Path:
-    """Where a calibration of such a device is kept: ROSA_MACHINE, or the user's cache."""
+    """The path of the calibration of such a device: ROSA_MACHINE, or a file in the user's cache."""
     if os.environ.get("ROSA_MACHINE"):
         return Path(os.environ["ROSA_MACHINE"])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -168,7 +169,7 @@ def calibration_path(device_name: str) -> Path:
 def save_calibration(
     device_name: str, measured: Mapping[str, float], path: Path | None = None
 ) -> Path:
-    """Write measured rates where :func:`machine_of` finds them; returns where that is."""
+    """Write measured rates to `path`, by default where :func:`machine_of` finds them. Return it."""
     path = path or calibration_path(device_name)
     content = {"format": _FORMAT, "version": _VERSION, "device": device_name}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,14 +179,14 @@ def save_calibration(
 
 
 def load_calibration(base: Machine) -> Machine:
-    """`base` with the rates that were measured on this machine, or as it is without any.
+    """`base` with the rates that were measured on this machine, or `base` if there are none.
 
-    A file is valid if it is one of such a device, and its rates are within a factor of 10 of
-    `base`: else they are in other units, most likely. An invalid one in the cache is ignored with a
-    warning.
+    A calibration is valid if it is for such a device and its rates are within a factor of 10 of
+    those of `base`. Rates outside that range are most likely in other units. An invalid file in the
+    cache is ignored with a warning.
 
     Raises:
-        ValueError: ROSA_MACHINE names a file that is not valid.
+        ValueError: ROSA_MACHINE names a file that is not readable or not valid.
     """
     path = calibration_path(base.name)
     asked_for = bool(os.environ.get("ROSA_MACHINE"))
@@ -200,7 +201,7 @@ def load_calibration(base: Machine) -> Machine:
     except ValueError as error:
         if asked_for:
             raise
-        # A bad cache must not stop anybody's training.
+        # An invalid file in the cache must not stop a training.
         warnings.warn(f"ignored a calibration: {error}", stacklevel=2)
         return base
 

@@ -1,9 +1,10 @@
-"""The native backend "cpu", and what every checked adapter to a native module shares.
+"""The native backend "cpu", and the checks that all adapters to a native module share.
 
-``_C`` is imported here alone; native_cuda.py adapts its CUDA entries.
+Only this module imports ``_C``. native_cuda.py adapts the CUDA functions of ``_C``.
 
-``_C`` takes addresses. What it relies on is proven here or before: indices by CsrPattern, shapes,
-dtypes and devices by the ops; the lengths are compared once more, since the flat ops are callable.
+``_C`` takes addresses, so all that it relies on is checked before. CsrPattern checks the indices.
+The ops check shapes, dtypes and devices. This module compares the lengths once more, because users
+can call the flat ops.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def dtype_code(x: Tensor) -> int:
 
 
 def csr_of_w(w: Tensor, crow: Tensor, col: Tensor) -> Csr:
-    """:func:`csr_of` of the pattern of a dense matrix `w`, whose rows it must have."""
+    """:func:`csr_of` of a pattern that must have as many rows as the dense matrix `w`."""
     csr = csr_of(crow, col, w.shape[1])
     if w.shape[0] != csr[2]:
         raise ValueError(f"expected w of {csr[2]} rows, got {tuple(w.shape)}")
@@ -63,7 +64,7 @@ def csr_of_w(w: Tensor, crow: Tensor, col: Tensor) -> Csr:
 
 
 def check_operands(csr: Csr, a: Tensor, b: Tensor) -> None:
-    """That sddmm's operands have the pattern's rows, one k and one dtype."""
+    """Check that sddmm's operands have the pattern's rows, one k and one dtype."""
     if a.shape[0] != csr[2] or a.shape[1] != b.shape[1] or a.dtype != b.dtype:
         raise ValueError(
             f"expected a ({csr[2]}, {b.shape[1]}) of dtype {b.dtype}, "
@@ -86,7 +87,7 @@ def vector_of(x: Tensor, size: int) -> tuple[int, int, int, int]:
 def workspace_bytes(
     op: str, variant: str, csr: Csr, k: int, dtype: torch.dtype, threads: int
 ) -> int:
-    """Scratch that sddmm or spmm allocates beside its result."""
+    """Bytes of scratch memory that sddmm or spmm allocates beside its result."""
     ask = _C.sddmm_workspace_bytes if op == "sddmm" else _C.spmm_workspace_bytes
     return ask(csr, k, _DTYPES[dtype], threads, _ISAS[variant])
 
@@ -95,7 +96,7 @@ def _sddmm(variant: str) -> Callable[..., Tensor]:
     def run(crow: Tensor, col: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
         csr = csr_of(crow, col, b.shape[0])
         check_operands(csr, a, b)
-        # Read once: the workspace must fit the threads that use it.
+        # The number of threads is read once, because the workspace must fit it.
         threads = torch.get_num_threads()
         scratch = workspace_bytes("sddmm", variant, csr, a.shape[1], a.dtype, threads)
         work = col.new_empty(scratch, dtype=torch.uint8)

@@ -1,9 +1,11 @@
-"""The native backend "cuda": the checked adapter between tensors and the CUDA entries of ``_C``.
+"""The native backend "cuda": checked adapters between tensors and the CUDA functions of ``_C``.
 
-The same functions adapt the tests' module of emulated kernels, whose device memory is a CPU's. An
-adapter allocates through torch, so that scratch is pooled, ordered by stream, captured in graphs
-and an out-of-memory error is torch's; it launches on the current stream of the tensors' device and
-never waits. Nothing is kept between calls, so any number of threads may call.
+They also adapt the tests' module of emulated kernels, whose device memory is CPU memory.
+
+An adapter allocates scratch memory through torch. So scratch is pooled, ordered by stream and
+captured in graphs, and torch raises its own error if memory runs out. An adapter launches on the
+current stream of the tensors' device and never waits. It keeps nothing between calls, so any number
+of threads may call it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _ANY = {torch.float32, torch.bfloat16, torch.float16}
 _NARROW = {torch.bfloat16, torch.float16}
 _SDDMM = {"gather": 0, "tile": 1, "wgmma": 2}
 _SPMM = {"gather": 0, "tile": 1}
-# What the kernels of tiles are built for.
+# The tiles for which each variant is built, or None for a variant without tiles.
 _TILES = {"gather": None, "tile": {(128, 128), (128, 256)}, "wgmma": {(128, 256)}}
 _PRIORITY = {"gather": 100, "tile": 101, "wgmma": 102}
 _SDDMM_COST = {"gather": cost.sddmm_gather, "tile": cost.sddmm_tile, "wgmma": cost.sddmm_wgmma}
@@ -43,7 +45,7 @@ _SPMM_COST = {"gather": cost.spmm_gather, "tile": cost.spmm_tile}
 
 
 def _place(x: Tensor, *others: Tensor) -> tuple[int, int]:
-    """The device index and the current stream of tensors that lie together."""
+    """The index and the current stream of the device that all these tensors share."""
     index = x.get_device()
     for other in others:
         if other.get_device() != index:
@@ -90,7 +92,10 @@ def cuda_workspace_bytes(
     plan: Sequence[Tensor] = (),
     module: Any = MODULE,
 ) -> int:
-    """Scratch that sddmm (operands a, b) or spmm (operand b) allocates beside its result."""
+    """Bytes of scratch memory that an op allocates beside its result.
+
+    The operands are a and b for sddmm, and b for spmm.
+    """
     b = operands[-1]
     csr = csr_of(crow, col, b.shape[0])
     index, _ = _place(b, col)
@@ -100,7 +105,7 @@ def cuda_workspace_bytes(
         return module.cuda_sddmm_workspace_bytes(
             _SDDMM[variant], csr, pack, matrix_of(a), matrix_of(b), index
         )
-    # Of c only the strides matter, and they follow b's.
+    # Only the strides of c matter, and they follow those of b.
     like = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype, device="meta")
     c = empty_like_order(like, csr[2])
     return module.cuda_spmm_workspace_bytes(
@@ -183,9 +188,10 @@ def _csr_scatter_(module: Any) -> Callable[..., None]:
 
 
 def _slab(module_entry: Callable[..., None]) -> Callable[..., None]:
-    """csr_gather or csr_scatter_ on rows that are a slab of the pattern's, in and out of `values`.
+    """csr_gather or csr_scatter_ between `values` and `w`, a slab of the whole matrix's rows.
 
-    `crow` is that part of the pattern's row pointers and begins at `first`; col is whole.
+    `crow` is the slab's part of the pattern's row pointers, and begins at `first`. `col` is the
+    whole pattern's.
     """
 
     def run(w: Tensor, crow: Tensor, col: Tensor, first: int, values: Tensor) -> None:
@@ -200,7 +206,10 @@ def _slab(module_entry: Callable[..., None]) -> Callable[..., None]:
 
 
 def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str | None]:
-    """Why a call cannot be served: by the device, by this build, for want of a plan."""
+    """A function that returns why a call cannot be served, or None.
+
+    The reason is the device, this build or the tile plan.
+    """
 
     @lru_cache(maxsize=64)
     def device(index: int) -> str | None:
@@ -209,7 +218,7 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
             return reason or None
         _, major, minor, *_ = module.cuda_properties(index)
         if (major, minor) != (9, 0):
-            return f"runs on compute capability 9.0 alone, got {major}.{minor}"
+            return f"runs only on compute capability 9.0, got {major}.{minor}"
         if not module.cuda_has_wgmma():
             return "was not built for compute capability 9.0"
         return None
@@ -232,7 +241,7 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
         if isinstance(call.device, str):
             major, minor = machine_of(call.device).capability
             if variant == "wgmma" and (major, minor) != (9, 0):
-                return f"runs on compute capability 9.0 alone, got {major}.{minor}"
+                return f"runs only on compute capability 9.0, got {major}.{minor}"
         elif call.device is not None:
             reason = device(max(call.device, 0))
             if reason is not None:
@@ -253,7 +262,7 @@ def _rejects(module: Any, op: str, variant: str | None) -> Callable[[Call], str 
         if got not in tiles:
             names = " or ".join(f"{r} x {c}" for r, c in sorted(tiles))
             return f"needs a plan of {names} tiles, got {got[0]} x {got[1]}"
-        # Of a GPU that is named but not here nobody can ask; all that can be named have the room.
+        # A GPU that is only named cannot be asked. All such GPUs have enough shared memory.
         if not isinstance(call.device, int):
             return None
         return room(max(call.device, 0), variant, got[1])
@@ -272,10 +281,11 @@ def register_cuda_kernels(
     """Register the kernels of a native module under a backend's name.
 
     Args:
-        module: has the functions cuda_* of ``_C``.
-        backend, device: whose kernels they are, and the type of device whose tensors they take.
-        unavailable: why they cannot run, or a function that finds out.
-        on_request: never choose them automatically.
+        module: a module with the functions cuda_* of ``_C``.
+        backend: the backend's name.
+        device: the type of device whose tensors the kernels take.
+        unavailable: why the kernels cannot run, or None. It may be a function that returns this.
+        on_request: whether the kernels are never chosen automatically.
     """
 
     def add(op: str, variant: str | None, run: Callable[..., Any], **options: Any) -> None:
@@ -296,7 +306,7 @@ def register_cuda_kernels(
             options: dict[str, Any] = {"cost": model, "reads_plan": {device}}
             if tiles:
                 options["dtypes"] = _NARROW
-            if tiles and op == "spmm":  # zeros of a tile are multiplied too
+            if tiles and op == "spmm":  # a tile's zeros are multiplied too
                 options["finite_only"] = True
             add(op, variant, adapter(module, variant), **options)
 

@@ -1,6 +1,7 @@
-"""The reference backend: every op in a few lines of plain PyTorch, on any device. The oracle.
+"""The reference backend: every op in a few lines of plain PyTorch, on any device.
 
-Written to be read, not to be fast: sddmm and spmm gather whole rows in slices of bounded size.
+It is the oracle of the tests. It is written to be read, not to be fast: sddmm and spmm gather whole
+rows, in slices of bounded size.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from rosa_kernels.strides import empty_like_order
 
 FLOATS = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 DEVICES = {"cpu", "cuda"}
-# Gathered elements held at a time: 16 Mi elements are 64 MiB of float32.
+# Most gathered elements that are held at a time: 16 Mi elements are 64 MiB of float32.
 _SLICE = 2**24
 
 
@@ -69,8 +70,8 @@ def csr_scatter_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor) -> None:
     w[_rows_of(crow, col.numel()), col.long()] = values.to(w.dtype)
 
 
-# What the dense kernels read and write: rows that are a slab of the pattern's, so that crow begins
-# at `first`; col is the whole pattern's.
+# The dense kernels use the next two ops. `w` is a slab of the whole matrix's rows, so `crow` begins
+# at `first`. `col` is the whole pattern's.
 
 
 @register("csr_gather_slab", "reference", devices=DEVICES, dtypes=FLOATS, priority=0)

@@ -1,6 +1,6 @@
 """The reference tile plan: the arrays of cpp/include/rosa/tile_plan.h in plain PyTorch.
 
-Serves where the native library is not built, and is what the tests hold that against.
+It serves if the native library is not built. The tests compare the native plan with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SECTOR = 16
 
 
 def _axis(count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """position, order and sectors of the rows or columns with these numbers of nonzeros."""
+    """Position, order and sectors of rows or columns that have `count` nonzeros each."""
     active = int((count > 0).sum())
     order = torch.argsort(count, descending=True, stable=True)[:active]
     position = torch.full_like(count, -1)

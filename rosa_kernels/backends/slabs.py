@@ -1,4 +1,4 @@
-"""Slabs: ranges of rows that dense kernels work through, to never hold a whole dense matrix."""
+"""Slabs: ranges of rows. Dense kernels process one at a time, to never hold a dense matrix."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from rosa_kernels.tile_plan import SLABS, slab_offsets
 
-# What one slab should have: it then stays in the second-level caches of 40 to 50 MB that GPUs with
-# fast GEMMs have, between the GEMM and the gather.
+# Bytes that one slab should have at most. It then stays in L2 between the GEMM and the gather: GPUs
+# with fast GEMMs have 40 to 50 MB of L2.
 SLAB_BYTES = 32 << 20
-# What it may have, where rows are so long that SLABS of them are not enough.
+# Bytes that a slab may have if rows are so long that SLABS slabs of SLAB_BYTES are not enough.
 MOST_SLAB_BYTES = 64 << 20
 
 
@@ -29,9 +29,9 @@ class Slab(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def slab_edges(rows: int, row_bytes: int) -> tuple[int, ...] | None:
-    """Boundaries s, of rows * s // SLABS, of the fewest slabs of at most SLAB_BYTES.
+    """Edges of the fewest slabs of at most SLAB_BYTES. Edge s is row rows * s // SLABS.
 
-    Of MOST_SLAB_BYTES if need be; None if not even that will do.
+    If SLABS such slabs are not enough, their limit is MOST_SLAB_BYTES. None if that is not enough.
     """
 
     def fit(count: int, most: int) -> tuple[int, ...] | None:
@@ -48,15 +48,18 @@ def slab_edges(rows: int, row_bytes: int) -> tuple[int, ...] | None:
 
 
 def slabs_of(crow: Tensor, plan: Sequence[Tensor], row_bytes: int) -> list[Slab]:
-    """The slabs of a matrix whose rows take `row_bytes`.
+    """The slabs of a matrix whose rows take `row_bytes` bytes each.
 
-    The entries come from the plan's header; without one they are read from `crow`, which makes the
-    host wait where `crow` is on a device.
+    The entries come from the plan's header. Without a plan they are read from `crow`, and the host
+    waits for that if `crow` is on a device.
+
+    Raises:
+        ValueError: the rows do not fit SLABS slabs of MOST_SLAB_BYTES.
     """
     rows = crow.numel() - 1
     edges = slab_edges(rows, row_bytes)
     if edges is None:
-        raise ValueError(f"expected rows that fit {MOST_SLAB_BYTES} bytes in slabs of {SLABS}")
+        raise ValueError(f"expected rows that fit {SLABS} slabs of {MOST_SLAB_BYTES} bytes")
     at = [rows * s // SLABS for s in edges]
     offsets = [slab_offsets(plan[0])[s] for s in edges] if plan else crow[at].tolist()
     return [

@@ -31,50 +31,57 @@ def build_masks(
 ) -> dict[str, CsrPattern]:
     """Choose the entries of each target's weight that score highest.
 
-    With g_k = dL_k / dW of batch k of n_k tokens, for the full weight at the current adapters:
+    Batch k has n_k tokens and the mean loss L_k. Its gradient is g_k = dL_k / dW, for the full
+    weight at the current adapters. The scores are:
 
-    - grad_mean: |sum_k n_k g_k|, the gradient of the mean loss over all tokens, however they are
-      split into batches;
-    - grad_mean_squared: sum_k n_k g_k^2 (see docs/masks.md on how it depends on the split);
-    - grasp: W0 o (H g) of the mean gradient g, and the highest are kept (arXiv 2002.07376);
-    - rpca: |S| of the mean gradient = L + S (:func:`rosa_kernels.masks.robust_pca.rpca`);
-    - random and magnitude (|W0|): need no batches.
+    - grad_mean: |sum_k n_k g_k|, the gradient of the mean loss over all tokens. It does not depend
+      on the split into batches.
+    - grad_mean_squared: sum_k n_k g_k^2. It depends on the split: see docs/masks.md.
+    - grasp: W0 o (H g) for the mean gradient g, ranked by value (arXiv 2002.07376).
+    - rpca: |S| of the mean gradient = L + S (:func:`rosa_kernels.masks.robust_pca.rpca`).
+    - random, and magnitude (|W0|). These two need no batches.
 
-    Scores are float32; of equal ones the first wins, by module and then by row-major place. So the
-    mask follows from weights, batches and seed.
+    Scores are float32. Of equal scores the first wins, by module and then by row-major place. So
+    weights, batches and seed determine the mask.
 
-    Memory: beside an ordinary forward and backward that keeps the targets' inputs, one layer's
-    weight in float32, the masks, and temporaries of an eighth of the layer or less. With one batch
-    this takes one pass. With K batches it takes K for each group of targets that fit `memory_bytes`
-    together. (`grasp`: 3 K passes and twice that memory; `rpca`: 12 times one layer's.)
+    Memory: one layer's weight in float32, the masks, and temporaries of at most an eighth of the
+    layer. This is beside an ordinary forward and backward that keeps the targets' inputs. `grasp`
+    takes twice that memory, and `rpca` 12 times one layer's weight.
 
-    Afterwards the model is as before: train or eval mode, ``requires_grad``, ``.grad``, hooks, also
-    after an exception. It runs in eval mode in between, so that scores are free of dropout.
+    Passes: one if there is one batch. K batches take K passes for each group of targets that fit
+    `memory_bytes` together. `grasp` takes 3 K passes for each group.
+
+    Afterwards the model is as before, also after an exception: train or eval mode,
+    ``requires_grad``, ``.grad`` and hooks. Meanwhile it is in eval mode, so that no dropout affects
+    the scores.
 
     Args:
-        model: holds the targets, on any devices. Not wrapped by DistributedDataParallel.
+        model: holds the targets, on any devices. DistributedDataParallel must not wrap it.
         targets: nn.Linear, transformers' Conv1D or RosaLinear modules, by name.
-        nnz: how many entries of each, by the same names.
+        nnz: the number of entries to choose in each target, by the same names.
         score: one of SCORES.
-        batches: a finite iterable; kept as a list while it is replayed.
-        loss_fn: runs the model on a batch, under autocast if wanted; returns the mean loss.
-        tokens_of: how many tokens of a batch that is the mean of; by default those with labels, or
-            1 if a batch has no ``labels``.
-        scope: "layer", or "global": the sum of nnz, wherever in the model scores are highest. They
-            are held as candidates, 8 bytes each.
-        seed: of `random`, with each module's name: independent of the global generators.
-        memory_bytes: of the sums of a group of targets; by default what the largest needs.
-        reduce: averages a tensor over the ranks in place. All ranks must have as many batches.
-        broadcast: overwrites a tensor by rank 0's.
+        batches: a finite iterable, which is kept as a list because batches are replayed.
+        loss_fn: runs the model on a batch, under autocast if wanted, and returns the mean loss.
+        tokens_of: gives the number of tokens of which a batch's loss is the mean. By default these
+            are the tokens with labels, or 1 if a batch has no ``labels``.
+        scope: "layer" chooses nnz entries in each target. "global" chooses the sum of nnz, wherever
+            in the model the scores are highest; it keeps candidates of 8 bytes each.
+        seed: seed of `random`, used with each module's name and not with the global generators.
+        memory_bytes: most memory for the sums of one group; by default what the largest target
+            needs.
+        reduce: averages a tensor over the ranks, in place. All ranks must have equally many
+            batches.
+        broadcast: overwrites a tensor with rank 0's.
 
     Returns:
-        A pattern (m, n) on each target's device, by name.
+        The pattern (m, n) of each target, by name, on the target's device.
 
     Raises:
-        ValueError: unknown score or scope; names of `nnz` and `targets` that differ; a module under
-            two names; an nnz that does not fit; no batches where they are needed; a target without
-            a gradient; a loss or scores that are not finite; too little memory_bytes.
-        TypeError: a target that is not a linear layer; a loss that is not a scalar.
+        ValueError: the score or scope is unknown; `nnz` and `targets` have different names, or no
+            names; a module has two names; an nnz is out of range; the score needs batches, and
+            there are none; a target has no gradient; the loss or the scores are not finite;
+            memory_bytes is too small.
+        TypeError: a target is not a linear layer, or the loss is not a scalar.
     """
     shapes = _check(targets, nnz, score, scope)
     data = None
@@ -153,15 +160,15 @@ def _at_home(
     module: nn.Module,
     broadcast: Callable[[Tensor], object] | None,
 ) -> CsrPattern:
-    """The pattern on its module's device, and rank 0's everywhere."""
+    """The pattern on its module's device; with `broadcast`, rank 0's pattern on every rank."""
     device = next(module.parameters()).device
     if pattern is None:
         pattern = pattern_of(torch.empty(0, dtype=torch.int64), shape)
     pattern = pattern.to(device)
     if broadcast is None:
         return pattern
-    # Equal sums give equal masks; but ranks may add in different orders. Only with a global scope
-    # may they then even differ in nnz, so that rank 0's has to be known first.
+    # Ranks may add in different orders, so their masks may differ. With a global scope their nnz
+    # may differ too, so rank 0's row pointers are sent first.
     crow = pattern.crow_indices.clone()
     broadcast(crow)
     col = pattern.col_indices.new_zeros(int(crow[-1]))

@@ -1,4 +1,4 @@
-"""Gradients of full weights, one layer at a time, with no weight that requires a gradient."""
+"""Gradients of full weights, one layer at a time, although no weight requires a gradient."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from rosa_kernels.masks.targets import is_conv1d, layer_shape
 from rosa_kernels.masks.topk import chunk_elements
 
-# Receives (module name, its (m, n) float32 sum), which is freed as soon as the receiver lets go.
+# Takes a module's name and its (m, n) float32 sum, which is freed when the receiver drops it.
 Receiver = Callable[[str, Tensor], None]
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """The frozen weight W0 of a linear layer as (m, n): a view of it where it lies as such."""
+    """W0 of a linear layer as (m, n): a view, or a copy if the layer's weight holds an adapter."""
     stored = getattr(module, "base_weight", None)
     weight = stored() if callable(stored) else module.weight
     assert isinstance(weight, Tensor)
@@ -29,11 +29,11 @@ def base_weight(module: nn.Module) -> Tensor:
 
 @contextmanager
 def frozen_for_scoring(model: nn.Module) -> Iterator[None]:
-    """No dropout, and gradients for nothing but the taps; afterwards all is as it was.
+    """A context with dropout off and parameters frozen; afterwards the model is as it was.
 
-    Layers that checkpoint their activations only do so in train mode: that one flag of theirs (not
-    of the modules inside, where the dropout is) stays, or the pass would need the memory that
-    checkpointing was switched on to save.
+    A layer that checkpoints its activations does so in train mode only, so its own flag is on.
+    Otherwise the pass would need the memory that checkpointing saves. The modules inside the layer,
+    where the dropout is, are in eval mode.
     """
     modules, parameters = [*model.modules()], [*model.parameters()]
     training = [module.training for module in modules]
@@ -62,30 +62,30 @@ def add_weight_gradients(
     shift: Mapping[str, Tensor] | None = None,
     receive: Receiver | None = None,
 ) -> dict[str, Tensor]:
-    """Sum over the batches of weight * g, or weight * g**2, with g = dL/dW of each target.
+    """Sum weight * g or weight * g**2 over the batches, with g = dL/dW of each target.
 
-    A hook passes each target's output through an identity that saves the input x and, in backward,
-    gets dy: g = dy^T x is made there, in float32, so no weight requires a gradient, the base may
-    have any dtype, and the graph above the first target exists although all is frozen. Backward
-    stops at the lowest target.
+    A hook passes each target's output through an identity, which saves the input x and gets dy in
+    backward. There g = dy^T x is computed in float32. So no weight requires a gradient, and the
+    base may have any dtype. The identity's output requires a gradient, so the graph above the
+    first target exists although all weights are frozen. Backward stops at the lowest target.
 
     Args:
-        targets: by name.
-        batches: one forward and backward each; `loss_fn` of each is a scalar.
-        weights: one for each batch.
-        squared: square each batch's gradient.
-        sums: (m, n) float32 tensors to add to, by default zeros, made when first needed.
-        shift: (m, n) tensors D: the loss is that of weights W + D, though W itself is not touched
-            (x D^T is added to the output).
-        receive: of a single batch only: gets each sum in backward as soon as it is complete,
-            instead of its being returned with the others at the end.
+        targets: modules by name.
+        batches: each takes one forward and backward; `loss_fn` of each returns a scalar.
+        weights: one number for each batch.
+        squared: whether to square each batch's gradient.
+        sums: (m, n) float32 tensors to add to; by default zeros, made when first needed.
+        shift: (m, n) tensors D. The loss is then that of weights W + D. W itself is not changed,
+            because x D^T is added to the output.
+        receive: for a single batch only. It gets each sum in backward, as soon as the sum is
+            complete. Those sums are not returned.
 
     Returns:
-        The sums, {} if they went to `receive`.
+        The sums by name; {} if `receive` got them.
 
     Raises:
-        ValueError: a loss that is not finite; a target that no loss depends on.
-        TypeError: a loss that is not a scalar tensor.
+        ValueError: a loss is not finite, or no loss depends on some target.
+        TypeError: a loss is not a scalar tensor.
     """
     taps = {
         name: _Tap(name, layer_shape(module), squared, (sums or {}).get(name))
@@ -106,9 +106,9 @@ def add_weight_gradients(
                 loss = loss_fn(batch)
             _check_loss(loss, index)
             for tap in taps.values():
-                tap.counting = False  # what runs in backward is a checkpoint's second forward
+                tap.counting = False  # a hook in backward is of a checkpoint's second forward
             if loss.requires_grad:
-                # Not loss.backward(): no .grad is touched, and nothing below the taps is visited.
+                # Unlike loss.backward(), this touches no .grad and visits nothing below the taps.
                 torch.autograd.grad(loss, anchor, allow_unused=True)
             del loss
             for tap in taps.values():
@@ -142,7 +142,7 @@ class _Tap:
     ) -> None:
         self.name, self.shape, self.squared = name, shape, squared
         self.sum = start
-        self.partial: Tensor | None = None  # of one batch, of a module used more than once
+        self.partial: Tensor | None = None  # a batch's g of a module used more than once
         self.shift: Tensor | None = None
         self.receive: Receiver | None = None
         self.reached = False
@@ -168,7 +168,7 @@ class _Tap:
         return tapped
 
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Fold in one use's gradient; give the sum away after the batch's last."""
+        """Add the gradient of one use of the module; after the batch's last use, call `end`."""
         m, n = self.shape
         dy, x = dy.reshape(-1, m), x.reshape(-1, n)
         if self.sum is None:
@@ -178,7 +178,7 @@ class _Tap:
         if not self.squared:
             _add_product(self.sum, dy, x, self.weight)
         elif self.receive is not None:
-            _add_product(self.sum, dy, x)  # of the only batch: squared where it is, at the end
+            _add_product(self.sum, dy, x)  # the only batch: `end` squares it in place
         elif self.uses == 1:
             # Only a 16th of g exists at a time.
             rows = max(m // 16, 1)
@@ -194,7 +194,7 @@ class _Tap:
             self.end()
 
     def end(self) -> None:
-        """The batch has no more for this target (of some uses a loss may not depend at all)."""
+        """Finish a batch. Also called after backward, as a loss may not depend on every use."""
         if self.partial is not None:
             assert self.sum is not None
             self.sum.addcmul_(self.partial, self.partial, value=self.weight)
@@ -207,14 +207,14 @@ class _Tap:
 
 
 class _Identity(torch.autograd.Function):
-    """output, whose gradient a tap sees together with the input x that belongs to it."""
+    """Returns `output`. In backward, the tap gets its gradient dy and the module's input x."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, anchor: Tensor, tap: _Tap) -> Tensor:
-        # Saved as autograd saves it, so that checkpoints and saved-tensor hooks work.
+        # x is saved through autograd, so that checkpoints and saved-tensor hooks work.
         ctx.save_for_backward(x)
         ctx.tap = tap
-        # A view would forbid the model to go on in place (`hidden += residual`).
+        # If this were a view, the model could not change it in place (`hidden += residual`).
         return output.detach()
 
     @staticmethod
@@ -228,7 +228,7 @@ class _Identity(torch.autograd.Function):
 def _add_product(out: Tensor, dy: Tensor, x: Tensor, weight: float = 1.0) -> None:
     """out (m, n) += weight * dy^T x in float32, of dy (tokens, m) and x (tokens, n)."""
     tokens = len(x)
-    # Operands of other dtypes are converted so many tokens at a time.
+    # Operands of other dtypes are converted, `step` tokens at a time.
     step = tokens
     if not dy.dtype == x.dtype == torch.float32:
         step = chunk_elements(out.numel()) // max(*out.shape, 1)

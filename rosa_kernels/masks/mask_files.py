@@ -1,4 +1,4 @@
-"""Files of masks: one safetensors file for all masks of a model, checked when it is read."""
+"""Saves and loads the masks of a model as one safetensors file, which is validated when read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rosa_kernels.files import replacing_file
+from rosa_kernels.files import read_safetensors, replacing_file
 from rosa_kernels.pattern import CsrPattern
 
 # The name of the format is older than this module. It stays, so that older files still load.
@@ -17,17 +17,18 @@ _FORMAT, _VERSION = "rosa_train.masks", "1"
 
 
 def save_masks(masks: Mapping[str, CsrPattern], path: str | os.PathLike[str]) -> None:
-    """Write masks as one safetensors file: 4 bytes a nonzero, 4 a row.
+    """Write masks as one safetensors file: 4 bytes for each nonzero and 4 for each row.
 
-    Tensors ``<name>.crow_indices`` and ``<name>.col_indices``, int32; metadata format, version and
-    shapes (JSON). The file is replaced as a whole: after a crash it is the old or the new one.
+    The tensors are ``<name>.crow_indices`` and ``<name>.col_indices``, int32. The metadata are the
+    format, the version and the shapes (JSON). The file is replaced as a whole: after a crash it is
+    either the old or the new one.
     """
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     for name, pattern in masks.items():
         pattern.check_unchanged()
-        # Cloned, where not copied from a device: safetensors refuses tensors that share memory.
+        # Always a copy, because safetensors refuses tensors that share memory.
         tensors[f"{name}.crow_indices"] = pattern.crow_indices.to("cpu", copy=True).contiguous()
         tensors[f"{name}.col_indices"] = pattern.col_indices.to("cpu", copy=True).contiguous()
     shapes = json.dumps({name: list(pattern.shape) for name, pattern in masks.items()})
@@ -38,26 +39,17 @@ def save_masks(masks: Mapping[str, CsrPattern], path: str | os.PathLike[str]) ->
 def load_masks(
     path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, int]] | None = None
 ) -> dict[str, CsrPattern]:
-    """Read masks written by :func:`save_masks`, every one validated, onto the CPU.
+    """Read masks that :func:`save_masks` wrote, onto the CPU. Every mask is validated.
 
     Args:
         path: the file.
-        shapes: (m, n) of the model's targets; masks of other modules or shapes are refused.
+        shapes: (m, n) of the model's targets, by name. Other modules or shapes are refused.
 
     Raises:
-        ValueError: not such a file, a truncated one, indices that are out of range or unsorted, or
-            masks of another model (with a table).
+        ValueError: the file does not hold masks or is truncated; indices are out of range or
+            unsorted; the masks are of another model (the message has a table).
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"load_masks: expected a safetensors file, got {os.fspath(path)}: {error}"
-        ) from error
+    tensors, metadata = read_safetensors(path, "load_masks")
     found = _shapes_in(metadata, path)
     if shapes is not None:
         _check_model(found, {name: (m, n) for name, (m, n) in shapes.items()}, path)

@@ -1,4 +1,4 @@
-"""Robust PCA: a matrix as low rank + sparse, by principal component pursuit."""
+"""Robust PCA: splits a matrix into low rank + sparse, by principal component pursuit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-# Relative residuals at which to stop. Below 1e-6 those of float32 are rounding errors.
+# The relative residuals at which rpca stops. In float32, residuals below 1e-6 are rounding errors.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-7}
 
 
@@ -20,33 +20,36 @@ def rpca(
     tolerance: float | None = None,
     max_iterations: int = 1000,
 ) -> tuple[Tensor, Tensor]:
-    """Split a matrix M into L of low rank and a sparse S by principal component pursuit.
+    """Split a matrix M into a low-rank L and a sparse S, by principal component pursuit.
 
-    minimise ||L||_* + lam ||S||_1 subject to L + S = M (nuclear norm; sum of magnitudes), by
-    alternating directions: with a multiplier Y and a penalty mu,
-    L = D_{1/mu}(M - S + Y / mu), which shrinks singular values; S = S_{lam/mu}(M - L + Y / mu),
-    which shrinks entries; Y += mu (M - L - S). mu starts at m n / (4 ||M||_1) and is doubled or
-    halved while one of the two residuals is 10 times the other (for the first 200 iterations, after
-    which a fixed mu makes it converge for certain).
+    Formula: minimise ||L||_* + lam ||S||_1 subject to L + S = M, with the nuclear norm and the sum
+    of magnitudes.
 
-    For most M that are a sum of a low-rank matrix whose singular vectors are not sparse and of
-    errors of any size at scattered places, the solution is exactly these two.
+    Method: alternating directions with a multiplier Y and a penalty mu. One iteration is
+    L = D_{1/mu}(M - S + Y / mu), which shrinks singular values;
+    S = S_{lam/mu}(M - L + Y / mu), which shrinks entries; Y += mu (M - L - S).
+    mu starts at m n / (4 ||M||_1). In the first 200 iterations, mu is doubled or halved while one
+    of the two residuals is 10 times the other. Later mu is fixed, which guarantees convergence.
 
-    One iteration costs an SVD of M, and memory is 12 times M's, most of it the SVD's.
+    Recovery: let M be a low-rank matrix plus errors of any size at scattered places. If the
+    singular vectors of the low-rank matrix are not sparse, the solution for most M is exactly
+    these two.
+
+    Cost: an SVD of M for each iteration, and 12 times M's memory, most of which the SVD takes.
 
     Args:
         matrix: (m, n), float32 or float64, on any device.
-        lam: cost of a sparse entry; 1 / sqrt(max(m, n)) by default, for which recovery is proven.
-        tolerance: stops when ||M - L - S||_F and the last change of S are both below this times
-            ||M||_F; 1e-6 by default, 1e-7 in float64.
-        max_iterations: a RuntimeWarning tells when they did not suffice.
+        lam: cost of a sparse entry; by default 1 / sqrt(max(m, n)), for which recovery is proven.
+        tolerance: rpca stops when ||M - L - S||_F and the last change of S are both at most this
+            times ||M||_F; by default 1e-6, and 1e-7 in float64.
+        max_iterations: most iterations. A RuntimeWarning says if they did not suffice.
 
     Returns:
-        L, S: (m, n), of M's dtype and device. S has exact zeros, and L + S = M to the tolerance.
+        L, S: (m, n), with M's dtype and device. S has exact zeros; L + S = M up to the tolerance.
 
     Raises:
-        TypeError: not a float32 or float64 tensor.
-        ValueError: not 2-D, not finite, or options that are not positive.
+        TypeError: the matrix is not a float32 or float64 tensor.
+        ValueError: the matrix is not 2-D, is empty or is not finite; an option is not positive.
 
     Source: Candès, Li, Ma, Wright, Robust principal component analysis?, arXiv 0912.3599.
     """
@@ -55,7 +58,7 @@ def rpca(
     norm = float(torch.linalg.vector_norm(matrix))
     if norm == 0:
         return torch.zeros_like(matrix), torch.zeros_like(matrix)
-    # As a matrix of norm 1: mu and Y are then of an ordinary size whatever M's scale.
+    # M is scaled to norm 1, so that mu and Y have an ordinary size for every M.
     scaled = matrix / norm
     mu = m * n / (4 * float(scaled.abs().sum()))
     low_rank, sparse = torch.zeros_like(scaled), torch.zeros_like(scaled)

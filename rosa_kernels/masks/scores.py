@@ -1,4 +1,4 @@
-"""What makes an entry of a weight worth training: the scores that masks are chosen by."""
+"""The scores of a weight's entries, by which masks are chosen."""
 
 from __future__ import annotations
 
@@ -34,20 +34,23 @@ SCORES: Mapping[str, str] = MappingProxyType(
 NEEDS_BATCHES = frozenset({"grad_mean", "grad_mean_squared", "grasp", "rpca"})
 SIGNED = frozenset({"grasp"})  # ranked by value, not by magnitude
 
-# Length of GraSP's finite-difference step as a share of the weights' norm. On two tiny models this
-# one is 0.2 % off in float32 and at a cosine of 0.95 to 0.99 in bfloat16; 3e-4 would be 0.02 % off
-# in float32 but drown in bfloat16's rounding, 1e-2 is 15 % off.
+# Length of GraSP's finite-difference step, relative to the weights' norm. On two tiny models, 1e-3
+# is 0.2 % off in float32 and has a cosine of 0.95 to 0.99 in bfloat16. 3e-4 is 0.02 % off in
+# float32, but is lost in bfloat16's rounding. 1e-2 is 15 % off.
 _STEP = 1e-3
-# Of a score and not of a result: its entries are only compared.
+# Looser than rpca's default, because a score's entries are only compared with each other.
 _RPCA_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Data:
-    """What the gradients are taken of.
+    """The batches and the loss of which gradients are taken.
 
-    batches: one forward and backward each. loss_fn: batch -> mean loss. tokens_of: batch -> how
-    many tokens that is the mean of. reduce: averages a tensor over ranks, in place.
+    Attributes:
+        batches: each takes one forward and backward.
+        loss_fn: batch -> mean loss.
+        tokens_of: batch -> number of tokens of which the loss is the mean.
+        reduce: averages a tensor over the ranks, in place.
     """
 
     batches: Sequence[Any]
@@ -57,7 +60,7 @@ class Data:
 
 
 def count_tokens(batch: object) -> float:
-    """How many tokens of a causal LM's batch have a loss; 1 for what has no ``labels``."""
+    """The number of tokens with a loss in a causal LM's batch; 1 if it has no ``labels``."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
         return 1.0
@@ -65,7 +68,7 @@ def count_tokens(batch: object) -> float:
 
 
 def random_scores(name: str, shape: tuple[int, int], seed: int) -> Tensor:
-    """(m, n) uniform scores that depend on the seed and the module's name only, made on the CPU."""
+    """Uniform (m, n) scores on the CPU, which depend only on the seed and the module's name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(shape, generator=generator)
@@ -83,8 +86,8 @@ def give_scores(
 ) -> None:
     """Call ``receive(name, scores)`` once for each target, in no particular order.
 
-    `receive` must not keep the (m, n) scores: one target's at a time is what fits. See
-    :func:`rosa_kernels.masks.build.build_masks` for the scores.
+    `receive` must not keep the (m, n) scores, because only one target's may be in memory at a time.
+    See :func:`rosa_kernels.masks.build.build_masks` for the scores.
     """
     if score == "random":
         for name, module in targets.items():
@@ -107,12 +110,12 @@ def give_scores(
 def groups_within(
     shapes: Mapping[str, tuple[int, int]], memory_bytes: int | None
 ) -> list[list[str]]:
-    """Consecutive modules whose float32 matrices fit `memory_bytes` together.
+    """Groups of consecutive modules, so that each group's float32 matrices fit `memory_bytes`.
 
-    By default, as many as fit the largest one's.
+    The default is the size of the largest matrix.
 
     Raises:
-        ValueError: less than the largest one needs.
+        ValueError: `memory_bytes` is less than the largest matrix needs.
     """
     needs = {name: 4 * m * n for name, (m, n) in shapes.items()}
     largest = max(needs, key=needs.__getitem__)
@@ -137,7 +140,7 @@ def groups_within(
 def forwards(
     score: str, shapes: Mapping[str, tuple[int, int]], batches: int, memory_bytes: int | None
 ) -> int:
-    """How many forwards of the model a score of `batches` batches takes."""
+    """The number of the model's forwards that a score takes with `batches` batches."""
     if score not in NEEDS_BATCHES or not shapes:
         return 0
     if score != "grasp" and batches == 1:
@@ -146,7 +149,7 @@ def forwards(
 
 
 def _weights(data: Data) -> list[float]:
-    """Each batch's number of tokens; 1 where there is nothing to weigh it against."""
+    """Each batch's number of tokens, or 1 if there is only one batch on one rank."""
     if len(data.batches) == 1 and data.reduce is None:
         return [1.0]
     return [float(data.tokens_of(batch)) for batch in data.batches]
@@ -171,7 +174,7 @@ def _give_gradients(
     receive = _reduced(receive, data)
     weights = _weights(data)
     if len(data.batches) == 1:
-        # Each gradient is complete when it is made: one pass, and none waits for another.
+        # Each gradient is complete when it is made. So one pass is enough, and none is kept.
         add_weight_gradients(
             targets, data.batches, data.loss_fn, weights, squared=squared, receive=receive
         )
@@ -229,7 +232,7 @@ def _give_grasp(
 
 
 def _through_rpca(receive: Receiver) -> Receiver:
-    """|S| where the pursuit left S something; everything else below that, by |gradient|."""
+    """Score entries by |S| of rpca. Entries where S is zero rank below, by |gradient|."""
 
     def pursue(name: str, gradient: Tensor) -> None:
         if not bool(gradient.isfinite().all()):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rosa_kernels.nn import RosaLinear
 
 ALL_LINEAR = "all-linear"
-# Candidates that an error lists; SmolLM2-135M has 8 suffixes, models of vision and text some 20.
+# Most candidates in an error. SmolLM2-135M has 8 suffixes, models of vision and text about 20.
 _CANDIDATES_SHOWN = 20
 
 
@@ -21,23 +21,23 @@ def find_targets(
     exclude_modules: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] = (),
 ) -> dict[str, nn.Module]:
-    """The layers that `target_modules` names, by their names in `model`, in the model's order.
+    """The layers that `target_modules` selects, by their names in `model`, in the model's order.
 
-    Layers are ``nn.Linear``, the Conv1D of transformers (GPT-2's layer, with a transposed weight)
-    and the :class:`rosa_kernels.RosaLinear` that either became.
+    A layer is ``nn.Linear``, the Conv1D of transformers (GPT-2's layer, with a transposed weight)
+    or a :class:`rosa_kernels.RosaLinear` that replaced one of them.
 
     Args:
         model: the model.
-        target_modules: ``"all-linear"`` for every layer but the output head and what shares its
-            weight with the input embedding; another string is a regular expression that has to
-            match the whole name; names in a sequence match a module called so, or whose name ends
-            in a dot and the name.
-        exclude_modules: names or a regular expression by the same rules, left out.
-        modules_to_save: modules that train in full: nothing inside them is a target.
+        target_modules: ``"all-linear"`` selects every layer except the output head and layers that
+            share their weight with another module. Another string is a regular expression, which
+            must match the whole name. A sequence holds names: a name selects the module of that
+            name, and modules whose name ends in a dot and that name.
+        exclude_modules: names or a regular expression, by the same rules; matches are left out.
+        modules_to_save: modules that train in full. Nothing inside them is a target.
 
     Raises:
-        ValueError: nothing matches (the candidates are listed), a match of a class that cannot
-            have an adapter, or a match whose weight is another module's as well.
+        ValueError: nothing matches (the message lists candidates); a match cannot have an adapter;
+            a match shares its weight with another module.
     """
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     if not target_modules or (not everything and not _is_names(target_modules)):
@@ -50,7 +50,7 @@ def find_targets(
     shared = _shared_with_others(model)
     head = _output_embeddings(model)
     targets: dict[str, nn.Module] = {}
-    inside = tuple[str, ...]()  # the layers' own submodules are none of the user's
+    inside = tuple[str, ...]()  # prefixes of the submodules of a RosaLinear
     for name, module in model.named_modules():
         if not name or name.startswith(inside):
             continue
@@ -71,8 +71,8 @@ def find_targets(
             )
         if name in shared:
             raise ValueError(
-                "target_modules: expected modules whose weight is theirs alone, got "
-                f"{name}, which shares it with {shared[name]}; leave it out, or untie the two"
+                "target_modules: expected modules that share their weight with no other, got "
+                f"{name}, which shares it with {shared[name]}; exclude it, or untie the two"
             )
         targets[name] = module
     if not targets:
@@ -85,7 +85,7 @@ def find_targets(
 
 
 def target_shapes(targets: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """The (m, n) = (outputs, inputs) of each layer, whichever way round its weight is stored."""
+    """The (m, n) = (outputs, inputs) of each layer, even if its weight is stored transposed."""
     return {name: layer_shape(module) for name, module in targets.items()}
 
 
@@ -98,7 +98,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D: told by name, as importing it takes seconds."""
+    """Whether `module` is transformers' Conv1D, by its name: importing that takes seconds."""
     return any(
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
         for cls in type(module).__mro__
@@ -109,7 +109,7 @@ def is_layer(module: nn.Module) -> bool:
     """Whether `module` can have an adapter."""
     if isinstance(module, RosaLinear):
         return True
-    # Subclasses with a forward of their own (quantised layers) do something else with `weight`.
+    # A subclass with its own forward, such as a quantised layer, may use `weight` differently.
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     if not plain and not is_conv1d(module):
         return False
@@ -125,17 +125,17 @@ def matches(rule: str | Sequence[str], name: str) -> bool:
 
 
 def pattern_key(keys: Iterable[str], name: str) -> str | None:
-    """The first key of a PEFT pattern (``rank_pattern``, ...) that `name` ends in, or None."""
+    """The first key of a PEFT pattern (``rank_pattern``, ...) that matches the end of `name`."""
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that `modules_to_save` names, by PEFT's rule: whose names end so.
+    """The modules whose name ends in an entry of `modules_to_save`, which is PEFT's rule.
 
-    It takes no dot: "norm" is also "input_layernorm", as it is to PEFT.
+    No dot is needed before the entry. So "norm" also selects "input_layernorm", as in PEFT.
 
     Raises:
-        ValueError: a name that no module has, or one of a module without parameters.
+        ValueError: an entry selects no module, or only modules without parameters.
     """
     found: dict[str, nn.Module] = {}
     for key in modules_to_save:
@@ -182,7 +182,7 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _shared_with_others(model: nn.Module) -> dict[str, str]:
-    """Layers whose weight is another module's too (a tied head), each with that module's name."""
+    """Layers that share their weight (a tied head), each with the name of the other module."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)

@@ -11,18 +11,18 @@ from torch import Tensor
 from rosa_kernels.pattern import CsrPattern
 
 _LOW31 = 0x7FFFFFFF
-# A 32-bit key is found by its highest 12 bits, then 10, then 10: histograms of at most 4,096 bins
-# (32 KB). Two levels of 16 bits would save one pass of three, but their 65,536 bins (512 KB) are
-# longer than the chunks of a small layer.
+# A 32-bit key is found by its highest 12 bits, then 10, then 10. Each level takes a histogram of at
+# most 4,096 bins (32 KB). Two levels of 16 bits would save one pass of three. But their 65,536 bins
+# (512 KB) are longer than the chunks of a small layer.
 _SHIFTS = (20, 10, 0)
 _BINS = (4096, 1024, 1024)
 
 
 def chunk_elements(numel: int) -> int:
-    """How many elements of a matrix to take at once: a 64th of it, from 4,096 to 2**20.
+    """The number of a matrix's elements in one chunk: a 64th of them, from 4,096 to 2**20.
 
-    What is made of a chunk (keys, digits, a selection) is some 20 bytes an element at most: all
-    temporaries stay below a twelfth of the matrix in float32, and below 20 MiB.
+    The temporaries of a chunk (keys, digits, a selection) take about 20 bytes an element at most.
+    So all temporaries stay below a twelfth of the matrix in float32, and below 20 MiB.
     """
     return min(max(numel // 64, 2**12), 2**20)
 
@@ -30,17 +30,18 @@ def chunk_elements(numel: int) -> int:
 def top_k(scores: Tensor, k: int, *, signed: bool = False, what: str = "scores") -> Tensor:
     """The places of the k scores of largest magnitude (`signed`: of largest value), ascending.
 
-    Scores are compared in float32, whatever their dtype. Of equal ones the first in row-major order
-    win, so the answer is unique, on every device. -0.0 equals 0.0.
+    Scores of any dtype are compared in float32. Of equal scores the first in row-major order win,
+    so the answer is unique and the same on every device. -0.0 equals 0.0.
 
-    Found by a histogram over the bits of the scores, three reads chunk by chunk, and a fourth that
-    collects: temporaries of a chunk (:func:`chunk_elements`) beside the result, O(numel) time.
+    A histogram over the bits of the scores finds the threshold in three reads, chunk by chunk. A
+    fourth read collects the places. Time is O(numel). Memory beside the result is the temporaries
+    of one chunk (:func:`chunk_elements`).
 
     Args:
         scores: (m, n), of any strides and floating dtype; float64 is rounded to float32.
         k: from 0 to m * n.
         signed: rank by value, not by magnitude.
-        what: how an error calls the scores.
+        what: the name of the scores in error messages.
 
     Returns:
         (k,) int64 places in the row-major order of (m, n), ascending, on the scores' device.
@@ -70,27 +71,27 @@ def pattern_of(places: Tensor, shape: tuple[int, int]) -> CsrPattern:
 class Pool:
     """The k largest scores of several matrices that come one at a time, in any order.
 
-    Keeps at most k candidates, 8 bytes each (score and place; 12 for matrices of 2**31 elements and
-    more). Equal scores: the earlier matrix of `order` wins, then the earlier place. A candidate is
-    only dropped for k others that rank higher, so what remains does not depend on the order of
-    arrival.
+    The pool keeps at most k candidates of 8 bytes each (score and place). For a matrix of more than
+    2**31 elements a candidate takes 12 bytes. Of equal scores, the earlier matrix in `order` wins,
+    then the earlier place. A candidate is dropped only if k others rank higher. So the result does
+    not depend on the order of arrival.
 
     Args:
-        k: how many to keep of all matrices together.
+        k: how many scores to keep, of all matrices together.
         order: the names of the matrices, by precedence.
-        signed: as of :func:`top_k`.
+        signed: as for :func:`top_k`.
     """
 
     def __init__(self, k: int, order: Sequence[str], *, signed: bool = False) -> None:
         self._k, self._signed = k, signed
-        # Candidates (1, count) and their places, by precedence; None until the matrix came.
+        # Candidates (1, count) and their places, by precedence; None until the matrix is added.
         self._kept: dict[str, tuple[Tensor, Tensor] | None] = dict.fromkeys(order)
 
     def add(self, name: str, scores: Tensor) -> None:
         """Take the scores (m, n) of one matrix into account. Raises like :func:`top_k`."""
         what = f"scores of {name!r}"
         _check(scores, what)
-        # The newcomer's scores are candidates where they lie; only those that stay are copied.
+        # The new matrix's scores are candidates in place. Only those that are kept are copied.
         pieces: dict[str, Tensor] = {}
         for other, kept in self._kept.items():
             if other == name:
@@ -115,12 +116,12 @@ class Pool:
                 self._kept[other] = (values.unsqueeze(0), kept[1][places])
 
     def places(self) -> dict[str, Tensor]:
-        """Of each matrix that came: the places of its scores among the k largest, ascending."""
+        """For each matrix added: the places of its scores among the k largest, ascending."""
         return {name: kept[1].long() for name, kept in self._kept.items() if kept is not None}
 
 
 class _Cut(NamedTuple):
-    """All keys above `key` are in, and the first `ties` of those equal to it."""
+    """The threshold: all keys above `key` are taken, and the first `ties` keys equal to it."""
 
     key: int
     ties: int
@@ -134,7 +135,7 @@ def _check(scores: Tensor, what: str) -> None:
 
 
 def _keys(scores: Tensor, signed: bool) -> Tensor:
-    """int32 that are ordered like float32 `scores`, or like their magnitudes."""
+    """int32 keys in the order of float32 `scores` if `signed`, else of their magnitudes."""
     if not signed:
         return scores.view(torch.int32) & _LOW31
     bits = (scores + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
@@ -156,7 +157,7 @@ def _chunks(scores: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _find_cut(pieces: Sequence[Tensor], k: int, signed: bool, what: str) -> _Cut:
-    """Where to cut so that k of the scores in all pieces, 0 <= k <= their number, remain."""
+    """The threshold that keeps k of all pieces' scores; 0 <= k <= their number."""
     prefix, remaining = 0, k
     for level, (shift, bins) in enumerate(zip(_SHIFTS, _BINS, strict=True)):
         counts = torch.zeros(bins, dtype=torch.int64, device=pieces[0].device)
@@ -169,8 +170,9 @@ def _find_cut(pieces: Sequence[Tensor], k: int, signed: bool, what: str) -> _Cut
                     keys = keys[keys >> _SHIFTS[level - 1] == prefix]
                     digits = (keys >> shift).bitwise_and_(bins - 1)
                 counts += torch.bincount(digits, minlength=bins).to(counts.device)
-        above = counts.cpu().flip(0).cumsum(0)  # above[i]: with a digit of bins - 1 - i or more
-        # Exponents of all ones: the highest 8 bins and, with a sign, the lowest.
+        above = counts.cpu().flip(0).cumsum(0)  # above[i]: keys with a digit >= bins - 1 - i
+        # NaN and infinity have exponents of all ones. They fall in the highest 8 bins and, if
+        # signed, in the lowest 8.
         if level == 0 and (int(above[7]) or (signed and int(above[-1] - above[-9]))):
             raise ValueError(f"top_k: expected finite {what}, got NaN or infinity")
         first = int((above >= remaining).nonzero()[0])
@@ -181,7 +183,7 @@ def _find_cut(pieces: Sequence[Tensor], k: int, signed: bool, what: str) -> _Cut
 
 
 def _beyond(scores: Tensor, key: int, ties: int, signed: bool) -> Tensor:
-    """Places of the scores above the cut, and of the first `ties` on it, ascending."""
+    """Places of the scores with keys above `key` and of the first `ties` at it, ascending."""
     found = []
     for start, chunk in _chunks(scores):
         keys = _keys(chunk, signed)

@@ -1,4 +1,4 @@
-"""The drop-in module: RosaLinear, its adapters, and S merged into the weight while training."""
+"""The layer RosaLinear, its adapters, and residency: S inside the weight during training."""
 
 from rosa_kernels.nn.adapter import RosaAdapter
 from rosa_kernels.nn.linear import RosaLinear

@@ -1,4 +1,4 @@
-"""RosaAdapter: what one adapter trains in one layer."""
+"""RosaAdapter: the pattern and the parameters of one adapter in one layer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rosa_kernels.bounds import FINITE, FRACTION_BELOW_1, NON_NEGATIVE_INTEGER
 from rosa_kernels.pattern import CsrPattern
 
 
@@ -17,21 +18,22 @@ class RosaAdapter(nn.Module):
 
     Formula: dW = S + (alpha / rank) B A.
 
-    Its parameters are master weights: float32 (float64 for a float64 layer) whatever the layer's
-    dtype, as ``.to(torch.bfloat16)`` stops at float32. The pattern's indices are in the state_dict
-    but are no buffers: DistributedDataParallel would send every buffer to every rank in every
-    forward, and write it in place.
+    The parameters are master weights: float64 for a float64 layer, else float32. So
+    ``.to(torch.bfloat16)`` leaves them in float32. The pattern's indices are in the state_dict, but
+    they are not buffers. DistributedDataParallel would send buffers to every rank in every forward,
+    and write them in place.
 
     Attributes:
-        lora_a: (r, n) parameter, Kaiming-uniform; or (r,) int64 buffer, a selector of input
-            columns; or None.
-        lora_b: (m, r) parameter, zero; or None.
-        values: (nnz,) parameter, zero; or None.
-        pattern: (m, n) CsrPattern of values; or None.
+        lora_a: (r, n) parameter, Kaiming-uniform at first; or (r,) int64 buffer, a selector of
+            input columns; or None.
+        lora_b: (m, r) parameter, zero at first; or None.
+        values: (nnz,) parameter, zero at first; or None.
+        pattern: (m, n) CsrPattern of `values`; or None.
         rank, alpha, scaling, dropout: numbers; scaling = alpha / rank.
 
     Raises:
-        ValueError, TypeError: a rank, alpha, dropout, selector or pattern that does not fit (m, n).
+        ValueError, TypeError: the rank, alpha or dropout is invalid; the selector or the pattern
+            does not fit (m, n).
     """
 
     lora_a: Tensor | None
@@ -53,16 +55,11 @@ class RosaAdapter(nn.Module):
     ) -> None:
         super().__init__()
         m, n = shape
-        if not isinstance(rank, int) or rank < 0:
-            raise ValueError(f"RosaAdapter: expected rank to be an integer >= 0, got {rank!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"RosaAdapter: expected dropout in [0, 1), got {dropout}")
-        if not math.isfinite(alpha):
-            raise ValueError(f"RosaAdapter: expected a finite alpha, got {alpha}")
+        rank = NON_NEGATIVE_INTEGER.check("RosaAdapter", rank, "rank")
         self.shape = (m, n)
         self.rank = rank
-        self.alpha = float(alpha)
-        self.dropout = float(dropout)
+        self.alpha = float(FINITE.check("RosaAdapter", alpha, "alpha"))
+        self.dropout = float(FRACTION_BELOW_1.check("RosaAdapter", dropout, "dropout"))
         self.dtype = dtype
         self.pattern: CsrPattern | None = None
         self.register_parameter("lora_a", None)
@@ -85,12 +82,12 @@ class RosaAdapter(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """alpha / rank, or 0 where there is no low-rank branch."""
+        """alpha / rank, or 0 if there is no low-rank branch."""
         return self.alpha / self.rank if self.rank else 0.0
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has neither branch (yet)."""
+        """Whether the adapter has neither branch yet."""
         return self.lora_b is None and self.values is None
 
     def set_pattern(
@@ -99,13 +96,14 @@ class RosaAdapter(nn.Module):
         values: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Give the adapter a sparse branch, in place of one it may have.
+        """Give the adapter a sparse branch, or replace the one that it has.
 
-        `values`, if given, are copied into a new parameter, which else is zero. It lives where
-        `pattern` does, or on `device`.
+        The branch gets a new parameter: a copy of `values` if given, else zeros. The parameter is
+        on `device` if given, else on the pattern's device.
 
         Raises:
-            TypeError: no pattern. ValueError: a pattern of another shape, values of another length.
+            TypeError: `pattern` is not a CsrPattern.
+            ValueError: `pattern` is not of the weight's shape, or `values` not of length nnz.
         """
         if not isinstance(pattern, CsrPattern):
             raise TypeError(f"RosaAdapter: expected a CsrPattern, got {type(pattern).__name__}")
@@ -126,7 +124,7 @@ class RosaAdapter(nn.Module):
         self.pattern = pattern
 
     def delta_weight(self) -> Tensor:
-        """(m, n) dense S + scaling * B A, in the parameters' dtype: for merging and export."""
+        """The dense (m, n) S + scaling * B A in the parameters' dtype, for merging and export."""
         reference = self.values if self.lora_b is None else self.lora_b
         if reference is None:
             raise ValueError("RosaAdapter: expected a branch, got an adapter that has none yet")
@@ -145,13 +143,14 @@ class RosaAdapter(nn.Module):
         return delta
 
     def dropout_mask(self, x: Tensor) -> Tensor | None:
-        """Which elements of the low-rank branch's input are kept in this forward; None for all."""
+        """A bool mask of the low-rank branch's inputs that this forward keeps; None keeps all."""
         if not (self.training and self.dropout and self.lora_a is not None):
             return None
         shape = (*x.shape[:-1], self.rank) if self.lora_a.dim() == 1 else x.shape
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Four draws of 16 bits from each random word: 1.4 ms per million elements, against 5.8
-            # of bernoulli_, in a layer of 50 ms. The probability is off by 2**-17 at most.
+            # Each random word gives four draws of 16 bits. Per million elements this takes 1.4 ms,
+            # and bernoulli_ takes 5.8 ms, in a layer of 50 ms. The probability is off by 2**-17 at
+            # most.
             draws = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64)
             draws = draws.random_(-(2**63), None).view(torch.int16)[: math.prod(shape)]
             return (draws >= round(self.dropout * 2**16) - 2**15).view(shape)
@@ -175,7 +174,7 @@ class RosaAdapter(nn.Module):
             return applied
 
         super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
-        # Not read from a parameter, of which there may be none yet.
+        # Not read from a parameter, because the adapter may have none yet.
         self.dtype = at_least_float32(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         if self.pattern is not None:
             self.pattern = self.pattern.to(fn(self.pattern.col_indices).device)
@@ -204,7 +203,7 @@ class RosaAdapter(nn.Module):
         if self.pattern is not None and strict:
             missing_keys += [name for name in names if name not in given]
         try:
-            # Before anything is written: values of other places are of no use.
+            # Check the indices before values are loaded: values of other entries are useless.
             self._load_indices(state_dict, prefix)
         except (ValueError, TypeError, RuntimeError) as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
@@ -217,7 +216,7 @@ class RosaAdapter(nn.Module):
         unexpected_keys += [name for name in known if name not in expected]
 
     def _load_indices(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Validate the selector that is about to be loaded; validate and take the pattern."""
+        """Validate the selector and the pattern in `state_dict`, and take the pattern."""
         selector = state_dict.get(prefix + "lora_a")
         if selector is not None and self.lora_a is not None and self.lora_a.dim() == 1:
             _check_selector(selector, self.rank, self.shape[1])
@@ -230,7 +229,7 @@ class RosaAdapter(nn.Module):
         if pattern.nnz != self.pattern.nnz:
             raise ValueError(
                 f"expected {self.pattern.nnz} nonzeros as in this adapter, got {pattern.nnz}; "
-                "set_pattern first"
+                "call set_pattern first"
             )
         self.pattern = pattern
 

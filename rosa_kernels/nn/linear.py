@@ -1,4 +1,4 @@
-"""RosaLinear: a linear layer with RoSA adapters, in place of nn.Linear and of GPT-2's Conv1D."""
+"""RosaLinear: a linear layer with RoSA adapters. It replaces nn.Linear or GPT-2's Conv1D."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from rosa_kernels.pattern import CsrPattern
 from rosa_kernels.strides import overlaps_itself
 
 RESIDENT, SCATTER, SEPARATE = "resident", "scatter", "separate"
-# Copies of S are the same bits from all of them, and "dense", asked for by name, has none.
+# The backend that copies S, whatever backend is requested: all copy the same bits, and a requested
+# "dense" has no such op.
 _ANY = "auto"
 
 
 class RosaLinear(nn.Module):
-    """A frozen linear layer with any number of named adapters, one of which may be active.
+    """A frozen linear layer with any number of named adapters, of which at most one is active.
 
     Formula: y = x (W + S)^T + (alpha / rank) drop(x) A^T B^T + bias.
 
-    It keeps the parameters of the layer it stands for, under their names: a model's state_dict
-    gains the adapters' keys, loses none, and always holds W, whatever has been merged into it.
+    The layer keeps the parameters of the layer that it replaces, under the same names. So a model's
+    state_dict keeps its keys and gains those of the adapters. The state_dict always holds W, even
+    if S or an adapter is inside the weight.
 
-    Where S is while it trains (:meth:`path`): "resident", inside the weight, if
-    :func:`make_resident` has put it there, else "scatter", written into the weight for the length
-    of each product; "separate", a product of its own, where the weight cannot be written to.
+    :meth:`path` says where S is during training:
+
+    - "resident": inside the weight, where :func:`make_resident` has put it.
+    - "scatter", the default: written into the weight for the length of each product.
+    - "separate": a product of its own, if the weight cannot be written to.
 
     Shapes: x (..., n) -> (..., m).
     Source: Nikdan et al., RoSA, arXiv 2401.04679.
@@ -37,12 +41,12 @@ class RosaLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    _is_fsdp_managed_module = False  # FSDP's; else every forward pays 1 us to look for it in vain
+    _is_fsdp_managed_module = False  # FSDP sets this. Without it, a lookup costs forward 1 us.
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         weight = getattr(linear, "weight", None)
-        # Told by name, as transformers need not be installed.
+        # Conv1D is recognised by its name, because transformers may not be installed.
         self.fan_in_fan_out = type(linear).__name__ == "Conv1D"
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             got = type(linear).__name__
@@ -65,18 +69,19 @@ class RosaLinear(nn.Module):
         self.out_features, self.in_features = m, n
         self.adapters = nn.ModuleDict()
         self.active_adapter: str | None = None
-        # In tuples, which hides them from nn.Module. The template holds no weight, which would
-        # outlive the layer's when load_state_dict(assign=True) or a move replaces that.
+        # Tuples hide the template and the checked weight from nn.Module. The template holds no
+        # weight: load_state_dict(assign=True) or a move replaces the layer's, and the template
+        # would keep the old one alive.
         template = copy.copy(linear)
         template._parameters = {**linear._parameters, "weight": None, "bias": None}
         self._template = (template,)
         self._write_check: tuple[Tensor, str] = (self.weight, "")
         self._check_weight()
-        # While S sits in the weight, which make_resident must have allowed: where, and what was
-        # there before.
+        # make_resident sets _may_reside. _resident is set while S is in the weight: the pattern,
+        # and W's original entries there.
         self._may_reside = False
         self._resident: tuple[CsrPattern, Tensor] | None = None
-        # While an adapter is merged: its name, and the weight as it was, on the host.
+        # While an adapter is merged: its name, and the copy of W on the host if one is kept.
         self._merged: str | None = None
         self._kept: Tensor | None = None
         self.train(linear.training)
@@ -99,17 +104,18 @@ class RosaLinear(nn.Module):
 
         Args:
             linear: nn.Linear, or Conv1D of transformers.
-            rank: of the low-rank branch; 0 for none.
-            pattern: of the sparse branch; None for none.
+            rank: rank of the low-rank branch; 0 for no such branch.
+            pattern: pattern of the sparse branch; None for no such branch.
             alpha: the low-rank branch is scaled by alpha / rank.
             dropout: probability that an element of the low-rank branch's input is dropped.
             adapter_name: its key in `adapters`.
             train_a: False freezes A.
-            selector: (rank,) input columns in place of A.
+            selector: (rank,) indices of input columns, in place of A.
 
         Raises:
-            TypeError: another kind of layer. ValueError: numbers or a pattern that do not fit, or
-            rank 0 with no pattern.
+            TypeError: `linear` is of another class or dtype.
+            ValueError: rank is 0 and pattern is None.
+            ValueError, TypeError: what :class:`RosaAdapter` raises.
         """
         if not rank and pattern is None:
             raise ValueError("RosaLinear: expected a rank or a pattern, got rank 0 and no pattern")
@@ -139,15 +145,16 @@ class RosaLinear(nn.Module):
         train_a: bool = True,
         selector: Tensor | None = None,
     ) -> RosaAdapter:
-        """Add an adapter without activating it; its sparse branch may come later.
+        """Add an adapter without activating it. Its sparse branch may be added later.
 
         Raises:
-            ValueError: a name that is taken or not a string without dots; what does not fit.
+            ValueError: the name is taken, is empty, is not a string or has a dot.
+            ValueError, TypeError: what :class:`RosaAdapter` raises.
         """
         if not isinstance(name, str) or not name or "." in name or hasattr(self.adapters, name):
             raise ValueError(
-                f"RosaLinear: expected a new adapter name without dots, got {name!r}; there are "
-                f"{sorted(self.adapters)}"
+                f"RosaLinear: expected a new adapter name without dots, got {name!r}; the layer "
+                f"has {sorted(self.adapters)}"
             )
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         adapter = RosaAdapter(
@@ -175,7 +182,7 @@ class RosaLinear(nn.Module):
         return self.adapters[name]  # type: ignore[return-value]
 
     def set_adapter(self, name: str | None) -> None:
-        """Make an adapter the active one; None disables them all, and leaves y = x W^T + bias."""
+        """Make an adapter the active one. None disables all: then y = x W^T + bias."""
         if name is not None:
             self.adapter(name)
         self._refuse_while_merged("set_adapter")
@@ -184,7 +191,7 @@ class RosaLinear(nn.Module):
         self._insert_sparse()
 
     def delete_adapter(self, name: str) -> None:
-        """Forget an adapter; if it was the active one, none is."""
+        """Delete an adapter. If it was the active one, no adapter is active afterwards."""
         self.adapter(name)
         self._refuse_while_merged("delete_adapter")
         if self.active_adapter == name:
@@ -194,7 +201,10 @@ class RosaLinear(nn.Module):
     def set_pattern(
         self, pattern: CsrPattern, values: Tensor | None = None, adapter_name: str | None = None
     ) -> None:
-        """:meth:`RosaAdapter.set_pattern`: a new `values` parameter, unknown to any optimizer."""
+        """Call :meth:`RosaAdapter.set_pattern` of an adapter, by default the active one.
+
+        The new `values` parameter is in no optimizer yet.
+        """
         self._refuse_while_merged("set_pattern")
         adapter = self.adapter(adapter_name)
         self._restore_weight()
@@ -230,16 +240,16 @@ class RosaLinear(nn.Module):
         )
 
     def path(self) -> tuple[str, str]:
-        """Where S is in forward and backward: "resident", "scatter" or "separate"; and why."""
+        """Where S is in forward and backward ("resident", "scatter" or "separate"), and why."""
         if self._resident is not None:
             return RESIDENT, ""
         reason = self._cannot_be_written()
         if reason:
             return SEPARATE, reason
-        return SCATTER, "no make_resident"
+        return SCATTER, "make_resident was not called"
 
     def _cannot_be_written(self) -> str:
-        """Why S cannot be written into the weight, if it cannot."""
+        """Why S cannot be written into the weight, or "" if it can."""
         if self._is_fsdp_managed_module:
             return "the weight is sharded by FSDP"
         if self._write_check[0] is not self.weight:
@@ -247,7 +257,10 @@ class RosaLinear(nn.Module):
         return self._write_check[1]
 
     def _check_weight(self) -> None:
-        """Remembered for the weight: it would cost every forward 3 us, and does not compile."""
+        """Check whether this weight can be written to, and remember the answer.
+
+        The check would cost every forward 3 us, and torch.compile cannot trace it.
+        """
         weight, reason = self.weight, ""
         if type(weight) is not nn.Parameter:
             reason = f"the weight is a {type(weight).__name__}"
@@ -260,13 +273,13 @@ class RosaLinear(nn.Module):
         self._write_check = weight, reason
 
     def _matrix(self) -> Tensor:
-        """The weight as the (m, n) matrix it stands for, whatever way it is stored."""
+        """The weight as an (m, n) matrix. Conv1D stores its transpose."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
     # -- S inside the weight -----------------------------------------------------------------------
 
     def _insert_sparse(self) -> None:
-        """Put the active adapter's S into the weight if it may be there and is not."""
+        """Put the active adapter's S into the weight, if that is allowed and not done yet."""
         if not self._may_reside or self._resident is not None or self._merged is not None:
             return
         pattern = self.adapter().pattern if self.active_adapter else None
@@ -276,19 +289,19 @@ class RosaLinear(nn.Module):
             self.sync()
 
     def _restore_weight(self) -> None:
-        """Take S out of the weight: the bits that were there before come back."""
+        """Take S out of the weight, which restores W bit by bit."""
         if self._resident is not None:
             csr_scatter_(self._matrix().detach(), *self._resident, backend=_ANY)
             self._resident = None
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Write round(W + S) anew where S is resident: for after `values` have changed."""
+        """If S is resident, write round(W + S) again. Call this after `values` have changed."""
         if self._resident is None:
             return
         pattern, originals = self._resident
         adapter = self.adapter()
-        if adapter.pattern is not pattern:  # the adapter itself was given or has loaded another
+        if adapter.pattern is not pattern:  # the adapter was given or loaded another
             self._restore_weight()
             self._insert_sparse()
             return
@@ -298,10 +311,10 @@ class RosaLinear(nn.Module):
 
     @torch.no_grad()
     def base_weight(self) -> Tensor:
-        """W as it is stored, without what is merged into it; a copy where anything is.
+        """W as it is stored, without S or a merged adapter: a copy if the weight holds one.
 
         Raises:
-            RuntimeError: an adapter was merged without keeping the weight.
+            RuntimeError: an adapter was merged with keep_base=False.
         """
         if self._merged is not None:
             if self._kept is None:
@@ -314,20 +327,20 @@ class RosaLinear(nn.Module):
         csr_scatter_(matrix, *self._resident, backend=_ANY)
         return weight
 
-    # -- an adapter merged for good ----------------------------------------------------------------
+    # -- an adapter merged into the weight ---------------------------------------------------------
 
     @property
     def merged(self) -> str | None:
-        """The adapter that is merged into the weight, low-rank branch and all."""
+        """The name of the adapter whose branches :meth:`merge` added to the weight, or None."""
         return self._merged
 
     def delta_weight(self, adapter_name: str | None = None) -> Tensor:
-        """(m, n) dense S + scaling * B A of an adapter."""
+        """The dense (m, n) S + scaling * B A of an adapter, by default the active one."""
         return self.adapter(adapter_name).delta_weight()
 
     @torch.no_grad()
     def merged_weight(self, adapter_name: str | None = None) -> Tensor:
-        """A new round(W + S + scaling * B A), stored as W is, rounded once from float32."""
+        """A new tensor round(W + S + scaling * B A), stored like W, rounded once from float32."""
         weight = self.base_weight()
         delta = self.delta_weight(adapter_name)
         return (
@@ -340,23 +353,23 @@ class RosaLinear(nn.Module):
     def merge(
         self, adapter_name: str | None = None, *, safe: bool = False, keep_base: bool = True
     ) -> None:
-        """Merge an adapter, low-rank branch and all, into the weight: forward is one product.
+        """Merge both branches of an adapter into the weight, so that forward is one product.
 
         Args:
-            adapter_name: which; by default the active one.
-            safe: refuse, before anything changes, a merged weight that is not finite.
+            adapter_name: the adapter; by default the active one.
+            safe: raise, before anything changes, if the merged weight is not finite.
             keep_base: keep W on the host, from which :meth:`unmerge` restores it bit by bit.
 
         Raises:
             RuntimeError: an adapter is merged already, or the weight cannot be written to.
-            ValueError: no such adapter, or with `safe` a merged weight with NaN or Inf.
+            ValueError: there is no such adapter; or `safe`, and the merged weight has NaN or Inf.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._refuse_while_merged("merge")
         self.adapter(name)
         reason = self._cannot_be_written()
         if reason:
-            raise RuntimeError(f"RosaLinear.merge: expected a weight it may change, but {reason}")
+            raise RuntimeError(f"RosaLinear.merge: expected a writable weight, got none: {reason}")
         merged = self.merged_weight(name)
         if safe and not bool(merged.isfinite().all()):
             raise ValueError(
@@ -372,8 +385,8 @@ class RosaLinear(nn.Module):
         """Restore W bit by bit from the copy that :meth:`merge` kept.
 
         Raises:
-            RuntimeError: nothing is merged, or no copy was kept: subtracting what was added would
-            not give back the same bits.
+            RuntimeError: nothing is merged, or no copy was kept. Subtracting the adapter would not
+                give back the same bits.
         """
         if self._merged is None:
             raise RuntimeError("RosaLinear.unmerge: expected a merged adapter, got none")
@@ -382,7 +395,7 @@ class RosaLinear(nn.Module):
         self._insert_sparse()
 
     def to_linear(self, adapter_name: str | None = None) -> nn.Module:
-        """The plain layer this one stands for, with W itself or an adapter's merged weight."""
+        """A plain layer of the replaced class, with W itself or with an adapter's merged weight."""
         if adapter_name is None:
             self._refuse_while_merged("to_linear")
             self.leave_residency()  # the plain layer shares the weight
@@ -403,7 +416,7 @@ class RosaLinear(nn.Module):
     # -- movement and storage ----------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> RosaLinear:
-        # Rounding W + S to another dtype is not what S and a rounded W would give.
+        # S is taken out first: a cast of round(W + S) is not the sum of S and the cast W.
         self._restore_weight()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._check_weight()
@@ -414,13 +427,13 @@ class RosaLinear(nn.Module):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        new.leave_residency()  # no optimizer's hook knows the copy
+        new.leave_residency()  # no optimizer's hook would sync the copy
         new._check_weight()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_write_check": None, "_may_reside": False, "_resident": None}
-        if self._resident is not None:  # no optimizer's hook will know what is pickled
+        if self._resident is not None:  # no optimizer's hook would sync the unpickled layer
             weight = nn.Parameter(self.base_weight(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
@@ -430,7 +443,7 @@ class RosaLinear(nn.Module):
         self._check_weight()
 
     def leave_residency(self) -> None:
-        """Take S out of the weight for good: what :func:`make_resident` did is undone here."""
+        """Undo :func:`make_resident` for this layer: take S out of the weight and keep it out."""
         self._restore_weight()
         self._may_reside = False
 
@@ -460,5 +473,5 @@ _NOT_KEPT = (
 
 
 def _insert_sparse_after_load(layer: RosaLinear, _: Any) -> None:
-    layer._check_weight()  # assign=True replaces it
+    layer._check_weight()  # load_state_dict(assign=True) replaces the weight
     layer._insert_sparse()

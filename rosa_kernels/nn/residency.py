@@ -1,4 +1,4 @@
-"""S inside the weight while it trains: free in forward and in backward."""
+"""Residency: S is inside the weight during training, so forward and backward cost nothing more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rosa_kernels.nn.linear import RESIDENT, SCATTER, SEPARATE, RosaLinear
 
 
 class Residency:
-    """What :func:`make_resident` returns.
+    """The result of :func:`make_resident`: where each layer's S is, and how to take S out again.
 
     Attributes:
         paths: layer name -> "resident", or "scatter: reason", or "separate: reason".
@@ -26,7 +26,7 @@ class Residency:
         self._hook = hook
 
     def remove(self) -> None:
-        """Put W back into every weight, bit by bit, and stop following the optimizer."""
+        """Restore W in every weight, bit by bit, and remove the optimizer's hook."""
         self._hook.remove()
         for layer in self._layers.values():
             layer.leave_residency()
@@ -35,23 +35,26 @@ class Residency:
 def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residency:
     """Write the active adapters' S into their weights, and again after each step of `optimizer`.
 
-    Formula: weight[idx] = round(W[idx] + values). `values` stay the only truth, in float32: the
-    weight is derived from them and never read back (steps of 2e-5 inside a bfloat16 weight lose
-    69 % of the movement). The originals are kept, nnz elements in the weight's dtype.
+    Formula: weight[idx] = round(W[idx] + values).
 
-    Adapters and patterns that come later follow by themselves. After `values` change otherwise than
-    by this optimizer or the model's load_state_dict, call :func:`sync`. What reads parameters past
-    the state_dict (an AveragedModel) or replaces them (torch.func.functional_call) finds W + S, and
-    belongs inside :func:`base_weights`.
+    The weight is derived from the float32 `values` and never read back: steps of 2e-5 inside a
+    bfloat16 weight lose 69 % of the movement. The originals W[idx] are kept, which are nnz elements
+    in the weight's dtype.
 
-    Weights that other modules share or that cannot be written to are left alone: see `paths`.
+    Adapters and patterns that are set later become resident too. Call :func:`sync` if anything
+    but this optimizer or the model's load_state_dict has changed `values`. Code that reads
+    parameters outside the state_dict (an AveragedModel) or replaces them
+    (torch.func.functional_call) sees W + S. Run such code inside :func:`base_weights`.
+
+    Weights that other modules share, or that cannot be written to, are left as they are: see
+    `paths` of the result.
 
     Raises:
-        RuntimeError: weights sharded by FSDP, which no layer owns whole.
-        ValueError: trainable values that `optimizer` does not hold; nobody would write them anew.
+        RuntimeError: FSDP has sharded weights, so that no layer has a whole one.
+        ValueError: `optimizer` lacks some trainable values; their weights would not be updated.
     """
     layers = _layers(model)
-    # accelerate wraps optimizers; hooks of the inner one run whoever steps it.
+    # accelerate wraps optimizers. Hooks of the inner one also run if the wrapper is stepped.
     optimizer = getattr(optimizer, "optimizer", optimizer)
     sharded = [n for n, layer in layers.items() if getattr(layer, "_is_fsdp_managed_module", False)]
     if sharded:
@@ -72,7 +75,8 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
         for layer in layers.values():
             layer.sync()
 
-    # Before any S is in any weight: nobody would write it anew if this failed, or the rest did.
+    # The hook is registered before any S is written. So whatever fails here, a hook syncs every S
+    # that is in a weight.
     hook = optimizer.register_step_post_hook(after_step)
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     paths = {}
@@ -89,22 +93,23 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
 
 
 def sync(model: nn.Module) -> None:
-    """Derive resident weights anew, after `values` were changed by anything but the optimizer."""
+    """Write resident weights again, after anything but the optimizer has changed `values`."""
     for layer in _layers(model).values():
         layer.sync()
 
 
 @contextmanager
 def base_weights(model: nn.Module) -> Iterator[None]:
-    """Within it, every weight holds W, without a copy: for saving a model as it was.
+    """A context in which every weight holds W, without a copy. Use it to save the original model.
 
     Raises:
-        RuntimeError: an adapter is merged; unmerge first.
+        RuntimeError: an adapter is merged; call unmerge first.
     """
     layers = _layers(model).values()
     for layer in layers:
         layer._refuse_while_merged("base_weights")
-    parked = [layer for layer in layers if layer._resident is not None]  # and not by an outer one
+    # Inside another base_weights this list is empty: the outer one inserts S again at its end.
+    parked = [layer for layer in layers if layer._resident is not None]
     for layer in parked:
         layer._restore_weight()
     try:

@@ -1,17 +1,17 @@
-"""The ops: validate, declare to torch.library, differentiate. No op knows a backend's name.
+"""The ops. Each one validates, is declared to torch.library, and differentiates.
 
-The route of one op, ``rk.sddmm(pattern, a, b)``, from Python to SIMD and CUDA:
+The route of ``rk.sddmm(pattern, a, b)`` from Python to the SIMD and CUDA kernels:
 
-1. ``ops/sddmm.py``: ``sddmm`` validates its arguments (``_validate``) and calls ``rosa::sddmm``.
-2. ``ops/_library.py`` declares that op; with grad it goes through ``_Sddmm``, whose backward calls
-   ``rosa::spmm``.
-3. ``ops/_dispatch.py``: ``run_product`` asks for a kernel and runs it.
-4. ``choice.py`` finds it, among what ``registry.py`` knows; ``kernel.py`` says what a kernel is.
-5. ``backends/native.py`` (CPU) or ``native_cuda.py`` allocates and hands addresses to ``_C``.
-6. ``cpp/bindings/module.cpp`` makes views of them (``rosa/views.h``).
-7. ``cpp/src/cpu/sddmm.cpp`` shares out the work; ``cpp/src/cpu/isa/sddmm.h`` does it, compiled for
-   each instruction set.
-8. ``cpp/src/cuda/sddmm.cu`` launches the kernels of ``pack.cuh`` and ``sddmm_*.cuh``.
+1. ``ops/sddmm.py``: ``sddmm`` validates with ``ops/_validate.py``, then calls ``rosa::sddmm``.
+2. ``ops/_library.py`` declares ``rosa::sddmm``. If a or b requires grad, it runs inside ``_Sddmm``
+   (``ops/sddmm.py``), whose backward calls ``rosa::spmm``.
+3. ``ops/_dispatch.py``: ``run_product`` asks for a kernel, then runs it. No op names a backend.
+4. ``choice.py`` chooses a ``Kernel`` (``kernel.py``) among those in ``registry.py``.
+5. ``backends/native.py`` (CPU) or ``backends/native_cuda.py`` allocates, and passes addresses.
+6. ``cpp/bindings/module.cpp``, the module ``_C``, makes views of them (``rosa/views.h``).
+7. CPU: ``cpp/src/cpu/sddmm.cpp`` divides the work among threads. ``cpp/src/cpu/isa/sddmm.h`` is the
+   kernel, compiled for each instruction set (``isa/avx512.cpp``, ``avx2.cpp``, ``portable.cpp``).
+8. CUDA: ``cpp/src/cuda/sddmm.cu`` launches the kernels of ``pack.cuh`` and ``sddmm_*.cuh``.
 """
 
 from rosa_kernels.ops.csr_add import csr_add, csr_add_

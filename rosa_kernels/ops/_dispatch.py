@@ -1,4 +1,4 @@
-"""From an op's flat arguments to the kernel that serves them: one call in every op."""
+"""Chooses the kernel for an op's flat arguments and runs it; the plan tensors that ops pass on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rosa_kernels.tile_plan import sizes_of
 
 
 def run_on_matrix(op: str, w: Tensor, backend: str, *args: Any) -> Any:
-    """Run the kernel that serves csr_add_, csr_gather or csr_scatter_ on w and the arguments."""
+    """Choose the kernel of csr_add_, csr_gather or csr_scatter_ for w, and run it."""
     return choice.kernel_on_matrix(op, w, backend).run(w, *args)
 
 
@@ -29,9 +29,10 @@ def run_product(
     backend: str,
     *args: Any,
 ) -> Tensor:
-    """Run the kernel that serves sddmm or spmm, on the indices and further arguments.
+    """Choose the kernel of sddmm or spmm, and run it on `indices` and `args`.
 
-    `dense` and `values_dtype` are what it is chosen by, unless one is known to serve all.
+    The choice depends on `indices`, `dense` (the dense operands), `values_dtype` and `plan`. It is
+    skipped if one kernel is known to serve every call of this device type and dtype.
     """
     b = dense[-1]
     kernel = choice.cached_kernel(op, b.device.type, b.dtype, backend)
@@ -56,10 +57,10 @@ def run_product(
 
 
 def plan_tensors(op: str, pattern: CsrPattern, backend: str) -> list[Tensor]:
-    """The pattern's tile plan if a kernel that may serve the op wants it, else [].
+    """The pattern's tile plan if a kernel that may serve the op reads it, else [].
 
-    Built on first use, which reads the indices back from the device. Neither a traced graph nor a
-    captured one can hold that, so there only a plan that exists is handed on.
+    The plan is built on first use, which copies the indices from the device to the host. A traced
+    or captured graph cannot contain that copy. There the plan is passed on only if it exists.
     """
     if not registry.reads_plan(op, pattern.device_type, backend):
         return []
@@ -72,9 +73,10 @@ def plan_tensors(op: str, pattern: CsrPattern, backend: str) -> list[Tensor]:
 
 
 def backward_tensors(pattern: CsrPattern, backend: str) -> list[Tensor]:
-    """What a gradient on the transpose needs: its indices, the permutation, and its plan or none.
+    """The tensors for an spmm with the transpose, which computes a gradient in every op's backward.
 
-    That gradient is an spmm, for whichever op it is.
+    They are the transpose's indices, the permutation, and the transpose's tile plan if a kernel
+    reads it.
     """
     tensors = transpose_tensors(pattern)
     backend = registry.backend_for_gradient("spmm", backend)

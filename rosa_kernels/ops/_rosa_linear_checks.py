@@ -1,10 +1,11 @@
-"""What bad input to rosa_linear gets, before any product runs."""
+"""The input checks of rosa_linear, which run before any product."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from rosa_kernels.bounds import FRACTION_BELOW_1
 from rosa_kernels.ops import _validate
 from rosa_kernels.pattern import CsrPattern
 
@@ -27,8 +28,8 @@ def check_operands(
         raise ValueError(f"{op}: expected weight to be 2-D, got shape {tuple(weight.shape)}")
     if weight.requires_grad:
         raise RuntimeError(
-            f"{op}: expected a frozen weight, got one that requires grad, which this op would not "
-            "compute; weight.requires_grad_(False), or use torch.nn.functional.linear"
+            f"{op}: expected a frozen weight, got one that requires grad, which this op does not "
+            "compute; call weight.requires_grad_(False), or use torch.nn.functional.linear"
         )
     m, n = weight.shape
     if x.dim() == 0 or x.shape[-1] != n:
@@ -59,7 +60,7 @@ def check_operands(
         _validate.check_tensor(op, "weight", weight, pattern.device)
         if scatter:
             _validate.check_target(op, weight, values.detach(), "use scatter=False")
-            # Under autocast, x need not be of the dtype of the weight that they are added to.
+            # The values are added to the weight. Under autocast x's dtype may differ from it.
             _validate.check_values_dtype(op, "values", values.dtype, weight.dtype)
     if lora_a is not None and lora_b is not None:
         _check_low_rank(lora_a, lora_b, weight)
@@ -106,8 +107,7 @@ def check_dtypes(x: Tensor, values: Tensor | None, *others: Tensor | None) -> No
 
 def check_dropout(x: Tensor, lora_a: Tensor | None, dropout: float, mask: Tensor | None) -> None:
     op = "rosa_linear"
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout}")
+    FRACTION_BELOW_1.check(op, dropout, "dropout")
     if mask is None:
         if dropout:
             raise ValueError(f"{op}: expected a dropout_mask with dropout={dropout}, got none")

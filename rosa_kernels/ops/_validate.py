@@ -1,4 +1,4 @@
-"""What bad input gets: an error that says what was expected and what was got, before any kernel."""
+"""The input checks that ops share. An error says what was expected and got, before any kernel."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_matrix(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
 def check_values(
     op: str, values: Tensor, pattern: CsrPattern, dtype: torch.dtype | None = None
 ) -> None:
-    """`values` (nnz,), of the dense operands' `dtype` or float32 where there are such operands."""
+    """Check that `values` has shape (nnz,), and has `dtype` or float32 if `dtype` is given."""
     _check_on_pattern(op, "values", values, pattern)
     if values.dim() != 1 or values.shape[0] != pattern.nnz:
         raise ValueError(
@@ -53,7 +53,10 @@ def check_same_dtype(op: str, a: Tensor, b: Tensor) -> None:
 
 
 def check_target(op: str, w: Tensor, values: Tensor, instead: str) -> None:
-    """`w` can be written in place and no gradient is lost by it; `instead` advises what to do."""
+    """Check that `w` can be written in place, and that no gradient is lost by writing.
+
+    `instead` is the advice in the error message.
+    """
     if w.requires_grad:
         raise RuntimeError(
             f"{op}: expected a target that does not require grad, got one that does; {instead}, or "
@@ -62,22 +65,25 @@ def check_target(op: str, w: Tensor, values: Tensor, instead: str) -> None:
     if values.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{op}: expected values that do not require grad in grad mode, got values that do; "
-            f"{instead}, or torch.no_grad()"
+            f"{instead}, or use torch.no_grad()"
         )
     if overlaps_itself(w):
         raise RuntimeError(
             f"{op}: expected a target whose elements do not share memory, got shape "
-            f"{tuple(w.shape)} with strides {w.stride()}; clone it first"
+            f"{tuple(w.shape)} with strides {w.stride()}; call clone() first"
         )
     if not torch.compiler.is_compiling() and w.is_neg():
         raise RuntimeError(
             f"{op}: expected a target that holds its own values, got a lazily negated view; "
-            "resolve_neg() it first"
+            "call resolve_neg() first"
         )
 
 
 def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) -> None:
-    """`what` has {} for the size; only an error fills it in: Dynamo cannot format it."""
+    """Check the size of one dimension of `x`; `what` holds {} in place of the size.
+
+    Only the error path formats `what`, because Dynamo cannot trace that.
+    """
     if x.shape[dim] != size:
         raise ValueError(
             f"{op}: expected {name} to have {what.format(size)}, got shape {tuple(x.shape)}"
@@ -85,7 +91,7 @@ def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) ->
 
 
 def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
-    """The operands as autocast wants a matmul's: in its dtype, float64 left alone."""
+    """The operands, cast to the autocast dtype if autocast is on. float64 stays float64."""
     device = operands[0].device.type
     if not torch.is_autocast_enabled(device):
         return operands
@@ -94,7 +100,7 @@ def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_tensor(op: str, name: str, x: Tensor, device: torch.device | None = None) -> None:
-    """`x` is a dense floating-point tensor, on `device` where one is given."""
+    """Check that `x` is a dense floating-point tensor, and is on `device` if one is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:

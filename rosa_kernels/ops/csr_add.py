@@ -26,7 +26,8 @@ def csr_add(
 
     Shapes: w (m, n); pattern (m, n); values (nnz,), of w's dtype or float32 -> (m, n), w's dtype.
     Backward: grad_w = grad; grad_values = alpha * csr_gather(grad, pattern).
-    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or an unknown backend;
+    RuntimeError for a wrong device, a changed pattern or a backend that cannot serve the call.
     """
     _check("csr_add", w, pattern, values)
     return _library.call(
@@ -49,13 +50,14 @@ def csr_add_(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """w += alpha * S, in place; returns w. Touches nnz elements, allocates nothing.
+    """w += alpha * S, in place; returns w.
 
-    Has no autograd, which torch does not allow for an op that mutates: :func:`csr_add` does.
+    This op touches nnz elements and allocates nothing. It has no autograd, because torch does not
+    allow that for an op that mutates its input. :func:`csr_add` is differentiable.
 
-    Shapes and dtypes: as for :func:`csr_add`; w in any strides without internal overlap.
+    Shapes and dtypes: as for :func:`csr_add`. w may have any strides without internal overlap.
     Raises: what :func:`csr_add` raises; RuntimeError if elements of w share memory, if w requires
-    grad, or if values does while grad mode is on.
+    grad, or if values requires grad while grad mode is on.
     """
     _check("csr_add_", w, pattern, values)
     _validate.check_target("csr_add_", w, values, "use csr_add")

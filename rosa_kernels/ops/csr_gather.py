@@ -13,11 +13,14 @@ from rosa_kernels.pattern import CsrPattern
 
 
 def csr_gather(w: Tensor, pattern: CsrPattern, *, backend: str | None = None) -> Tensor:
-    """The entries of a dense matrix at the pattern: values[t] = w[i_t, j_t].
+    """The entries of a dense matrix at the pattern.
+
+    Formula: values[t] = w[i_t, j_t].
 
     Shapes: w (m, n), any strides; pattern (m, n) -> values (nnz,), in w's dtype.
     Backward: grad_w is zero except at the pattern, where it is grad_values.
-    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or an unknown backend;
+    RuntimeError for a wrong device, a changed pattern or a backend that cannot serve the call.
     """
     _validate.check_pattern("csr_gather", pattern)
     _validate.check_matrix("csr_gather", "w", w, pattern)

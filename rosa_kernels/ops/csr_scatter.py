@@ -13,17 +13,19 @@ from rosa_kernels.pattern import CsrPattern
 def csr_scatter_(
     w: Tensor, pattern: CsrPattern, values: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """w = values at the pattern, in place; returns w. The rest of w stays as it is.
+    """Write values into w at the pattern, in place; returns w.
 
-    Formula: w[i_t, j_t] = values[t]. Values of w's dtype are copied bit by bit: what csr_gather
-    took from a weight before csr_add_ changed it goes back exactly, which adding -v would not do.
+    Formula: w[i_t, j_t] = values[t]. The other elements of w do not change. Values of w's dtype are
+    copied bit by bit. So this op restores exactly what csr_gather read before csr_add_ changed w;
+    adding the negated values would not.
 
     Shapes: w (m, n), any strides without internal overlap; pattern (m, n); values (nnz,), of w's
     dtype, or float32, which is rounded.
-    Has no autograd, which torch does not allow for an op that mutates.
-    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got;
-    RuntimeError if elements of w share memory, if w requires grad, or if values does while grad
-    mode is on.
+    This op has no autograd, because torch does not allow that for an op that mutates its input.
+    Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or an unknown backend;
+    RuntimeError for a wrong device, a changed pattern or a backend that cannot serve the call.
+    RuntimeError also if elements of w share memory, if w requires grad, or if values requires grad
+    while grad mode is on.
     """
     _validate.check_pattern("csr_scatter_", pattern)
     _validate.check_matrix("csr_scatter_", "w", w, pattern)

@@ -1,4 +1,4 @@
-"""csr_transpose: the transpose of a sparse matrix, never through a dense one."""
+"""csr_transpose: the transpose of a sparse matrix, without a dense matrix in between."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def csr_transpose(pattern: CsrPattern, values: Tensor) -> tuple[CsrPattern, Tens
 
     Shapes: pattern (m, n); values (nnz,) -> pattern (n, m); values (nnz,).
     Backward: the gradient's values are permuted back.
-    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape; RuntimeError for a
+    wrong device or a changed pattern.
     """
     _validate.check_pattern("csr_transpose", pattern)
     _validate.check_values("csr_transpose", values, pattern)
@@ -27,7 +28,7 @@ def csr_transpose(pattern: CsrPattern, values: Tensor) -> tuple[CsrPattern, Tens
 
 
 def transpose_tensors(pattern: CsrPattern) -> list[Tensor]:
-    """What an op needs of the transpose for its backward: crow, col and the permutation."""
+    """The crow, col and permutation of the transpose, which an op's backward needs."""
     t = pattern.T
     return [t.crow_indices, t.col_indices, pattern.transpose_permutation]
 
@@ -35,9 +36,9 @@ def transpose_tensors(pattern: CsrPattern) -> list[Tensor]:
 def or_transpose(
     crow: Tensor, col: Tensor, n: int, transpose: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """crow, col, permutation and plan of the transpose, as handed over.
+    """The crow, col, permutation and tile plan of the transpose, from `transpose`.
 
-    Computed where they were not, without a plan: double backward comes here.
+    If `transpose` is empty, as in double backward, they are computed, and the plan is [].
     """
     crow_t, col_t, permutation, *plan = transpose or csr_transpose_op(crow, col, n)
     return crow_t, col_t, permutation, plan

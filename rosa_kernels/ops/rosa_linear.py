@@ -1,4 +1,4 @@
-"""rosa_linear: a frozen linear map with a sparse and a low-rank branch, one op each way."""
+"""rosa_linear: a frozen linear map with a sparse and a low-rank branch, as one op each way."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from rosa_kernels.ops.sddmm import sddmm_op
 from rosa_kernels.ops.spmm import spmm_op
 from rosa_kernels.pattern import CsrPattern
 
-# Where S is while the products run: nowhere, in the weight already, written into it for the length
-# of a product, or beside it as a product of its own.
+# Where S is while the products run. "none": there is no S. "merged": the weight holds S already.
+# "scatter": S is written into the weight for each product. "separate": S has a product of its own.
 _NO_SPARSE, _MERGED, _SCATTER, _SEPARATE = "none", "merged", "scatter", "separate"
-# Two threads inside one weight would each take the other's S for W, and leave it there for good.
-# One lock for all weights, as they may be tied; re-entrant, as a torch mode may run anything.
+# One thread at a time may scatter S into a weight. A second thread would read the first one's W + S
+# as W and restore that, so S would stay in the weight. One lock serves all weights, because weights
+# may be tied. It is re-entrant, because a torch mode may run any code during a product.
 _scattering = threading.RLock()
 
 
@@ -43,29 +44,35 @@ def rosa_linear(
     dropout_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A frozen linear map plus a sparse and a low-rank one, either of which may be absent.
+    """A frozen linear map plus a sparse and a low-rank branch, each of which is optional.
 
     Formula: y = x (W + S)^T + scaling * drop(x) A^T B^T + bias.
 
-    S costs a product of its own unless one of these holds: `merged` promises that `weight` holds
-    W + S already; `scatter` writes S into `weight` for the length of the product and puts back the
-    very bits that were there, forward and backward. Calls from several threads take turns at that;
-    nothing else, nor another CUDA stream, may read `weight` meanwhile. Both compute with
-    round(W + S). No path copies the weight or forms its gradient.
+    S costs a product of its own unless one of two options is set:
 
-    Shapes: x (..., n); weight (m, n), any strides: GPT-2's Conv1D passes its weight's transpose;
-    pattern (m, n); values (nnz,); lora_a (r, n), or (r,) int64 columns of x, which stands for the
-    rows of an identity and costs a gather; lora_b (m, r); bias (m,); dropout_mask like x, or
-    (..., r) where lora_a names columns: True where an element is kept. -> (..., m).
-    Dtypes: x, and weight outside autocast, of one dtype; values of it or float32; lora_a, lora_b
-    and bias may be float32 too, and are rounded for the products. Autocast casts x, and the weight
-    for the length of a product.
-    Backward: grad_values = sddmm(pattern, dy^T, x^T), of values' dtype; grad_lora_b = scaling
-    dy^T h with h = drop(x) A^T; grad_lora_a = scaling (dy B)^T drop(x); grad_x = dy (W + S) +
-    scaling drop((dy B) A). Saves x once, if values or lora_a train, and h, if lora_b does. Not
-    twice differentiable.
-    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got;
-    RuntimeError if weight requires grad.
+    - `merged` promises that `weight` holds W + S already.
+    - `scatter` writes S into `weight` for the length of each product, in forward and backward, and
+      then restores the same bits. Calls from several threads take turns. Nothing else may read
+      `weight` meanwhile, not even on another CUDA stream.
+
+    Both options compute with round(W + S). No path forms the weight's gradient, and only a cast
+    under autocast copies the weight.
+
+    Shapes: x (..., n); weight (m, n), any strides; pattern (m, n); values (nnz,); lora_a (r, n) or
+    (r,) int64; lora_b (m, r); bias (m,); dropout_mask like x, or (..., r) if lora_a is (r,)
+    -> (..., m). For GPT-2's Conv1D, pass the transpose of its weight. An (r,) lora_a lists columns
+    of x: it stands for rows of an identity matrix, and costs a gather. dropout_mask is True where
+    an element is kept.
+    Dtypes: x and weight have one dtype, except under autocast. values has x's dtype or float32.
+    lora_a, lora_b and bias may be float32 too; they are rounded for the products. Autocast casts x,
+    and casts the weight for the length of each product.
+    Backward: grad_values = sddmm(pattern, dy^T, x^T), of values' dtype;
+    grad_lora_b = scaling dy^T h with h = drop(x) A^T; grad_lora_a = scaling (dy B)^T drop(x);
+    grad_x = dy (W + S) + scaling drop((dy B) A). x is saved once, if values or lora_a trains. h is
+    saved if lora_b trains. The op is not twice differentiable.
+    Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or an unknown backend;
+    RuntimeError for a wrong device, a changed pattern or a backend that cannot serve the call.
+    RuntimeError also if weight requires grad.
     Source: Nikdan et al., RoSA, arXiv 2401.04679; Hu et al., LoRA, arXiv 2106.09685.
     """
     _checks.check_operands(x, weight, pattern, values, lora_a, lora_b, bias, merged, scatter)
@@ -141,7 +148,7 @@ def _run(
         h = x.new_empty(0)
     else:
         h = _project(flat, lora_a, dropout_mask, dropout)
-        # Into y, which spares two temporaries of its size.
+        # Adding into y saves two temporaries of y's size.
         y.addmm_(h, lora_b.to(dtype).t(), alpha=scaling)
     return y.view(*x.shape[:-1], weight.shape[0]), h
 
@@ -154,12 +161,12 @@ def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_by_features(x: Tensor) -> Tensor:
-    """`x` (..., n) as the matrix (T, n); -1 would not do where n or T is 0."""
+    """`x` (..., n) as the matrix (T, n). T is computed, because reshape(-1, n) fails if n is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _project(flat: Tensor, lora_a: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """h (T, r) = drop(x) A^T, which is where what dropout scales up is smallest."""
+    """h (T, r) = drop(x) A^T. Dropout's factor 1 / (1 - p) scales h, which is smaller than x."""
     if lora_a.dim() == 1:
         h = _kept(flat.index_select(1, lora_a), mask)
     else:
@@ -168,7 +175,7 @@ def _project(flat: Tensor, lora_a: Tensor, mask: Tensor | None, dropout: float) 
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`x` (T, ...) with zeros for what the mask does not keep."""
+    """`x` (T, ...) with zeros where the mask is False; `x` itself if there is no mask."""
     return x if mask is None else torch.where(mask.reshape(x.shape), x, 0.0)
 
 
@@ -181,20 +188,20 @@ def _weight_for_product(
     backend: str,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """The weight as a product wants it: in its dtype, and holding S where the path says so."""
+    """The weight in `dtype`, for one product. On the scatter path it holds W + S meanwhile."""
     if path != _SCATTER:
         yield weight.to(dtype)
         return
 
     def kernel(op: str) -> Any:
-        # A backend is asked for by those who care about products; "dense" has no others.
+        # The requested backend may have products only, as "dense" does; then take "auto".
         named = registry.backend_for_gradient(op, backend)
         if not any(kernel.named_by(named) for kernel in registry.kernels(op)):
             named = AUTO
         return choice.kernel_on_matrix(op, weight, named).run
 
-    # The kernels, not the ops: the weight is as it was once this returns, and a higher version
-    # would invalidate what autograd saved of it.
+    # These are kernels, not ops, because an op raises the weight's version. The weight is restored
+    # before this returns, and a raised version would invalidate what autograd has saved of it.
     crow, col = indices
     gather, add_, scatter_ = map(kernel, ("csr_gather", "csr_add_", "csr_scatter_"))
     with _scattering:
@@ -230,7 +237,7 @@ class _RosaLinear(torch.autograd.Function):
         y, h = _library.below_autograd(forward, *args, *settings)
         *_, path, _ = settings
         for_x, _, for_bias, for_values, for_a, for_b, *_ = ctx.needs_input_grad
-        # Whatever a gradient that is wanted reads, and nothing else.
+        # Save only what the wanted gradients read.
         ctx.save_for_backward(
             x if for_values or for_a else None,
             weight if for_x else None,
@@ -256,12 +263,12 @@ class _RosaLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "rosa_linear: expected to be differentiated once, got create_graph=True; the ops "
-                "it is made of (spmm, csr_add) are twice differentiable"
+                "rosa_linear: expected to be differentiated once, got create_graph=True; spmm and "
+                "csr_add are twice differentiable"
             )
         if grad is None:
             return (None,) * 14
-        saved = ctx.saved_tensors  # once: under checkpointing they can be unpacked once only
+        saved = ctx.saved_tensors  # read once: checkpointing unpacks them only once
         *tensors, h = saved[:8]
         rest = saved[8:]
         first, second = ctx.sizes[0], sum(ctx.sizes)
@@ -312,8 +319,8 @@ def _run_backward(
     flat = None if x is None else _tokens_by_features(x)
     dtype = dy.dtype
 
-    # Skinny products as BLAS likes them, their long side as columns: at r = 8 and 512 tokens of
-    # 2048 features, dy^T h as it stands takes 1.5 ms of MKL, and (h^T dy)^T 0.25.
+    # Skinny products go to BLAS with their long side as columns. At r = 8 and 512 tokens of 2048
+    # features, MKL takes 1.5 ms for dy^T h but 0.25 ms for (h^T dy)^T.
     g = None  # the gradient of h, (T, r)
     if lora_b is not None and (for_x or for_a):
         g = dy @ lora_b.to(dtype).t().contiguous().t()
@@ -336,7 +343,7 @@ def _run_backward(
     if for_bias:
         assert bias is not None
         grad_bias = dy.sum(0, dtype=bias.dtype)
-    # Last, as it is the largest by far: before the others, it would lie beside their temporaries.
+    # grad_x is by far the largest, so it comes last: it never lies beside the others' temporaries.
     if for_x:
         assert weight is not None
         with _weight_for_product(weight, indices, values, path, backend, dtype) as w:
@@ -356,7 +363,7 @@ def _run_backward(
                 dx += _kept(g @ lora_a.to(dtype), dropout_mask)
         grad_x = dx.view(shape)
     gradients = (grad_x, grad_bias, grad_values, grad_a, grad_b)
-    # What is not wanted comes back empty; each its own, as outputs of an op may not share memory.
+    # Unwanted gradients are empty tensors, one each: outputs of an op may not share memory.
     return tuple(grad.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -1,4 +1,4 @@
-"""sddmm: a dense product, sampled at a sparsity pattern."""
+"""sddmm: a dense product sampled at a sparsity pattern."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def sddmm(
     Formula: values[t] = sum over l of a[i_t, l] * b[j_t, l], accumulated in float32 (float64 for
     float64). The gradient of a sparse weight is dS = sddmm(pattern, dy.T, x.T).
 
-    Shapes: pattern (m, n) with nnz entries; a (m, k), b (n, k), any strides: token-major dy (T, m)
-    and x (T, n) go in as ``dy.T`` and ``x.T`` and are read where they lie -> values (nnz,).
-    Dtypes: a and b of one dtype among float32, bfloat16, float16, float64; out_dtype that dtype
-    (default) or float32, which spares a float16 gradient its overflow.
+    Shapes: pattern (m, n) with nnz entries; a (m, k), b (n, k), any strides -> values (nnz,).
+    Token-major dy (T, m) and x (T, n) are passed as ``dy.T`` and ``x.T`` and are read in place.
+    Dtypes: a and b have one dtype: float32, bfloat16, float16 or float64. out_dtype is that dtype
+    (default) or, for 16-bit operands, float32, which keeps a float16 gradient from overflowing.
     Under autocast, a and b are cast to the autocast dtype.
     Backward: grad_a = spmm(pattern, grad, b); grad_b = spmm(pattern.T, grad_T, a).
-    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or an unknown backend;
+    RuntimeError for a wrong device, a changed pattern or a backend that cannot serve the call.
     Source: Nikdan et al., RoSA, arXiv 2401.04679; Gale et al., arXiv 2006.10901.
     """
     _validate.check_pattern("sddmm", pattern)

@@ -1,4 +1,4 @@
-"""spmm: sparse times dense."""
+"""spmm: the product of a sparse and a dense matrix."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def spmm(pattern: CsrPattern, values: Tensor, b: Tensor, *, backend: str | None 
     Formula: c[i, l] = sum over entries t of row i of values[t] * b[j_t, l], accumulated in float32
     (float64 for float64).
 
-    Shapes: pattern (m, n) with nnz entries; values (nnz,); b (n, k), any strides -> (m, k), in the
-    stride order of b: token-major activations x (T, n) go in as ``x.T`` and y.T comes out.
+    Shapes: pattern (m, n) with nnz entries; values (nnz,); b (n, k), any strides -> c (m, k), in
+    the stride order of b. For token-major x (T, n), pass ``x.T``; the result is y.T, with y (T, m)
+    token-major.
     Dtypes: b float32, bfloat16, float16 or float64; values of b's dtype or float32.
-    Under autocast, b is cast to the autocast dtype; values are taken as they are.
+    Under autocast, b is cast to the autocast dtype; values are not cast.
     Backward: grad_values = sddmm(pattern, grad_c, b); grad_b = spmm(pattern.T, values_T, grad_c).
-    Raises: TypeError, ValueError or RuntimeError that names what was expected and what was got.
+    Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or an unknown backend;
+    RuntimeError for a wrong device, a changed pattern or a backend that cannot serve the call.
     Source: Gale et al., Sparse GPU Kernels for Deep Learning, arXiv 2006.10901.
     """
     _validate.check_pattern("spmm", pattern)

@@ -1,4 +1,4 @@
-"""Synthetic result rows for the tests of what reads rows: their times are made up."""
+"""Synthetic result rows, with made-up times, for the tests of tables, ratios and plots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bench.measuring.names import FROM_TOKEN_MAJOR
 
 
 def a_row(**columns) -> results.Row:
-    """A timed row of a synthetic run; `ms` sets its median, and p20 and p80 2 % around it."""
+    """A timed row of a synthetic run. `ms` is its median; p20 and p80 are 2 % below and above."""
     ms = columns.pop("ms", 1.0)
     row = dict.fromkeys(results.COLUMNS) | {
         "schema_version": results.SCHEMA_VERSION,
@@ -48,6 +48,7 @@ def a_row(**columns) -> results.Row:
 
 
 def failed(status: str, **columns) -> results.Row:
+    """A row without a time, whose reason is "because"."""
     return a_row(**columns) | {
         "status": status,
         "reason": "because",
@@ -55,12 +56,12 @@ def failed(status: str, **columns) -> results.Row:
     }
 
 
-# What the synthetic GPU of the tests computes with.
+# The rates of the synthetic GPU: bytes per s from memory and from L2, FLOP/s by dtype.
 _RATES = {"bytes": 4e12, "l2": 5e12, "float32": 50e12, "bfloat16": 700e12, "float16": 700e12}
 
 
 def gpu_rows(gpu_cases) -> list[results.Row]:
-    """Rows of a GPU that does not exist, one per case and kernel, by a formula: no measurement."""
+    """Rows of a GPU that does not exist, one per case and kernel. A formula gives their times."""
     common = {"device": "cuda", "device_name": "Synthetic GPU", "run_id": "synthetic"}
     roof = {"op": "roof", "m": None, "n": None, "density": None, "charge": "op", **common}
     rows = [

@@ -1,4 +1,4 @@
-"""The benchmark suite: what it records, what it refuses to time, what its command line takes."""
+"""The benchmark suite: its rows, its checks before timing, its timing and its command line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("numpy")
 
+from bench_cases import FAST, replace_suite, right_sddmm, run_bench, small_case
 from bench_rows import a_row, failed
 
 from bench import __main__ as cli
-from bench import suites
 from bench.contenders import ours
 from bench.contenders.base import Contender, Problem, Unsupported
 from bench.measuring import memory, results, timing
@@ -24,32 +24,23 @@ from bench.suites import cases
 from rosa_kernels import registry
 from rosa_kernels.testing import Case
 
-# torch says once that sparse CSR tensors are in beta.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
-
 SMALL = {
-    "sddmm": Case("sddmm", 40, 24, 9, 0.1),
-    "spmm": Case("spmm", 40, 24, 9, 0.1),
-    "csr_add_": Case("csr_add_", 40, 24, 1, 0.1),
-    "csr_gather": Case("csr_gather", 40, 24, 1, 0.1),
-    "csr_scatter_": Case("csr_scatter_", 40, 24, 1, 0.1),
+    "sddmm": small_case("sddmm"),
+    "spmm": small_case("spmm"),
+    "csr_add_": small_case("csr_add_", k=1),
+    "csr_gather": small_case("csr_gather", k=1),
+    "csr_scatter_": small_case("csr_scatter_", k=1),
 }
-FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 
 
 def contender(prepare, **options) -> Contender:
     return Contender("sddmm", options.pop("name", "candidate"), "test", prepare, **options)
 
 
-def right_sddmm(problem: Problem, charge: str):
-    a, b, flat = problem.inputs["a"], problem.inputs["b"], problem.flat
-    return lambda: (a @ b.t()).reshape(-1)[flat]
-
-
 # -- results --------------------------------------------------------------------------------------
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_rows_are_read_as_they_were_written(tmp_path):
     rows = [a_row(), failed("unsupported", kernel="spops")]
     path = tmp_path / "deep" / "results.jsonl"
     results.append(path, rows)
@@ -71,11 +62,11 @@ def test_appending_keeps_what_is_there(tmp_path):
     [
         ({"surprise": 1}, "unknown \\['surprise'\\]"),
         ({"status": "fine"}, "expected a status among ok, incorrect"),
-        ({"status": "incorrect", "reason": "wrong"}, "times exactly where status is ok"),
-        ({"median_s": None}, "times exactly where status is ok"),
+        ({"status": "incorrect", "reason": "wrong"}, "times if and only if status is ok"),
+        ({"median_s": None}, "times if and only if status is ok"),
     ],
 )
-def test_a_row_that_contradicts_the_schema_is_not_written(tmp_path, change, message):
+def test_a_row_against_the_schema_is_not_written(tmp_path, change, message):
     path = tmp_path / "results.jsonl"
     with pytest.raises(ValueError, match=message):
         results.append(path, [a_row(), a_row() | change])
@@ -109,7 +100,7 @@ def test_an_unreadable_line_is_named(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("op", SMALL)
-def test_every_contender_ends_in_a_status_and_none_is_wrong(op):
+def test_every_contender_is_ok_or_unsupported(op):
     competing = cases.contenders(SMALL[op])
     rows = runner.run_case(SMALL[op], competing, FAST)
     assert {row["kernel"] for row in rows} == {c.name for c in competing}
@@ -140,7 +131,7 @@ def test_a_wrong_contender_is_incorrect_and_not_timed():
     assert [row["status"] for row in right] == ["ok", "ok"]
 
 
-def test_a_conversion_that_is_wrong_spoils_only_its_charge():
+def test_a_wrong_conversion_spoils_only_its_charge():
     def prepare(problem, charge):
         call = right_sddmm(problem, charge)
         return call if charge == OP else lambda: call() * 1.001
@@ -174,7 +165,7 @@ def test_a_contender_that_raises_is_recorded(error, status):
     assert str(error) in row["reason"]
 
 
-def test_one_that_fails_after_its_check_is_recorded_too():
+def test_a_failure_after_the_check_is_recorded():
     def prepare(problem, charge):
         call, count = right_sddmm(problem, charge), itertools.count()
 
@@ -190,24 +181,24 @@ def test_one_that_fails_after_its_check_is_recorded_too():
     assert "worn out" in rows[0]["reason"]
 
 
-def test_unsupported_keeps_its_reason():
+def test_a_rejected_case_keeps_its_reason():
     rows = runner.run_case(
         SMALL["sddmm"], [contender(right_sddmm, reject=lambda problem: "not on Sundays")], FAST
     )
     assert {(row["status"], row["reason"]) for row in rows} == {("unsupported", "not on Sundays")}
 
 
-def test_what_only_the_library_knows_is_unsupported_too():
+def test_a_librarys_own_refusal_is_unsupported():
     def prepare(problem, charge):
-        raise Unsupported("answers 10: the operation is not supported")
+        raise Unsupported("returned 10: the operation is not supported")
 
     rows = runner.run_case(SMALL["sddmm"], [contender(prepare)], FAST)
     assert {(row["status"], row["reason"]) for row in rows} == {
-        ("unsupported", "answers 10: the operation is not supported")
+        ("unsupported", "returned 10: the operation is not supported")
     }
 
 
-def test_a_case_that_cannot_be_built_is_an_error_of_all_its_pairs():
+def test_an_invalid_case_gives_every_pair_an_error():
     case = dataclasses.replace(SMALL["sddmm"], mask="nonsense")
     rows = runner.run_case(case, [contender(right_sddmm)], FAST)
     assert {row["status"] for row in rows} == {"error"}
@@ -215,7 +206,7 @@ def test_a_case_that_cannot_be_built_is_an_error_of_all_its_pairs():
 
 
 @pytest.mark.parametrize("op", SMALL)
-def test_the_check_on_some_rows_accepts_the_reference_and_sees_an_error(op):
+def test_a_sampled_check_accepts_right_and_rejects_wrong(op):
     case = dataclasses.replace(SMALL[op], m=400, n=32, density=0.05)
     problem = Problem.of(case)
     checked = check.Check(problem, terms=2000)
@@ -242,7 +233,7 @@ def test_the_check_on_some_rows_accepts_the_reference_and_sees_an_error(op):
         checked(got[:-1])
 
 
-def test_a_long_row_of_an_sddmm_is_checked_in_part_its_ends_among_it():
+def test_long_sddmm_rows_are_checked_at_their_ends():
     problem = Problem.of(Case("sddmm", 300, 500, 8, 0.9))
     checked = check.Check(problem, terms=10)
     row = checked.rows.tolist()
@@ -258,31 +249,26 @@ def test_a_long_row_of_an_sddmm_is_checked_in_part_its_ends_among_it():
             checked(bad)
 
 
-def test_a_newly_registered_kernel_competes_without_another_edit(monkeypatch):
-    monkeypatch.setattr(registry, "_kernels", {k: list(v) for k, v in registry._kernels.items()})
+def test_a_newly_registered_kernel_competes_automatically(sandbox):
     registry.register("sddmm", "brandnew", devices={"cpu"}, dtypes={torch.float32}, priority=-1)(
         lambda crow, col, a, b, out_dtype: torch.zeros(col.numel())
     )
-    try:
-        rows = runner.run_case(SMALL["sddmm"], cases.contenders(SMALL["sddmm"]), FAST)
-    finally:
-        registry.chosen.clear()
+    rows = runner.run_case(SMALL["sddmm"], cases.contenders(SMALL["sddmm"]), FAST)
     found = [row for row in rows if row["kernel"] == "brandnew"]
     assert {row["status"] for row in found} == {"incorrect"}
 
 
-def test_auto_takes_another_kernel_for_one_that_is_left_out(tmp_path, capsys):
-    """A kernel whose results are in doubt must not run under the name of auto."""
+def test_auto_avoids_kernels_that_are_left_out(tmp_path, capsys):
+    """A left-out kernel, whose results may be wrong, must not run under the name of auto."""
     case = cases.suite("first")[0]
     taken = ours.selected(Problem.of(case)).name
-    options = ["run", "--suite", "first", "--device", "cpu", "--no-plots", "--cap", "0.01"]
-    options += ["--kernels", "auto", "--without", taken, "--out", str(tmp_path)]
-    assert cli.main([*options, "--time-budget", "30"]) == 0
+    options = ["--suite", "first", "--device", "cpu", "--cap", "0.01", "--time-budget", "30"]
+    assert run_bench(tmp_path, *options, "--kernels", "auto", "--without", taken) == 0
     rows = results.read(tmp_path / "results.jsonl")
     served = {row["backend"] for row in rows if row["kernel"] == "auto"}
     assert served
     assert taken not in served
-    assert ours.selected(Problem.of(case)).name == taken  # and afterwards all is as before
+    assert ours.selected(Problem.of(case)).name == taken  # it may be chosen again afterwards
 
 
 # -- measuring ------------------------------------------------------------------------------------
@@ -294,7 +280,7 @@ def test_quantiles_of_known_samples():
     assert timing.quantiles([3.0]) == (3.0, 3.0, 3.0)
 
 
-def test_contenders_take_turns_until_quiet_or_out_of_time():
+def test_contenders_take_turns_until_steady_or_stopped():
     log: list[str] = []
     durations = {
         "steady": itertools.repeat(0.1),
@@ -313,7 +299,7 @@ def test_contenders_take_turns_until_quiet_or_out_of_time():
     assert len(got["steady"].seconds) == 5
     assert got["noisy"].spent >= rule.cap_s
     assert len(got["long"].seconds) == 1
-    assert set(log[:3]) == set(calls)  # one each before anybody's second
+    assert set(log[:3]) == set(calls)  # each has its first turn before any has its second
 
 
 def test_short_calls_are_timed_in_batches():
@@ -341,8 +327,7 @@ def test_peak_memory_sees_an_allocation():
 
 
 def test_run_writes_rows_and_names_the_file(tmp_path, capsys):
-    options = ["--suite", "overhead", "--out", str(tmp_path), "--cap", "0.001", "--no-plots"]
-    assert cli.main(["run", *options]) == 0
+    assert run_bench(tmp_path, "--suite", "overhead") == 0
     out = capsys.readouterr().out
     assert out.rstrip().endswith(str(tmp_path / "results.jsonl"))
     assert "Call overhead in us" in out
@@ -350,7 +335,7 @@ def test_run_writes_rows_and_names_the_file(tmp_path, capsys):
     assert {row["op"] for row in rows} == {"roof", "sddmm", "spmm", "csr_add_", "csr_gather"}
     assert {row["device"] for row in rows} == {"cpu"}
     assert all(row["status"] == "ok" for row in rows)
-    assert cli.main(["run", *options]) == 0
+    assert run_bench(tmp_path, "--suite", "overhead") == 0
     twice = results.read(tmp_path / "results.jsonl")
     assert twice[: len(rows)] == rows
     assert len({row["run_id"] for row in twice}) == 2
@@ -358,24 +343,21 @@ def test_run_writes_rows_and_names_the_file(tmp_path, capsys):
     assert "same" in capsys.readouterr().out
 
 
-def test_what_the_time_budget_does_not_reach_is_recorded(tmp_path, capsys):
-    options = ["--ops", "sddmm", "--time-budget", "1e-9", "--no-plots", "--out", str(tmp_path)]
-    assert cli.main(["run", "--suite", "overhead", *options]) == 0
+def test_cases_beyond_the_time_budget_are_recorded(tmp_path, capsys):
+    options = ("--suite", "overhead", "--ops", "sddmm", "--time-budget", "1e-9")
+    assert run_bench(tmp_path, *options) == 0
     rows = [row for row in results.read(tmp_path / "results.jsonl") if row["op"] != "roof"]
     assert {row["status"] for row in rows} == {"unsupported"}
     assert "time budget of 1e-09 s was spent" in rows[0]["reason"]
     assert "Pairs without a time" in capsys.readouterr().out
 
 
-def test_contenders_can_be_chosen_and_left_out(tmp_path):
-    options = ["run", "--suite", "overhead", "--cap", "0.001", "--no-plots", "--out", str(tmp_path)]
+def test_contenders_can_be_chosen_and_left_out(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
-        cli.main([*options, "--without", "auto"])
-    small = {"quick": lambda seed: [SMALL["spmm"]]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(cases.SUITES, "quick", suites.Suite("one case", small["quick"], None))
-        options[2] = "quick"
-        assert cli.main([*options, "--kernels", "auto", "dense", "--without", "dense"]) == 0
+        run_bench(tmp_path, "--suite", "overhead", "--without", "auto")
+    replace_suite(monkeypatch, "quick", SMALL["spmm"])
+    chosen = ("--kernels", "auto", "dense", "--without", "dense")
+    assert run_bench(tmp_path, "--suite", "quick", *chosen) == 0
     rows = results.read(tmp_path / "results.jsonl")
     assert {row["kernel"] for row in rows if row["op"] == "spmm"} == {"auto"}
 

@@ -1,4 +1,4 @@
-"""bench calibrate: the roofs of a run become the rates of the cost model."""
+"""`bench calibrate`: the cost model's rates are taken from the roofs that a run measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.report.calibrate import adopt, calibrate
 from rosa_kernels.backends.machine import MEASURED, RATES, machine_of
 
 
-def test_rates_are_those_of_the_roofs(tmp_path: Path) -> None:
+def test_rates_come_from_the_roofs(tmp_path: Path) -> None:
     path, measured = calibrate(gpu_rows([]), tmp_path / "machine.json")
     assert measured == {"hbm": 4e12, "l2": 5e12, "launch": pytest.approx(2e-6)}
     assert set(measured) <= set(RATES)
@@ -26,7 +26,7 @@ def test_rates_are_those_of_the_roofs(tmp_path: Path) -> None:
     assert content["measured"] == measured
 
 
-def test_float32_with_tf32_is_no_float32_rate(tmp_path: Path) -> None:
+def test_a_tf32_roof_gives_no_float32_rate(tmp_path: Path) -> None:
     gemm = gpu_rows([])[0] | {"case": "roof/float32", "flops": 10**12, "median_s": 0.02}
     _, measured = calibrate([gemm | {"allow_tf32": False}], tmp_path / "machine.json")
     assert measured == {"gemm32": pytest.approx(5e13)}
@@ -34,7 +34,7 @@ def test_float32_with_tf32_is_no_float32_rate(tmp_path: Path) -> None:
         calibrate([gemm | {"allow_tf32": True}], tmp_path / "machine.json")
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, out = tmp_path / "results.jsonl", tmp_path / "machine.json"
     results.append(rows, gpu_rows([]))
     assert main(["calibrate", str(rows), "--out", str(out)]) == 0
@@ -42,7 +42,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert out.is_file()
 
 
-def test_a_cpu_run_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cpu_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "results.jsonl"
     results.append(rows, [a_row()])
     with pytest.raises(SystemExit):
@@ -52,12 +52,12 @@ def test_a_cpu_run_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch):
-    """The machine that is asked for as device 0, without a calibration of its own."""
+    """Makes device 0 a synthetic H200 without a calibration. Returns its name."""
     properties = SimpleNamespace(name="Synthetic GPU H200", multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: properties)
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
-    monkeypatch.setenv("ROSA_MACHINE", "")  # so that it is put back
+    monkeypatch.setenv("ROSA_MACHINE", "")  # so that monkeypatch restores it
     machine_of.cache_clear()
     yield properties.name
     machine_of.cache_clear()
@@ -72,7 +72,7 @@ def test_a_run_adopts_its_own_roofs(h200: str, tmp_path: Path) -> None:
     assert machine_of(0).l2 == 5e12
 
 
-def test_rates_that_cannot_be_are_not_adopted(
+def test_impossible_rates_are_not_adopted(
     h200: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [row | {"device_name": h200, "median_s": 1e3} for row in gpu_rows([])]

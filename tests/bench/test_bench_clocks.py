@@ -1,4 +1,4 @@
-"""The benchmark's clocks on a stream that only exists here: whose time is on them."""
+"""The benchmark's clocks, on a simulated stream: they time the device and not the host."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 pytest.importorskip("numpy")
 
+from bench_cases import FAST, right_sddmm, small_case
+
 from bench.contenders.base import Contender
 from bench.layer.case import layer_case
 from bench.measuring import clocks, results, timing
 from bench.run import runner
-from rosa_kernels.testing import Case
 
 FLUSH = 0.06  # ms
-FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
-SMALL = Case("sddmm", 40, 24, 9, 0.1)
+SMALL = small_case("sddmm")
 
 
 class Stream:
-    """A host that enqueues and a device that follows, each with its own time in milliseconds."""
+    """A host that enqueues work and a device that executes it. Each has its time in ms."""
 
     def __init__(self, monkeypatch) -> None:
         self.host = self.device = 0.0
@@ -54,7 +54,13 @@ class Stream:
         return event
 
     def call(self, cost: float, *, host: float = 0.0, waits: bool = False):
-        """Two launches of `cost` in all; the host is busy for `host` before each half of it."""
+        """A call of two launches, which take `cost` ms together on the device.
+
+        Args:
+            cost: Time of both launches on the device, in ms.
+            host: Time of the host for both launches, in ms: half of it before each launch.
+            waits: Whether the host waits for the device after each launch.
+        """
 
         def run() -> None:
             for _ in range(2):
@@ -75,14 +81,14 @@ def cold() -> clocks.CudaClock:
     return clocks.CudaClock(flush=clocks.Flush("cpu", 64))
 
 
-def test_every_call_is_timed_by_itself_from_a_cold_cache(stream):
+def test_each_call_is_timed_from_a_cold_cache(stream):
     clock = cold()
     assert clock(stream.call(2.0), 3) == pytest.approx(3 * 2e-3)
     assert stream.log == ["flush", "delay", "event", "call", "call", "event"] * 3
     assert clock(stream.call(0.5), 2) == pytest.approx(2 * 0.5e-3)  # events are used again
 
 
-def test_a_hot_clock_flushes_nothing(stream):
+def test_the_hot_clock_flushes_nothing(stream):
     clock, call = clocks.CudaClock(clocks.HOT), stream.call(2.0)
     assert clock(call, 1) == pytest.approx(2e-3)
     assert stream.log == ["delay", "event", "call", "call", "event"]
@@ -90,8 +96,8 @@ def test_a_hot_clock_flushes_nothing(stream):
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_a_host_slower_than_the_first_delay_is_not_on_the_clock(stream, count):
-    # The device is idle when the call comes, as it is at the first of a batch.
+def test_a_slow_host_is_not_timed(stream, count):
+    # The device is idle when the call begins, as at the first call of a batch.
     clock, call = cold(), stream.call(0.02, host=1.5)
     assert clock(call, count) == pytest.approx(count * 0.02e-3)
     assert clock.timer_of(call) == "cold"
@@ -101,47 +107,47 @@ def test_a_host_slower_than_the_first_delay_is_not_on_the_clock(stream, count):
     assert stream.log.count("delay") - delays == count  # the delay is remembered
 
 
-def test_the_old_clock_would_have_had_the_host_on_it(stream):
+def test_two_plain_events_would_time_the_host(stream):
     call = stream.call(0.02, host=1.5)
     start, end = stream.event(), stream.event()
     stream.enqueue("flush", FLUSH)
     start.record()
     call()
     end.record()
-    assert start.elapsed_time(end) > 1.4  # what the stand-in of a stream has to show
+    assert start.elapsed_time(end) > 1.4  # the simulated stream must show this
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_a_call_that_waits_for_the_device_is_timed_and_marked(stream, count):
+def test_a_call_that_synchronizes_is_marked(stream, count):
     clock, call = cold(), stream.call(0.02, host=0.1, waits=True)
-    # What the host does after it first waited, half of its time, cannot be hidden.
+    # After its first wait, the host's time cannot be hidden. That is half of its time.
     assert clock(call, count) == pytest.approx(count * 0.07e-3)
     assert clock.timer_of(call) == "cold+host"
     samples = stream.log.count("delay")
     clock(call, count)
-    assert stream.log.count("delay") - samples == count  # it is not tried again
+    assert stream.log.count("delay") - samples == count  # longer delays are not tried again
     assert clock.timer_of(stream.call(0.02)) == "cold"
 
 
-def test_a_host_interrupted_now_and_then_is_not_taken_for_one_that_waits(stream):
+def test_occasional_host_interruptions_are_not_marked(stream):
     clock, calls = cold(), iter(range(10**6))
 
     def call() -> None:
         stream.host += 30.0 if next(calls) % 10 == 0 else 0.01  # longer than any delay
         stream.enqueue("call", 0.05)
 
-    for _ in range(200):  # by itself each, so that the host is not ahead by calls before
+    for _ in range(200):  # one call at a time, so that the host is not ahead of the device
         assert clock(call, 1) == pytest.approx(0.05e-3)
     assert clock.timer_of(call) == "cold"
 
 
-def test_a_host_that_takes_longer_than_the_longest_delay_is_marked(stream):
+def test_a_host_beyond_the_longest_delay_is_marked(stream):
     clock, call = cold(), stream.call(1.0, host=60.0)
     assert clock(call, 1) > 1e-3
     assert clock.timer_of(call) == "cold+host"
 
 
-def test_short_calls_are_many_per_sample_each_of_them_cold(stream):
+def test_a_sample_holds_many_short_cold_calls(stream):
     calls = {"short": stream.call(0.005), "long": stream.call(3.0)}
     timed = timing.interleaved(calls, timing.StoppingRule(max_samples=5), cold())
     assert timed["short"].calls_per_sample == 40
@@ -151,13 +157,13 @@ def test_short_calls_are_many_per_sample_each_of_them_cold(stream):
     assert timing.time_columns(timed["short"])["timer"] == "cold"
 
 
-def test_what_is_known_of_a_call_does_not_keep_it(stream):
+def test_the_clock_does_not_keep_calls_alive(stream):
     clock = cold()
     clock(stream.call(1.0), 1)
     assert len(clock._known) == 0
 
 
-def test_the_host_clock_leaves_the_device_out(monkeypatch):
+def test_the_host_clock_excludes_the_device(monkeypatch):
     log = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     assert clocks.host_clock(lambda: log.append("call"), 2) < 0.1
@@ -171,7 +177,7 @@ def test_the_host_clock_leaves_the_device_out(monkeypatch):
 
 
 class Streams:
-    """Enough of torch.cuda's streams and graphs to capture a call."""
+    """The part of torch.cuda's streams and graphs that captures a call."""
 
     def __init__(self, monkeypatch, capture_fails: bool = False) -> None:
         self.default = SimpleNamespace(wait_stream=lambda other: None)
@@ -218,25 +224,20 @@ class Streams:
 def test_a_captured_call_is_replayed(monkeypatch):
     streams, calls = Streams(monkeypatch), []
     replay = clocks.captured(lambda: calls.append(streams.current is streams.default))
-    assert calls == [False, False]  # the warm-up and the capture, neither on the stream of others
+    assert calls == [False, False]  # warm-up and capture, neither on the default stream
     replay()
     assert (len(calls), streams.replayed) == (2, 1)
     assert streams.current is streams.default
 
 
-def test_a_call_that_cannot_be_captured_says_why(monkeypatch):
+def test_a_failed_capture_gives_the_reason(monkeypatch):
     streams = Streams(monkeypatch, capture_fails=True)
     with pytest.raises(RuntimeError, match=r"captured in a graph: operation not permitted .*ing$"):
         clocks.captured(lambda: None)
     assert streams.current is streams.default
 
 
-def right(problem, charge):
-    a, b, flat = problem.inputs["a"], problem.inputs["b"], problem.flat
-    return lambda: (a @ b.t()).reshape(-1)[flat]
-
-
-def test_under_graph_one_that_cannot_be_captured_costs_its_own_row(monkeypatch):
+def test_a_failed_capture_affects_only_its_own_row(monkeypatch):
     def capture(call):
         if capture.first:
             capture.first = False
@@ -246,7 +247,9 @@ def test_under_graph_one_that_cannot_be_captured_costs_its_own_row(monkeypatch):
     capture.first = True
     monkeypatch.setattr(clocks, "captured", capture)
     monkeypatch.setattr(runner, "_timer", lambda case, device, asked: asked)
-    competing = [Contender("sddmm", n, "test", right, token_major=True) for n in ("a", "b")]
+    competing = [
+        Contender("sddmm", name, "test", right_sddmm, token_major=True) for name in ("a", "b")
+    ]
     rows = runner.run_case(SMALL, competing, FAST, "cpu", clocks.GRAPH)
     by_kernel = {row["kernel"]: row for row in rows}
     assert by_kernel["a"]["status"] == "error"
@@ -262,12 +265,12 @@ def test_a_layer_is_not_captured():
     assert row["reason"] == "a layer in training is not captured in a graph"
 
 
-def test_rows_of_a_cpu_are_by_the_host_whatever_is_asked():
-    peer = Contender("sddmm", "peer", "test", right, token_major=True)
+def test_cpu_rows_always_have_the_host_timer():
+    peer = Contender("sddmm", "peer", "test", right_sddmm, token_major=True)
     rows = runner.run_case(SMALL, [peer], FAST, "cpu", clocks.HOT)
     assert {row["timer"] for row in rows} == {"host"}
 
 
-def test_files_from_before_the_timer_was_named_can_be_read():
+def test_files_without_the_timer_column_can_be_read():
     (path, *_) = sorted((results.Path(__file__).parents[2] / "bench/rows").glob("*.jsonl"))
     assert {row["timer"] for row in results.read(path)} == {None}

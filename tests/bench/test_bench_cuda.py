@@ -1,7 +1,7 @@
-"""The benchmark's CUDA side on machines without a GPU: torch.cuda is replaced where it is asked.
+"""The benchmark's CUDA code on machines without a GPU. Functions of torch.cuda are replaced.
 
-What is shown is the logic: what is counted and skipped, in which order. That the numbers mean
-something only a GPU can show. The clocks are in test_bench_clocks.py.
+These tests show the logic: what is counted, what is skipped, and in which order. Only a GPU can
+show that the numbers mean something. test_bench_clocks.py tests the clocks.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ import torch
 
 pytest.importorskip("numpy")
 
+from bench_cases import FAST, run_bench, small_case
+
 from bench import __main__ as cli
 from bench.contenders import dense, sputnik
 from bench.contenders.base import Contender, Problem
-from bench.measuring import environment, memory, results, timing
+from bench.measuring import environment, memory, results
 from bench.run import plan, roofs, runner, session
 from bench.suites import cases
 from rosa_kernels.backends import native
-from rosa_kernels.testing import Case
-
-FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 
 
-def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
+def test_peak_memory_on_cuda_is_the_allocators_peak(monkeypatch):
     held = {"now": 1000, "peak": 9000}
 
     def reset() -> None:
@@ -55,7 +54,7 @@ def test_peak_memory_on_cuda_is_the_allocators(monkeypatch):
         ("cuda", True, ["cuda"]),
     ],
 )
-def test_auto_takes_the_gpu_where_there_is_one(monkeypatch, asked, available, devices):
+def test_auto_includes_a_gpu_if_present(monkeypatch, asked, available, devices):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     assert plan._devices(asked) == devices
 
@@ -67,8 +66,8 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch, capsys):
     assert "--device: expected a machine with CUDA, got none" in capsys.readouterr().err
 
 
-def test_peers_and_kernels_compete_only_where_they_exist():
-    case = Case("sddmm", 40, 24, 9, 0.1)
+def test_contenders_compete_only_on_devices_they_support():
+    case = small_case("sddmm")
     on = {
         device: {contender.name for contender in cases.contenders(case, device)}
         for device in ("cpu", "cuda")
@@ -81,7 +80,7 @@ def test_peers_and_kernels_compete_only_where_they_exist():
 
 @pytest.fixture
 def gpu(monkeypatch) -> list[str]:
-    """A GPU whose cases run on the CPU; returns the log of what ran."""
+    """Simulates a GPU whose cases run on the CPU. Returns the log of cases that ran."""
     ran: list[str] = []
 
     def run_case(case, competing, rule, device, timer="cold"):
@@ -99,11 +98,11 @@ def gpu(monkeypatch) -> list[str]:
     return ran
 
 
-OPTIONS = ["run", "--suite", "overhead", "--cap", "0.001", "--no-plots"]
+OPTIONS = ("--suite", "overhead", "--ops", "sddmm", "spmm")
 
 
-def test_a_run_on_two_devices_is_one_run_told_apart(gpu, tmp_path, capsys):
-    assert cli.main([*OPTIONS, "--ops", "sddmm", "spmm", "--out", str(tmp_path)]) == 0
+def test_one_run_covers_two_devices(gpu, tmp_path, capsys):
+    assert run_bench(tmp_path, *OPTIONS) == 0
     assert gpu == ["cuda sddmm", "cuda spmm", "cpu sddmm", "cpu spmm"]
     rows = results.read(tmp_path / "results.jsonl")
     assert {row["device"] for row in rows} == {"cpu", "cuda"}
@@ -119,9 +118,9 @@ def test_a_budget_is_shared_by_devices_and_suites(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(
         session.Session, "measure", lambda self, part, end, spent: ends.append((part.suite, end))
     )
-    options = ["--suite", "overhead", "tokens", "--time-budget", "80", "--out", str(tmp_path)]
-    cli.main(["run", *options, "--no-plots"])
-    # Nothing is spent here: of 80 s the first of four parts may take 20, ..., the last one all.
+    run_bench(tmp_path, "--suite", "overhead", "tokens", "--time-budget", "80")
+    # No time is spent here. Of 80 s, the first of the four parts may take a quarter, the second a
+    # third, the third half, and the last part all.
     assert [(name, round(end - 1000, 3)) for name, end in ends] == [
         ("overhead", 20),
         ("tokens", pytest.approx(80 / 3, abs=1e-3)),
@@ -130,12 +129,12 @@ def test_a_budget_is_shared_by_devices_and_suites(gpu, tmp_path, monkeypatch):
     ]
 
 
-def test_a_lost_gpu_ends_its_cases_and_the_cpu_goes_on(gpu, tmp_path, monkeypatch, capsys):
+def test_cpu_cases_run_after_the_gpu_is_lost(gpu, tmp_path, monkeypatch, capsys):
     reason = "CUDA error: an illegal memory access was encountered"
     monkeypatch.setattr(
         runner, "lost", lambda device: reason if device == "cuda" and "cuda sddmm" in gpu else None
     )
-    assert cli.main([*OPTIONS, "--ops", "sddmm", "spmm", "--out", str(tmp_path)]) == 1
+    assert run_bench(tmp_path, *OPTIONS) == 1
     assert gpu == ["cuda sddmm", "cpu sddmm", "cpu spmm"]
     rows = results.read(tmp_path / "results.jsonl")
     (skipped,) = {row["reason"] for row in rows if row["device"] == "cuda" and row["op"] == "spmm"}
@@ -145,7 +144,7 @@ def test_a_lost_gpu_ends_its_cases_and_the_cpu_goes_on(gpu, tmp_path, monkeypatc
     )
 
 
-def test_a_gpu_is_lost_when_waiting_for_it_fails(monkeypatch):
+def test_a_gpu_is_lost_if_synchronize_fails(monkeypatch):
     def fail() -> None:
         raise RuntimeError("CUDA error: misaligned address\nCompile with ...")
 
@@ -156,7 +155,7 @@ def test_a_gpu_is_lost_when_waiting_for_it_fails(monkeypatch):
     assert runner.lost("cuda") is None
 
 
-def test_nvidia_smi_is_asked_about_the_device_that_torch_uses(monkeypatch):
+def test_nvidia_smi_is_asked_about_torchs_device(monkeypatch):
     for uuid in ("2f9c-11", "GPU-2f9c-11"):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda uuid=uuid: SimpleNamespace(uuid=uuid)
@@ -170,7 +169,7 @@ def test_nvidia_smi_is_asked_about_the_device_that_torch_uses(monkeypatch):
 # -- peers ----------------------------------------------------------------------------------------
 
 
-def test_dense_sums_in_float32_whatever_torch_allows_and_puts_it_back(monkeypatch):
+def test_dense_sums_in_float32_and_restores_torchs_settings(monkeypatch):
     switches = SimpleNamespace(
         allow_bf16_reduced_precision_reduction=True, allow_fp16_reduced_precision_reduction=True
     )
@@ -188,7 +187,7 @@ def test_dense_sums_in_float32_whatever_torch_allows_and_puts_it_back(monkeypatc
 
 
 def emulated(monkeypatch):
-    """The native module whose CUDA entries the emulator runs on CPU memory."""
+    """Replaces the native module by one whose CUDA kernels the emulator runs on CPU memory."""
     module = pytest.importorskip("_simt", reason="tests/_simt is not built")
     monkeypatch.setattr(native, "_C", module)
     return module
@@ -199,13 +198,13 @@ def emulated(monkeypatch):
 def test_sputnik_style_peers_are_right_under_both_charges(monkeypatch, op, k, dtype):
     emulated(monkeypatch)
     competing = [contender for contender in sputnik.CONTENDERS if contender.op == op]
-    rows = runner.run_case(Case(op, 40, 24, k, 0.1, dtype), competing, FAST)
+    rows = runner.run_case(small_case(op, k, dtype), competing, FAST)
     assert len(rows) == 2 * len(competing)
     for row in rows:
         assert row["status"] == "ok", (row["kernel"], row["charge"], row["reason"])
 
 
-def test_the_roofs_of_a_gpu_call_our_probes_where_they_are_built(monkeypatch):
+def test_gpu_roofs_call_our_probes_if_built(monkeypatch):
     emulated(monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
@@ -219,16 +218,16 @@ def test_the_roofs_of_a_gpu_call_our_probes_where_they_are_built(monkeypatch):
         assert columns["backend"] == "cuda"
 
 
-def test_the_roofs_of_a_gpu_fall_back_on_torch(monkeypatch):
+def test_gpu_roofs_use_torch_without_our_probes(monkeypatch):
     monkeypatch.setattr(native, "_C", SimpleNamespace())
     monkeypatch.setattr(roofs, "_L2_BYTES", 2**14)
     for make in (roofs._read_l2, roofs._launch):
         call, columns = make("cpu")
         call()
-        assert "backend" not in columns  # torch's, by default
+        assert "backend" not in columns  # the default backend is torch
 
 
-def test_what_a_peer_holds_between_calls_is_its_workspace():
+def test_memory_held_between_calls_counts_as_workspace():
     class Held:
         workspace_bytes = 4096
 
@@ -240,5 +239,5 @@ def test_what_a_peer_holds_between_calls_is_its_workspace():
             return self.values.to_dense() @ self.b
 
     peer = Contender("spmm", "held", "test", lambda problem, charge: Held(problem))
-    rows = runner.run_case(Case("spmm", 40, 24, 9, 0.1), [peer], FAST)
+    rows = runner.run_case(small_case("spmm"), [peer], FAST)
     assert {(row["status"], row["workspace_bytes"]) for row in rows} == {("ok", 4096)}

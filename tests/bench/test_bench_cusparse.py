@@ -1,7 +1,8 @@
-"""The cuSPARSE peer, against a stand-in for the library that computes on CPU memory.
+"""The cuSPARSE peer, with a stand-in for the library that computes on CPU memory.
 
-The stand-in is called through real C function pointers of the declared signatures and refuses what
-cuSPARSE refuses: it shows that shapes, layouts, dtypes and lifetimes are right, not cuSPARSE.
+The stand-in is called through C function pointers of the declared signatures. It refuses what
+cuSPARSE refuses. So these tests show that shapes, layouts, dtypes and lifetimes are right. They do
+not test cuSPARSE itself.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ import torch
 
 pytest.importorskip("numpy")
 
+from bench_cases import FAST, small_case
+
 from bench.contenders import cusparse
 from bench.contenders import cusparse_api as api
 from bench.contenders.base import Problem
-from bench.measuring import timing
 from bench.measuring.names import FROM_TOKEN_MAJOR, OP
 from bench.run import runner
 from rosa_kernels.testing import Case
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
-
-FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 SUCCESS, EXECUTION_FAILED, NOT_SUPPORTED = 0, 6, 10
 DTYPES = {code: dtype for dtype, code in api.DATA_TYPES.items()}
 
@@ -40,7 +39,7 @@ def memory(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 class Dense(SimpleNamespace):
     def matrix(self) -> torch.Tensor:
-        """The elements where they lie."""
+        """A view of the elements in the caller's memory."""
         flat = memory(self.values, self.rows * self.cols, DTYPES[self.type])
         if self.order == api.ROW:
             assert self.ld == self.cols
@@ -60,7 +59,7 @@ class Sparse(SimpleNamespace):
 
 
 class StandIn:
-    """What the peer calls of libcusparse."""
+    """The part of libcusparse that the peer calls."""
 
     def __init__(self) -> None:
         self.alive: dict[int, Dense | Sparse] = {}
@@ -149,7 +148,7 @@ class StandIn:
         a, c = self.alive[arguments[4]], self.alive[arguments[7]]
         kinds = DTYPES[a.type], DTYPES[c.type]
         if op == "SDDMM" and kinds != (torch.float32,) * 2:
-            # As documented: float16 operands, of which the stand-in's give float32 alone.
+            # As documented for float16 operands. The stand-in takes only float32 results of them.
             return SUCCESS if kinds == (torch.float16, torch.float32) else NOT_SUPPORTED
         return SUCCESS
 
@@ -172,7 +171,7 @@ def rows_of(case: Case) -> dict[tuple[str, str], dict]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("k", [1, 9])
 def test_spmm_in_every_layout_and_algorithm(library, dtype, k):
-    rows = rows_of(Case("spmm", 40, 24, k, 0.1, dtype))
+    rows = rows_of(small_case("spmm", k, dtype))
     assert len(rows) == 8
     for (kernel, charge), row in rows.items():
         assert row["status"] == "ok", (kernel, charge, row["reason"])
@@ -192,28 +191,28 @@ def test_spmm_in_every_layout_and_algorithm(library, dtype, k):
     ],
     ids=str,
 )
-def test_sddmm_in_every_dtype_with_the_librarys_own_reason(library, dtype, native, converted):
-    rows = rows_of(Case("sddmm", 40, 24, 9, 0.1, dtype))
+def test_sddmm_in_every_dtype_gives_cusparses_reason(library, dtype, native, converted):
+    rows = rows_of(small_case("sddmm", dtype=dtype))
     for charge in (OP, FROM_TOKEN_MAJOR):
         row, fp32 = rows["cusparse", charge], rows["cusparse-fp32", charge]
         assert (row["status"], fp32["status"]) == (native, converted), row["reason"]
         if native == "unsupported":
-            want = "cusparseSDDMM_bufferSize answers 10: the operation is not supported"
+            want = "cusparseSDDMM_bufferSize returned 10: the operation is not supported"
             assert row["reason"] == want
     gc.collect()
     assert not library.alive
 
 
-def test_a_fault_is_an_error_and_not_a_lack_of_support(library):
+def test_a_failed_call_is_an_error_not_unsupported(library):
     library.cusparseSpMM_preprocess = lambda *arguments: EXECUTION_FAILED
-    rows = rows_of(Case("spmm", 40, 24, 9, 0.1))
+    rows = rows_of(small_case("spmm"))
     assert {(row["status"], row["reason"]) for row in rows.values()} == {
-        ("error", "CusparseError: cusparseSpMM_preprocess answers 6: it failed")
+        ("error", "CusparseError: cusparseSpMM_preprocess returned 6: it failed")
     }
 
 
 def test_operands_live_as_long_as_the_call(library):
-    problem = Problem.of(Case("spmm", 40, 24, 9, 0.1))
+    problem = Problem.of(small_case("spmm"))
     (contender,) = (c for c in cusparse.CONTENDERS if (c.op, c.name) == ("spmm", "cusparse"))
     call = contender.prepare(problem, FROM_TOKEN_MAJOR)
     want = problem.pattern.to_torch(problem.inputs["values"]).to_dense() @ problem.inputs["b"]
@@ -229,13 +228,13 @@ def test_operands_live_as_long_as_the_call(library):
 def test_without_the_library_every_pair_has_the_reason(monkeypatch):
     monkeypatch.setattr(api, "library", lambda: "cuSPARSE was not found: no such file")
     for op in ("spmm", "sddmm"):
-        rows = rows_of(Case(op, 40, 24, 9, 0.1, torch.bfloat16))
+        rows = rows_of(small_case(op, dtype=torch.bfloat16))
         assert {(row["status"], row["reason"]) for row in rows.values()} == {
             ("unsupported", "cuSPARSE was not found: no such file")
         }
 
 
-def test_a_library_that_cannot_be_loaded_is_a_reason(monkeypatch):
+def test_a_library_that_fails_to_load_is_reported(monkeypatch):
     monkeypatch.setattr(api, "_loaded", lambda: [])
     monkeypatch.setattr(api, "_NAMES", ("libcusparse-is-not-here.so",))
     reason = api.library.__wrapped__()

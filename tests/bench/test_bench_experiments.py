@@ -1,4 +1,4 @@
-"""Kernels under other settings: who sees the settings, and which tables the rows are in."""
+"""Kernels under experimental settings: when these are set, and which tables have the rows."""
 
 from __future__ import annotations
 
@@ -11,36 +11,34 @@ from bench.report.rows import ratios_to_peers
 
 pytest.importorskip("numpy")
 
+from bench_cases import FAST, run_bench, small_case
 from bench_rows import a_row
 
-from bench import __main__ as cli
 from bench.contenders import experiments
 from bench.contenders.base import Contender, Problem
 from bench.contenders.overhead import overhead_cases
 from bench.layer.case import layer_case
-from bench.measuring import results, timing
+from bench.measuring import results
 from bench.measuring.names import FROM_TOKEN_MAJOR
 from bench.report import case_results
 from bench.report import experiments as experiment_tables
 from bench.run import runner
-from rosa_kernels.testing import Case
 
-FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
-CASE = Case("sddmm", 40, 24, 9, 0.1, torch.bfloat16)
+CASE = small_case("sddmm", dtype=torch.bfloat16)
 
 
-def test_every_kernel_of_tiles_is_tried_under_every_setting():
+def test_every_tile_kernel_is_tried_under_every_setting():
     names = [contender.name for contender in experiments.contenders(CASE, "cuda")]
     assert len(names) == len(set(names)) == 6
     assert {"cuda/tile panels=32", "cuda/wgmma early", "cuda/tile panels=32 early"} <= set(names)
     assert not experiments.contenders(CASE, "cpu")
-    assert not experiments.contenders(Case("spmm", 40, 24, 9, 0.1), "cuda")
+    assert not experiments.contenders(small_case("spmm"), "cuda")
     (overhead,) = (case for case in overhead_cases() if case.op == "sddmm")
     assert not experiments.contenders(overhead, "cuda")
     assert not experiments.contenders(layer_case(64, 64, 32), "cuda")
 
 
-def test_the_settings_are_there_during_the_call_alone(monkeypatch):
+def test_settings_are_set_only_during_the_call(monkeypatch):
     seen = []
     monkeypatch.setenv("ROSA_PANEL_MIB", "64")
     monkeypatch.delenv("ROSA_EARLY_LAUNCH", raising=False)
@@ -81,7 +79,7 @@ def test_a_wrong_experiment_is_not_timed():
     assert {(row["kernel"], row["status"]) for row in rows} == {("cuda/tile early", "incorrect")}
 
 
-def test_experiments_are_neither_ours_nor_peers_and_have_their_table():
+def test_experiments_have_a_table_of_their_own():
     common = {"op": "sddmm", "charge": FROM_TOKEN_MAJOR, "device": "cuda"}
     rows = [
         a_row(**common, kernel="auto", backend="cuda/tile", ms=1.0),
@@ -100,16 +98,15 @@ def test_experiments_are_neither_ours_nor_peers_and_have_their_table():
     assert not experiment_tables.tables(rows[:2])
 
 
-def test_on_a_cpu_the_options_of_cuda_are_ignored_and_said_to_be(tmp_path, capsys):
-    options = ["--suite", "first", "--device", "cpu", "--cap", "0.001", "--time-budget", "1e-9"]
-    cuda = ["--experiments", "--timer", "graph", "--calibrate", str(tmp_path / "machine.json")]
-    out = ["--no-plots", "--out", str(tmp_path)]
-    assert cli.main(["run", *options, *cuda, *out]) == 0
+def test_cuda_options_are_ignored_on_a_cpu(tmp_path, capsys):
+    options = ("--suite", "first", "--device", "cpu", "--time-budget", "1e-9")
+    cuda = ("--experiments", "--timer", "graph", "--calibrate", str(tmp_path / "machine.json"))
+    assert run_bench(tmp_path, *options, *cuda) == 0
     said = capsys.readouterr().out
     for option in ("--experiments", "--timer", "--calibrate"):
-        assert f"{option} is for CUDA and ignored on a CPU" in said
+        assert f"{option} applies to CUDA only and is ignored on a CPU" in said
     assert not (tmp_path / "machine.json").exists()
     rows = [row for row in results.read(tmp_path / "results.jsonl") if row["op"] != "roof"]
     assert {row["status"] for row in rows} == {"unsupported"}
     assert all(row["reason"].startswith("not run: ") for row in rows)
-    assert "8 x auto without a time: unsupported, not run: the time budget" in said
+    assert "auto was not timed, 8 x: unsupported, not run: the time budget" in said

@@ -1,4 +1,4 @@
-"""The benchmark of layers in training: equal budgets, the oracle, memory, tables, plots."""
+"""The benchmark of layers in training: equal budgets, its checks, memory, tables and plots."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from bench.measuring.names import dtype_name
 
 pytest.importorskip("numpy")
 
+from bench_cases import FAST, replace_suite, run_bench
 from bench_rows import a_row, failed
 
 from bench import __main__ as cli
-from bench import suites
 from bench.layer import contenders as layer_contenders
 from bench.layer import memory
 from bench.layer.case import FWD_BWD, MODES, STEP, LayerProblem, layer_case, model_case
 from bench.layer.check import Check
 from bench.layer.parametrization import TooFewEntries
 from bench.layer.step import step_of
-from bench.measuring import results, timing
+from bench.measuring import results
 from bench.report import layer
 from bench.run import runner
 from bench.suites import cases
 
-FAST = timing.StoppingRule(cap_s=0.001, min_samples=2, max_samples=2)
 TINY = layer_case(48, 40, 16, rank=4, modes=(FWD_BWD, STEP))
 NUMBERS = {"peak_bytes": 1, "held_bytes": 2, "live_bytes": 3, "saved_bytes": 4}
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -36,7 +35,7 @@ HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 @pytest.fixture(autouse=True)
 def no_children(monkeypatch):
-    """Measuring memory in a process of its own takes seconds; it has its own test."""
+    """Replaces the memory meter. Its child process takes seconds, and has a test of its own."""
     monkeypatch.setattr("bench.layer.runner.MemoryMeter", lambda: lambda *args: dict(NUMBERS))
 
 
@@ -47,7 +46,7 @@ def contender(name: str, case=TINY, mode=FWD_BWD) -> layer_contenders.LayerConte
 # -- what is compared ------------------------------------------------------------------------------
 
 
-def test_everybody_but_full_trains_as_much_as_lora():
+def test_all_methods_but_full_match_loras_parameter_count():
     for case in cases.suite("layer"):
         if case.op != "rosa_layer":
             continue
@@ -66,7 +65,7 @@ def test_everybody_but_full_trains_as_much_as_lora():
                 assert trainable == budget
 
 
-def test_the_suites_have_the_shapes_that_speeds_are_promised_for():
+def test_the_suites_cover_the_shapes_of_promised_speeds():
     def promised(device):
         found = set()
         for case in cases.suite("layer", device=device):
@@ -85,7 +84,7 @@ def test_the_suites_have_the_shapes_that_speeds_are_promised_for():
         assert any(case.op == "rosa_model" and STEP in case.modes for case in suite)
 
 
-def test_a_real_mask_is_thinned_but_never_filled_up():
+def test_a_real_mask_is_thinned_but_never_filled():
     spec = LayerProblem(layer_case(576, 1536, 1, "real:14.down_proj", rank=4)).specs["linear"]
     whole = spec.pattern(5308)
     part = spec.pattern(4224)
@@ -112,7 +111,7 @@ def test_a_real_mask_is_thinned_but_never_filled_up():
     ],
     ids=["float32", "dropout", "bfloat16", "real"],
 )
-def test_every_contender_is_right_or_says_why_it_does_not_run(case):
+def test_every_contender_is_right_or_gives_a_reason(case):
     rows = runner.run_case(case, cases.contenders(case), FAST)
     for row in rows:
         name = row["kernel"]
@@ -129,7 +128,7 @@ def test_every_contender_is_right_or_says_why_it_does_not_run(case):
     assert not HAS_PEFT or {"peft-lora", "peft-supra"} <= timed
 
 
-def test_a_case_of_a_layer_makes_rows_of_the_schema(tmp_path):
+def test_a_layer_case_makes_rows_of_the_schema(tmp_path):
     rows = runner.run_case(TINY, cases.contenders(TINY), FAST)
     by_key = {(row["kernel"], row["mode"]): row for row in rows}
     assert by_key["rosa", FWD_BWD]["case"] == "rosa_layer/uniform/48x40/k16/0.0916667/float32/0/r4"
@@ -144,7 +143,7 @@ def test_a_case_of_a_layer_makes_rows_of_the_schema(tmp_path):
 
 
 def wrong(change, part):
-    """An adapt function whose parameter `part` gets a gradient that `change` makes of it."""
+    """An adapt function in which `change` is applied to the gradient of parameter `part`."""
 
     def adapt(root, parametrizations, dropout):
         adapted = contender("rosa").adapt(root, parametrizations, dropout)
@@ -168,7 +167,7 @@ def test_a_wrong_gradient_is_incorrect_and_not_timed(part):
     assert row["median_s"] is None
 
 
-def test_a_weight_that_is_not_written_anew_after_the_step_is_seen():
+def test_a_stale_weight_after_the_step_is_incorrect():
     def adapt(root, parametrizations, dropout):
         adapted = contender("rosa").adapt(root, parametrizations, dropout)
         return dataclasses.replace(adapted, attach=partial(attach_and_forget, adapted.attach))
@@ -183,7 +182,7 @@ def test_a_weight_that_is_not_written_anew_after_the_step_is_seen():
     assert row["status"] == "incorrect"
 
 
-def test_a_contender_that_raises_is_an_error_and_the_others_go_on():
+def test_a_raising_contender_does_not_stop_the_others():
     def adapt(root, parametrizations, dropout):
         raise RuntimeError("no such layer")
 
@@ -227,13 +226,13 @@ def test_the_model_is_right_in_a_whole_step():
         }
         assert check(adapted, now) < 1e-4
         with pytest.raises(AssertionError, match="of its norm"):
-            check(adapted, parametrizations)  # it is somewhere else by now
+            check(adapted, parametrizations)  # the weights have changed
 
 
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def test_the_most_tensor_bytes_alive_are_counted_exactly():
+def test_live_peak_counts_tensor_bytes_exactly():
     def call():
         first = torch.empty(10_000, dtype=torch.uint8)
         del first
@@ -244,7 +243,7 @@ def test_the_most_tensor_bytes_alive_are_counted_exactly():
     assert memory.live_peak(call) == 57_000
 
 
-def test_the_bytes_that_wait_for_backward_are_the_inputs_and_the_projections():
+def test_saved_bytes_are_the_inputs_and_the_projections():
     problem = LayerProblem(TINY)
     x, projected = problem.x.nbytes, 16 * 4
     for name, rank in (("lora", 4), ("rosa", 2), ("cla", None)):
@@ -261,7 +260,7 @@ def test_the_bytes_that_wait_for_backward_are_the_inputs_and_the_projections():
 
 
 @pytest.mark.slow
-def test_pages_and_tensors_agree_in_a_process_of_its_own():
+def test_page_and_tensor_peaks_agree_in_a_subprocess():
     case = layer_case(1024, 1024, 256)
     meter = memory.MemoryMeter()
     found = {
@@ -272,8 +271,8 @@ def test_pages_and_tensors_agree_in_a_process_of_its_own():
         assert columns["held_bytes"] >= weight
         if columns["peak_bytes"] is not None:
             assert columns["peak_bytes"] == pytest.approx(columns["live_bytes"], rel=0.1, abs=2**18)
-    assert found["frozen"]["live_bytes"] >= 2 * 4 * 256 * 1024  # its output, its input's gradient
-    # No weight-sized temporary, where full fine-tuning has one.
+    assert found["frozen"]["live_bytes"] >= 2 * 4 * 256 * 1024  # output and input gradient
+    # RoSA needs no temporary of the weight's size. Full fine-tuning needs one.
     assert found["rosa"]["live_bytes"] < found["frozen"]["live_bytes"] + weight
     assert found["full"]["live_bytes"] >= found["frozen"]["live_bytes"] + weight
 
@@ -282,7 +281,7 @@ def test_pages_and_tensors_agree_in_a_process_of_its_own():
 
 
 def layer_rows(**times) -> list[results.Row]:
-    """Made-up rows of the promised shape; rosa 1 % slower than lora and 2 % larger."""
+    """Made-up rows of the promised shape. rosa is 1 % slower than lora, and 2 % larger."""
     times = {
         "lora": 10.0,
         "rosa": 10.1,
@@ -309,21 +308,24 @@ def verdicts(rows) -> dict[str, list[str]]:
 
 def test_targets_are_reached_missed_or_not_measured():
     found = verdicts(layer_rows())
-    assert found["cpu: layer, forward + backward: time of our LoRA"][::2] == [
+    assert found["cpu: layer, forward + backward: time over our LoRA's"][::2] == [
         "1.010 (1.010)",
         "reached",
     ]
-    assert found["cpu: layer, forward + backward: time of PEFT's Super-Tuning"][-1] == "reached"
-    assert found["cpu: layer, forward + backward: time of PEFT's SHiRA"][-1] == "not measured"
-    assert found["cpu: layer, step: time of full fine-tuning"][::2] == ["0.721 (0.721)", "reached"]
-    assert found["cpu: peak training memory: of our LoRA"][0] == "1.020 (1.020)"
-    assert found["cpu: model, step: time of full fine-tuning"][-1] == "not measured"
+    assert found["cpu: layer, forward + backward: time over PEFT Super-Tuning's"][-1] == "reached"
+    assert found["cpu: layer, forward + backward: time over PEFT SHiRA's"][-1] == "not measured"
+    assert found["cpu: layer, step: time over full fine-tuning's"][::2] == [
+        "0.721 (0.721)",
+        "reached",
+    ]
+    assert found["cpu: peak training memory over our LoRA's"][0] == "1.020 (1.020)"
+    assert found["cpu: model, step: time over full fine-tuning's"][-1] == "not measured"
     slow = verdicts(layer_rows(rosa=10.6))
-    assert slow["cpu: layer, forward + backward: time of our LoRA"][-1] == "missed"
-    assert slow["cpu: layer, step: time of full fine-tuning"][-1] == "missed"
+    assert slow["cpu: layer, forward + backward: time over our LoRA's"][-1] == "missed"
+    assert slow["cpu: layer, step: time over full fine-tuning's"][-1] == "missed"
 
 
-def test_what_loses_is_in_the_table_as_plainly_as_what_wins():
+def test_the_table_also_shows_where_rosa_loses():
     first, *_ = layer.tables(layer_rows(rosa=12.0))
     order = [row[0] for row in first.rows]
     assert order[:4] == ["lora", "peft-lora", "rosa", "full"]
@@ -334,12 +336,11 @@ def test_what_loses_is_in_the_table_as_plainly_as_what_wins():
     assert ["peft-shira", "-", "-", "-", "unsupported"] in [row[:5] for row in second.rows]
 
 
-def test_the_command_line_knows_layers(tmp_path, capsys, monkeypatch):
-    suite = suites.Suite("one case", lambda seed: [TINY], None)
-    monkeypatch.setitem(cases.SUITES, "layer", suite)
-    options = ["--suite", "layer", "--out", str(tmp_path), "--cap", "0.001", "--no-plots"]
+def test_the_command_line_handles_layers(tmp_path, capsys, monkeypatch):
+    replace_suite(monkeypatch, "layer", TINY)
+    options = ["--suite", "layer", "--ops", "rosa_layer"]
     options += ["--without", "peft-lora", "peft-supra", "peft-super", "peft-shira"]
-    assert cli.main(["run", *options, "--ops", "rosa_layer"]) == 0
+    assert run_bench(tmp_path, *options) == 0
     path = str(tmp_path / "results.jsonl")
     assert "r4, fwd_bwd, cpu" in capsys.readouterr().out
     for command in ("ratios", "report"):
@@ -352,7 +353,7 @@ def test_the_command_line_knows_layers(tmp_path, capsys, monkeypatch):
     assert cli.main(["compare", path, path]) == 0
 
 
-def test_files_without_the_columns_of_layers_are_still_read(tmp_path):
+def test_files_without_the_layer_columns_can_be_read(tmp_path):
     path = tmp_path / "old.jsonl"
     results.append(path, [a_row()])
     lines = path.read_text()
@@ -363,7 +364,7 @@ def test_files_without_the_columns_of_layers_are_still_read(tmp_path):
     assert results.read(path) == [a_row()]
 
 
-def test_time_and_memory_are_drawn_over_loras(tmp_path):
+def test_time_and_memory_are_drawn_relative_to_lora(tmp_path):
     pytest.importorskip("matplotlib")
     from bench import plot
 
@@ -373,4 +374,4 @@ def test_time_and_memory_are_drawn_over_loras(tmp_path):
     text = (tmp_path / f"{stem}.svg").read_text()
     assert "time over LoRA's" in text
     assert "peak training memory over LoRA's" in text
-    assert "3.10 →" in text  # off the panel, but told
+    assert "3.10 →" in text  # outside the panel, so its value is written

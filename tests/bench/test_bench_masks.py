@@ -1,4 +1,4 @@
-"""The benchmark's masks: real ones load, generated ones look like them."""
+"""The benchmark's masks: real masks load, and generated masks have their statistics."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ pytest.importorskip("numpy")
 
 from bench import masks
 from rosa_kernels import CsrPattern
-
-# torch says once that sparse CSR tensors are in beta.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 
 SHARES = ("empty_rows", "empty_cols", "top_rows", "top_cols", "heavy_nnz")
 
@@ -25,7 +22,7 @@ def _real(kind: str) -> list[CsrPattern]:
     return [masks.real(name) for name in masks.real_names() if name.endswith(f".{kind}")]
 
 
-def test_there_are_21_real_masks_of_the_stated_density():
+def test_all_21_real_masks_have_the_stated_density():
     assert len(masks.real_names()) == 21
     for name in masks.real_names():
         assert masks.real(name).density == pytest.approx(0.006, rel=1e-3)
@@ -33,8 +30,8 @@ def test_there_are_21_real_masks_of_the_stated_density():
 
 @pytest.mark.parametrize("kind", masks.KINDS)
 def test_generated_masks_have_the_statistics_of_real_ones(kind):
-    # The three real masks of a kind differ among themselves by up to 0.6 in a share; a generated
-    # mask stands for their mean.
+    # The three real masks of a kind differ from each other by up to 0.6 in a share. A generated
+    # mask represents their mean.
     real = _real(kind)
     m, n = real[0].shape
     want = _mean_stats(real)
@@ -49,8 +46,8 @@ def test_generated_masks_have_the_statistics_of_real_ones(kind):
 
 @pytest.mark.parametrize("kind", masks.KINDS)
 def test_generated_masks_stay_concentrated_at_a_larger_shape(kind):
-    # Replicated, the real masks hold 97 % and more of their nnz in 2-4 % of the 64 x 64 tiles; a
-    # uniform mask of this density has an average tile of 0.6 % and no such few tiles.
+    # Replicated real masks hold at least 97 % of their nnz in 2-4 % of the 64 x 64 tiles. In a
+    # uniform mask of this density, tiles have a density of 0.6 % on average, and none stand out.
     pattern = masks.generated(kind, 1536, 1536, 0.006)
     stats = pattern.stats()
     assert 0.015 <= stats["heavy_tiles"] <= 0.09
@@ -65,7 +62,7 @@ def test_uniform_masks_are_not_concentrated():
 
 
 @pytest.mark.parametrize("mask", ["uniform", "q_proj"])
-def test_density_seed_and_shape_are_what_was_asked_for(mask):
+def test_masks_have_the_requested_shape_density_and_seed(mask):
     pattern = masks.pattern_of(mask, 96, 64, 0.05, 1)
     assert pattern.shape == (96, 64)
     assert pattern.nnz == round(0.05 * 96 * 64)
@@ -75,7 +72,7 @@ def test_density_seed_and_shape_are_what_was_asked_for(mask):
 
 
 @pytest.mark.parametrize("mask", ["uniform", "v_proj"])
-def test_masks_without_entries(mask):
+def test_masks_may_have_no_entries(mask):
     assert masks.pattern_of(mask, 8, 8, 0.0).nnz == 0
 
 
@@ -86,7 +83,7 @@ def test_replicate_repeats_the_mask_down_and_across():
     assert torch.equal(tiled.to_torch(torch.ones(12)).to_dense(), dense.repeat(3, 2))
 
 
-def test_a_real_mask_is_replicated_to_a_multiple_of_its_shape():
+def test_a_real_mask_fills_multiples_of_its_shape():
     pattern = masks.pattern_of("real:14.q_proj", 1152, 576, 0.0)
     assert pattern.shape == (1152, 576)
     assert pattern.density == pytest.approx(0.006, rel=1e-3)
@@ -100,6 +97,6 @@ def test_a_real_mask_is_replicated_to_a_multiple_of_its_shape():
         ("real:14.q_proj", (600, 576), r"multiple of real:14.q_proj's shape .*, got \(600, 576\)"),
     ],
 )
-def test_a_mask_that_does_not_exist_is_refused(mask, shape, message):
+def test_an_unknown_mask_is_refused(mask, shape, message):
     with pytest.raises(ValueError, match=message):
         masks.pattern_of(mask, *shape, 0.1)

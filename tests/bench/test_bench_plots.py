@@ -1,4 +1,4 @@
-"""Plots are drawn from rows alone; the rows here are synthetic."""
+"""Plots are drawn from result rows. The rows of these tests are synthetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bench.plot import rows as plot_rows
 from bench.suites import cases
 
 
-def test_plots_are_drawn_from_rows_alone(tmp_path, capsys):
+def test_plots_need_only_rows(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     rows = [a_row(op="roof", kernel="copy", case="roof/copy", m=None, n=None)]
     for op, density in itertools.product(("sddmm", "spmm"), (0.001, 0.01, 0.05)):
@@ -50,7 +50,7 @@ def test_plots_are_drawn_from_rows_alone(tmp_path, capsys):
     assert "a peer is faster" in capsys.readouterr().out.lower()
 
 
-def test_a_gpu_gets_its_own_plots_from_rows_alone(tmp_path):
+def test_gpu_rows_get_plots_of_their_own(tmp_path):
     tokens = cases.suite("tokens", device="cuda")[:26]
     density = [case for case in cases.suite("density", device="cuda")[:40] if case.m == 4096]
     kept = [*tokens, *density, *cases.suite("rosa", device="cuda")[:4]]
@@ -72,7 +72,7 @@ def test_a_gpu_gets_its_own_plots_from_rows_alone(tmp_path):
         assert "threads" not in text
 
 
-def test_a_run_on_two_devices_is_drawn_device_by_device(tmp_path):
+def test_each_device_of_a_run_is_drawn_separately(tmp_path):
     densities = (0.001, 0.01, 0.05)
     rows = [
         a_row(density=density, device=device, case=f"{device}{density}", kernel=kernel, ms=1.0)
@@ -85,7 +85,7 @@ def test_a_run_on_two_devices_is_drawn_device_by_device(tmp_path):
     assert "time_vs_density_4096x4096_k2048_float32_cuda.png" in written
 
 
-def test_of_a_family_only_the_fastest_is_drawn_for_a_gpu():
+def test_only_the_fastest_of_a_family_is_drawn():
     rows = [
         a_row(kernel="auto"),
         a_row(kernel="cusparse", ms=3.0),
@@ -99,7 +99,7 @@ def test_of_a_family_only_the_fastest_is_drawn_for_a_gpu():
     ]
 
 
-def test_too_many_problems_share_lines():
+def test_problems_share_lines_beyond_a_limit():
     suite = cases.suite("density", device="cuda")
     found = ratios_to_peers(gpu_rows(suite), "from_token_major")
     every, _ = plot_rows.lines(found, most=10**6)

@@ -1,4 +1,4 @@
-"""What is read off result rows: ratios, verdicts, targets, what is missing and why."""
+"""Reports from result rows: ratios, verdicts, targets, and the reasons of missing times."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_ratios_geomeans_and_efficiency_are_derived_from_rows():
     assert "1 of 4 comparisons" in table.title
 
 
-def test_overhead_is_the_op_less_its_adapter():
+def test_overhead_is_the_op_minus_its_adapter():
     tiny = {"m": 32, "n": 32, "charge": OP}
     rows = [
         a_row(**tiny, mode="adapter", ms=0.005),
@@ -51,7 +51,7 @@ def test_overhead_is_the_op_less_its_adapter():
     }
 
 
-def test_a_busy_machine_is_told():
+def test_a_busy_machine_is_noted():
     noisy = a_row(samples_s=[0.001, 0.001, 0.009, 0.009])
     assert tables.noise_note([a_row()] * 30 + [noisy]) is None
     assert tables.noise_note([a_row()] * 3 + [noisy]).startswith("1 of 4 times vary")
@@ -72,7 +72,7 @@ def test_verdicts(ms, spread, verdict):
     assert found.verdict == verdict
 
 
-def test_rows_of_one_run_only_and_changed_statuses_are_told():
+def test_compare_reports_missing_rows_and_changed_statuses():
     base = [a_row(case="a"), a_row(case="b")]
     new = [failed("incorrect", case="b"), a_row(case="c")]
     verdicts = {item.row["case"]: item.verdict for item in compare.compare(base, new)}
@@ -92,13 +92,13 @@ def test_times_of_different_timers_are_not_compared():
         assert compare.tables([found])[0].rows[0][4] == verdict
 
 
-def test_a_time_with_the_hosts_in_it_is_marked():
+def test_times_that_include_the_host_are_marked():
     assert milliseconds(a_row(ms=2.0, timer="cold+host")) == "2.000+host"
     assert milliseconds(a_row(ms=2.0, timer="cold")) == "2.000"
     assert milliseconds(a_row(ms=2.0), 1) == "2.0"
 
 
-# -- ratios and targets; all rows of a GPU are synthetic ------------------------------------------
+# -- ratios and targets: all rows of a GPU are synthetic ------------------------------------------
 
 
 def on_gpu(case: str, kernel: str, ms: float, **columns) -> results.Row:
@@ -107,13 +107,13 @@ def on_gpu(case: str, kernel: str, ms: float, **columns) -> results.Row:
     return a_row(**(common | {"backend": backend, **columns}), case=case, kernel=kernel, ms=ms)
 
 
-def test_cases_of_one_name_on_two_devices_are_not_compared():
+def test_rows_of_different_devices_are_not_compared():
     rows = [a_row(), a_row(kernel="dense", ms=2.0), a_row(device="cuda", kernel="spops", ms=3.0)]
     assert [ratio.peer["kernel"] for ratio in ratios_to_peers(rows, FROM_TOKEN_MAJOR)] == ["dense"]
     assert {result.auto["device"] for result in case_results.case_results(rows)} == {"cpu"}
 
 
-def test_a_race_has_the_fastest_of_each_family_and_our_own_kernels():
+def test_a_case_result_keeps_each_familys_fastest_peer():
     rows = [
         on_gpu("a", "auto", 1.0),
         on_gpu("a", "cuda/tile", 1.1),
@@ -133,19 +133,19 @@ def test_a_race_has_the_fastest_of_each_family_and_our_own_kernels():
     assert result.against("spops") is None
 
 
-def test_kernels_that_auto_may_not_take_are_no_measure_of_its_choice():
+def test_autos_choice_is_judged_by_allowed_kernels_only():
     rows = [
         on_gpu("a", "auto", 2.0, op="spmm", backend="cuda/gather"),
         on_gpu("a", "auto-finite", 1.0, op="spmm", backend="cuda/tile"),
         on_gpu("a", "cuda/gather", 2.0, op="spmm"),
-        on_gpu("a", "cuda/tile", 1.0, op="spmm"),  # Inf and NaN leak from it
+        on_gpu("a", "cuda/tile", 1.0, op="spmm"),  # it spreads Inf and NaN, so auto may not take it
     ]
     (result,) = case_results.case_results(rows)
     assert set(result.own) == {"cuda/gather"}
     assert not ratios.choices_table([result]).rows
 
 
-def test_wrong_choices_are_listed_worst_first_and_noise_is_not():
+def test_wrong_choices_are_listed_worst_first():
     rows = []
     for case, best in (("near", 0.97), ("bad", 0.5), ("worse", 0.25)):
         rows += [on_gpu(case, "auto", 1.0), on_gpu(case, "cuda/tile", 1.0)]
@@ -186,7 +186,7 @@ def test_targets_are_reached_missed_or_not_measured():
     reached = found["SDDMM, generated masks, 0.3-2 %: x dense + gather"]
     assert reached == ["mean 3", "3.50 (3.50)", "1", "reached"]
     assert found["SDDMM, replicated real masks: x dense + gather"][-1] == "missed"
-    assert found["SDDMM, uniform masks: x the best of all peers"][1:] == [
+    assert found["SDDMM, uniform masks: x the fastest peer"][1:] == [
         "0.90 (0.90)",
         "1",
         "missed",
@@ -201,7 +201,7 @@ def test_targets_are_of_one_gpu_only():
 
 
 def test_the_floor_of_scattered_adds_counts_sectors():
-    # Two entries of 16 bits in the one sector of a 1 x 16 matrix, next to everything else.
+    # The 16 elements of w, of 16 bits each, lie in one sector of 32 bytes.
     row = a_row(op="csr_add_", m=1, n=16, nnz=16, density=1.0, dtype="bfloat16")
     copy = a_row(op="roof", kernel="copy", bytes=10**9, ms=1.0)  # 1 GB per ms
     traffic = 2 * 32 + 16 * (4 + 2) + 4 * 2
@@ -218,7 +218,7 @@ def test_the_roofs_are_a_table():
     assert lines["kernel launch, one after the other"] == "2.00 us"
 
 
-def test_the_ratios_of_several_files_are_taken_together(tmp_path, capsys):
+def test_ratios_are_taken_over_several_files_together(tmp_path, capsys):
     suite = [case for case in cases.suite("quick", device="cuda") if case.m > 64]
     half = len(suite) // 2
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
@@ -232,7 +232,7 @@ def test_the_ratios_of_several_files_are_taken_together(tmp_path, capsys):
     assert "SDDMM, generated masks, 0.3-2 %: x dense + gather" in out
 
 
-def test_the_short_table_has_a_line_a_real_mask_and_fits_a_screen():
+def test_the_short_table_fits_a_screen():
     rows = []
     for name in ("first", "second"):
         suite = cases.suite(name, device="cuda")
@@ -251,7 +251,7 @@ def test_the_short_table_has_a_line_a_real_mask_and_fits_a_screen():
     assert by_case["geometric mean: csr_add_"][2:5] == ["-", "-", "3.00 torch"]
 
 
-def test_the_short_table_marks_peers_with_the_hosts_time_and_tells_what_is_missing():
+def test_the_short_table_marks_host_times_and_gaps():
     common = {"mask": "real:14.q_proj", "charge": FROM_TOKEN_MAJOR}
     rows = [
         on_gpu("a", "auto", 1.0, **common),
@@ -267,8 +267,8 @@ def test_the_short_table_marks_peers_with_the_hosts_time_and_tells_what_is_missi
         *(failed("unsupported", case=c, charge=OP) | {"reason": "not run: spent"} for c in "cd"),
     ]
     assert ratios.untimed(rows + missing) == [
-        "1 x auto without a time: b: incorrect, because",
-        "2 x auto without a time: unsupported, not run: spent",
+        "auto was not timed, 1 x: b: incorrect, because",
+        "auto was not timed, 2 x: unsupported, not run: spent",
     ]
 
 
@@ -280,7 +280,7 @@ def test_ratios_without_a_single_case_are_refused(tmp_path, capsys):
     assert "expected timed rows to compare, got none" in capsys.readouterr().err
 
 
-def test_a_synthetic_row_is_a_row(tmp_path):
+def test_synthetic_rows_follow_the_schema(tmp_path):
     rows = gpu_rows([Case("csr_add_", 64, 64, 1, 0.1), Case("sddmm", 64, 64, 8, 0.1)])
     results.append(tmp_path / "results.jsonl", rows)
     assert results.read(tmp_path / "results.jsonl") == rows

@@ -1,4 +1,4 @@
-"""Stage times: from the names of GPU kernels to a table; the events are made up."""
+"""Stage times: from profiled GPU kernels to a table. The events are made up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("numpy")
 
+from bench_cases import right_sddmm, run_bench, small_case
+
 from bench import __main__ as cli
 from bench.contenders.base import Contender, Problem
 from bench.measuring import kernel_times
@@ -17,7 +19,6 @@ from bench.report import stages as stage_tables
 from bench.run import stages
 from rosa_kernels.choice import Candidate
 from rosa_kernels.kernel import Estimate
-from rosa_kernels.testing import Case
 
 TILE = (
     "void rosa::cuda::sddmm_tile_kernel<rosa::cuda::Bf16, rosa::cuda::TileShape<128, 256, 3> >"
@@ -53,11 +54,11 @@ MEMSET = "Memset (Device)"
         ("rosa_new_kernel", "rosa_new_kernel"),
     ],
 )
-def test_kernels_have_the_stages_of_the_cost_model_or_their_own_name(name, stage):
+def test_kernel_names_map_to_the_cost_models_stages(name, stage):
     assert kernel_times.stage_of(name) == stage
 
 
-def test_every_global_function_of_the_products_has_a_stage():
+def test_every_product_kernel_has_a_stage():
     folder = kernel_times.__file__.rsplit("/bench/", 1)[0]
     source = "".join(
         path.read_text() for path in sorted(stages.Path(folder).glob("cpp/src/cuda/s*mm*.cuh"))
@@ -68,7 +69,7 @@ def test_every_global_function_of_the_products_has_a_stage():
 
 
 def events(*calls):
-    """Flushes, each with a memset ahead, and the kernels of a call between them."""
+    """The events of `calls`: before each call a memset and a flush, then the call's kernels."""
     at = itertools.count()
     return [
         (name, float(next(at)), duration)
@@ -77,7 +78,7 @@ def events(*calls):
     ]
 
 
-def test_kernels_are_summed_within_a_call_and_the_median_is_over_calls():
+def test_times_sum_per_call_with_median_over_calls():
     chunked = [(PACK, 10.0), (TILE, 20.0), (PACK, 12.0), (TILE, 30.0), ("new", 1.0)]
     slow = [(PACK, 90.0), (TILE, 90.0)]
     found = events(chunked, chunked, slow)
@@ -89,7 +90,7 @@ def test_kernels_are_summed_within_a_call_and_the_median_is_over_calls():
 
 
 class Profiled(kernel_times.Profiler):
-    """A profiler whose library records what it is told, or fails."""
+    """A profiler whose library returns the events `found`, or raises them."""
 
     def __init__(self, monkeypatch, found) -> None:
         def recorded(run):
@@ -103,7 +104,7 @@ class Profiled(kernel_times.Profiler):
         super().__init__("cuda")
 
 
-def test_a_profiler_that_records_nothing_says_so(monkeypatch):
+def test_an_empty_profile_gives_a_reason(monkeypatch):
     assert "recorded no GPU kernel" in Profiled(monkeypatch, []).missing
     error = RuntimeError("CUPTI_ERROR_NOT_INITIALIZED\nmore")
     profiler = Profiled(monkeypatch, error)
@@ -112,7 +113,7 @@ def test_a_profiler_that_records_nothing_says_so(monkeypatch):
     assert kernel_times.Profiler("cpu").times(lambda: None) == {}
 
 
-def test_calls_are_told_apart_by_the_flushes_between_them(monkeypatch):
+def test_flushes_separate_the_calls(monkeypatch):
     profiler = Profiled(monkeypatch, [(FLUSH, 0.0, 60.0), (MEMSET, 1.0, 1.0)])
     call = [(PACK, 10.0), (TILE, 20.0)]
     monkeypatch.setattr(kernel_times, "recorded", lambda run: (run(), events(call, call))[1])
@@ -123,15 +124,10 @@ def test_calls_are_told_apart_by_the_flushes_between_them(monkeypatch):
 
 # -- rows and tables ------------------------------------------------------------------------------
 
-CASE = Case("sddmm", 40, 24, 9, 0.1)
+CASE = small_case("sddmm")
 
 
-def right(problem: Problem, charge: str):
-    a, b, flat = problem.inputs["a"], problem.inputs["b"], problem.flat
-    return lambda: (a @ b.t()).reshape(-1)[flat]
-
-
-def native(name: str, prepare=right, **options) -> Contender:
+def native(name: str, prepare=right_sddmm, **options) -> Contender:
     return Contender("sddmm", name, "cpu", prepare, **options)
 
 
@@ -148,7 +144,7 @@ def test_every_kernel_gets_a_row_and_a_reason(tmp_path, capsys):
         native("cpu/portable", wrong),
         native("cpu/avx2 panels=32", reject=lambda problem: "not on Sundays"),
         native("cpu/avx2 panels=32 early"),
-        Contender("sddmm", "dense", "torch", right),
+        Contender("sddmm", "dense", "torch", right_sddmm),
     ]
     out = tmp_path / "stages.jsonl"
     rows = stages.measure("cpu", [(CASE, competing)], {"run_id": "r"}, out, float("inf"))
@@ -169,7 +165,7 @@ def a_stage_row(kernel="cuda/tile", **columns):
     return row | columns
 
 
-def test_measured_stands_beside_predicted():
+def test_the_table_compares_measured_and_predicted_times():
     predicted = {"pack": 80.0, "tiles": 50.0, "gather": 10.0, "finalize": 1.0, "launch": 10.0}
     rows = [
         a_stage_row(
@@ -199,7 +195,7 @@ def test_measured_stands_beside_predicted():
     assert len(stage_tables.tables(both)) == 2
 
 
-def test_one_launch_of_two_stages_stands_beside_their_sum():
+def test_a_fused_launch_is_compared_with_summed_stages():
     row = a_stage_row(
         stages_us={"stage+gather": 6.0},
         predicted_us={"stage": 2.0, "gather": 2.0, "launch": 2.5},
@@ -210,7 +206,7 @@ def test_one_launch_of_two_stages_stands_beside_their_sum():
     assert table.rows[0][2:] == ["6.0/4.0 1.50", "6.0/4.0 1.50", "2.0/2.5 0.80", "8.0/6.5 1.23"]
 
 
-def test_the_prediction_is_that_of_the_kernel_itself(monkeypatch):
+def test_predictions_are_those_of_the_same_kernel(monkeypatch):
     class Found:
         candidates = (
             Candidate(type("K", (), {"name": "cuda/gather"}), None, Estimate({"gather": 1.0}, 0.1)),
@@ -225,7 +221,7 @@ def test_the_prediction_is_that_of_the_kernel_itself(monkeypatch):
     assert asked == ["cuda/tile"]
 
 
-def test_the_command_rehearses_on_a_cpu(tmp_path, capsys):
+def test_the_command_runs_on_a_cpu(tmp_path, capsys):
     out = tmp_path / "stages.jsonl"
     options = ["--suite", "first", "--device", "cpu", "--out", str(out)]
     assert cli.main(["stages", *options, "--kernels", "cpu/portable", "--time-budget", "60"]) == 0
@@ -239,11 +235,10 @@ def test_the_command_rehearses_on_a_cpu(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_run_appends_them_and_ends_with_the_ratios(tmp_path, capsys):
-    options = ["--suite", "first", "--device", "cpu", "--kernels", "auto", "cpu/portable", "dense"]
-    limits = ["--cap", "0.001", "--time-budget", "120", "--no-plots", "--out", str(tmp_path)]
-    assert cli.main(["run", *options, *limits, "--stages"]) == 0
+def test_a_run_appends_stages_and_prints_ratios_last(tmp_path, capsys):
+    options = ("--suite", "first", "--device", "cpu", "--time-budget", "120", "--stages")
+    assert run_bench(tmp_path, *options, "--kernels", "auto", "cpu/portable", "dense") == 0
     said = capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "stages.jsonl"}
     assert said.rstrip().splitlines()[-1].strip().startswith("geometric mean: sddmm")
-    assert said.count("auto, times faster than") == 2
+    assert said.count("How many times faster auto is than dense") == 2

@@ -1,4 +1,4 @@
-"""The suites of the benchmark: the points that targets are set on, what says most first."""
+"""The benchmark's suites: they cover the targets, and begin with the most informative cases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DEVICES = ("cpu", "cuda")
 
 
 def row_of(case) -> dict:
-    """What a row says of its case."""
+    """The columns of a row that describe its case."""
     names = ("op", "m", "n", "k", "density", "mask")
     return {name: getattr(case, name) for name in names} | {"dtype": dtype_name(case.dtype)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", cases.SUITES)
-def test_cases_of_a_suite_are_distinct_and_have_contenders(name, device):
+def test_suites_have_distinct_cases_with_contenders(name, device):
     suite = cases.suite(name, device=device)
     names = [cases.case_id(case) for case in suite]
     assert len(names) == len(set(names)) > 0
@@ -34,7 +34,7 @@ def test_cases_of_a_suite_are_distinct_and_have_contenders(name, device):
         assert cases.contenders(case, device)
 
 
-def test_the_density_suite_has_the_points_that_targets_are_set_on():
+def test_the_density_suite_covers_the_targets_points():
     got = {(c.op, c.mask, c.density) for c in cases.suite("density") if c.k == 2048}
     for op in ("sddmm", "spmm"):
         for mask in ("uniform", "q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"):
@@ -44,7 +44,7 @@ def test_the_density_suite_has_the_points_that_targets_are_set_on():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_real_mask_is_in_the_rosa_suite_beside_a_uniform_one(device):
+def test_the_rosa_suite_pairs_real_and_uniform_masks(device):
     suite = cases.suite("rosa", device=device)
     problems = {(c.op, c.m, c.n, c.k, c.density, c.dtype) for c in suite if c.mask == "uniform"}
     real = [c for c in suite if c.mask.startswith("real:")]
@@ -55,7 +55,7 @@ def test_every_real_mask_is_in_the_rosa_suite_beside_a_uniform_one(device):
         assert c.m % own[0] == c.n % own[1] == 0
 
 
-def test_the_gpu_suites_have_every_point_of_the_speeds_to_reach():
+def test_the_gpu_suites_cover_the_targets_points():
     sddmm = {
         (c.mask, c.m, c.n, c.k, c.density)
         for c in cases.suite("density", device="cuda")
@@ -73,23 +73,23 @@ def test_the_gpu_suites_have_every_point_of_the_speeds_to_reach():
 
 
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.what)
-def test_every_target_has_cases_and_the_quick_suite_some(target):
+def test_every_target_has_cases_in_quick_too(target):
     every = [case for name in cases.SUITES for case in cases.suite(name, device="cuda")]
     assert sum(target.applies(row_of(case)) for case in every) >= 3
     assert any(target.applies(row_of(case)) for case in cases.suite("quick", device="cuda"))
 
 
-def test_what_a_budget_cuts_off_is_what_says_least():
+def test_the_most_informative_cases_come_first():
     density = cases.suite("density", device="cuda")
     tenth = density[: len(density) // 10]
-    # The first tenth has a whole curve of uniform masks, and every kind of layer.
+    # The first tenth has a whole curve of uniform masks and every kind of layer.
     assert {c.density for c in tenth if c.mask == "uniform"} >= set(cuda.UNIFORM)
     assert {c.mask for c in tenth} >= set(masks.KINDS)
     rosa = cases.suite("rosa", device="cuda")[:15]
     assert {c.mask for c in rosa} >= {f"real:14.{kind}" for kind in masks.KINDS}
 
 
-def test_the_first_suite_is_one_layers_real_masks_and_then_one_uniform():
+def test_the_first_suite_has_one_layers_real_masks():
     *real, last = cases.suite("first", device="cuda")
     assert real[0].mask == "real:14.q_proj"
     assert {c.mask for c in real} == {f"real:14.{kind}" for kind in masks.KINDS}
@@ -99,7 +99,7 @@ def test_the_first_suite_is_one_layers_real_masks_and_then_one_uniform():
     assert len(real) == 7
 
 
-def test_the_second_suite_has_the_rest_and_begins_with_a_case_of_every_op():
+def test_the_second_suite_has_the_remaining_cases():
     first, second = (cases.suite(name, device="cuda") for name in ("first", "second"))
     sddmm = [c for c in second if c.op == "sddmm"]
     assert len(sddmm) == 14
@@ -114,10 +114,10 @@ def test_the_second_suite_has_the_rest_and_begins_with_a_case_of_every_op():
     assert {c.density for c in second if c.op == "csr_add_"} == {0.006}
 
 
-def test_a_cpu_never_gets_the_sizes_of_a_gpu():
+def test_cpu_suites_have_no_gpu_sizes():
     for suite in (cpu.tokens(0), cpu.llm(0)):
         for case in suite:
-            assert 2 * case.m * case.n * case.k <= 3e10  # a dense GEMM of half a second at most
+            assert 2 * case.m * case.n * case.k <= 3e10  # a dense GEMM takes half a second at most
 
 
 def test_an_unknown_suite_is_refused():

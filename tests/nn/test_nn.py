@@ -140,7 +140,7 @@ def test_forward_is_the_formula(linear: nn.Module, mask: CsrPattern) -> None:
     w0, x = layer.weight.detach().clone(), inputs(layer)
     assert_near(layer(x), expected(layer, w0, "default", x))
     assert torch.equal(layer.weight, w0)
-    assert layer.path() == ("scatter", "no make_resident")
+    assert layer.path() == ("scatter", "make_resident was not called")
 
 
 def test_kinds_of_low_rank_branch(mask: CsrPattern) -> None:
@@ -212,8 +212,8 @@ def test_dropout_keeps_the_expectation() -> None:
         ({"rank": 0}, ValueError, "a rank or a pattern, got rank 0 and no pattern"),
         ({"rank": -1}, ValueError, "integer >= 0, got -1"),
         ({"rank": 2.0}, ValueError, "integer >= 0, got 2.0"),
-        ({"dropout": 1.0}, ValueError, r"dropout in \[0, 1\), got 1.0"),
-        ({"alpha": float("nan")}, ValueError, "finite alpha"),
+        ({"dropout": 1.0}, ValueError, r"dropout to be a number in \[0, 1\), got 1.0"),
+        ({"alpha": float("nan")}, ValueError, "alpha to be a finite number"),
         ({"pattern": "mask"}, TypeError, "a CsrPattern, got str"),
         ({"adapter_name": "a.b"}, ValueError, "without dots, got 'a.b'"),
         ({"adapter_name": ""}, ValueError, "got ''"),
@@ -396,7 +396,7 @@ def test_weights_that_nobody_may_write(mask: CsrPattern) -> None:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     layer = rosa(linear, mask)
     assert layer.path() == ("separate", "the weight was made in inference mode")
-    with pytest.raises(RuntimeError, match="may change, but the weight was made in inference"):
+    with pytest.raises(RuntimeError, match="got none: the weight was made in inference"):
         layer.merge()
     shared = rosa(nn.Linear(N, M).share_memory(), mask)
     assert shared.path() == ("separate", "other processes share the weight's memory")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYOUTS, Served
+from conftest import NARROW, Served, sweep
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -17,10 +17,9 @@ from rosa_kernels import CsrPattern
 from rosa_kernels.ops.csr_transpose import transpose_tensors
 from rosa_kernels.ops.rosa_linear import rosa_linear_backward_op, rosa_linear_op
 from rosa_kernels.strides import overlaps_itself
-from rosa_kernels.testing import uniform_pattern
+from rosa_kernels.testing import LAYOUTS, NASTY, uniform_pattern
 
 SCALING = 0.75
-NARROW = [torch.bfloat16, torch.float16]
 PATHS = ["separate", "scatter", "merged"]
 # Which branches there are: nothing, A and B, a selector and B; S or none.
 BRANCHES = ["none", "lora", "selector", "sparse", "rosa", "selector+sparse"]
@@ -210,7 +209,7 @@ def test_result_and_gradients(branches: str, path: str, dtype: torch.dtype) -> N
     check(path, problem(branches, dtype))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@sweep(path=PATHS, nasty=NASTY)
 def test_nasty_patterns(path: str, nasty: CsrPattern) -> None:
     rank = 2 if nasty.shape[1] >= 2 else 1
     check(path, problem("rosa", pattern=nasty, rank=rank))
@@ -229,8 +228,7 @@ def test_leading_dimensions(lead: tuple[int, ...], path: str) -> None:
     assert alone.shape == (37,)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@sweep(path=PATHS, layout=LAYOUTS.keys())
 def test_layouts_of_every_operand(layout: str, path: str) -> None:
     """Conv1D's weight comes transposed, a slice of a fused projection with a stride."""
     args = problem(lead=(6,))
@@ -293,7 +291,7 @@ def test_a_selector_is_a_row_selecting_a() -> None:
 
 
 @pytest.mark.ops("sddmm")
-@pytest.mark.parametrize("path", PATHS)
+@sweep(path=PATHS)
 def test_every_backend_by_name(kernel: Served, path: str) -> None:
     """Those of sddmm, from which the other ops of the layer find theirs; the emulator's, too."""
     args = problem("rosa", kernel.dtype, lead=(3, 8))

@@ -1,4 +1,4 @@
-"""Gradients: right on every kernel, to second order, and through all that torch wraps an op in."""
+"""Gradients of every kernel, to second order, and under everything that torch wraps an op in."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import LAYOUTS, Served, inputs_of
+from conftest import NARROW, Served, inputs_of, sweep
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
-from rosa_kernels.testing import assert_accurate
+from rosa_kernels.testing import LAYOUTS, NASTY, assert_accurate
 
 DIFFERENTIABLE = ("sddmm", "spmm", "csr_add", "csr_gather")
 
 
 @pytest.fixture
 def small() -> CsrPattern:
-    """For checks whose cost grows with every element: an empty row and an empty column included."""
+    """A small pattern with an empty row and column, for checks that cost much per element."""
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]])
     return CsrPattern.from_mask(mask)
 
@@ -29,10 +29,10 @@ def leaves(inputs: dict[str, Tensor], layout: str = "row-major") -> dict[str, Te
     return {name: LAYOUTS[layout](x).detach().requires_grad_() for name, x in inputs.items()}
 
 
-@pytest.mark.ops(*DIFFERENTIABLE)
-@pytest.mark.parametrize("layout", ["row-major", "token-major", "sliced"])
+@pytest.mark.ops(*DIFFERENTIABLE, dtypes=[torch.float64])
+@sweep(layout=["row-major", "token-major", "sliced"])
 def test_gradcheck(kernel: Served, small: CsrPattern, layout: str) -> None:
-    """In float64, first and second order, every operand at once."""
+    """First and second order in float64, for all operands together."""
     inputs = leaves(inputs_of(kernel.op, small, 3, torch.float64, kernel.device), layout)
     small = small.to(kernel.device)
 
@@ -51,7 +51,7 @@ def test_gradcheck_csr_transpose(small: CsrPattern, order: Callable[..., bool]) 
 
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_gradcheck_of_one_operand(small: CsrPattern, name: str) -> None:
-    """The other takes part in the second order all the same, without a transpose at hand."""
+    """The other operand takes part in the second order, and there is no transpose yet."""
     inputs = inputs_of("sddmm", small, 3, torch.float64)
     other = "ab".replace(name, "")
 
@@ -66,7 +66,7 @@ def test_gradcheck_of_one_operand(small: CsrPattern, name: str) -> None:
 def assert_gradients(
     op: str, pattern: CsrPattern, inputs: dict[str, Tensor], grad: Tensor, alpha: float = 1.0
 ) -> None:
-    """The gradients of `op`, each held against the oracle of the op that computes it."""
+    """Compare each gradient of `op` with the oracle of the op that computes it."""
     grads = {name: x.grad for name, x in inputs.items()}
     x = {name: x.detach() for name, x in inputs.items()}
     for name, g in grads.items():
@@ -90,6 +90,7 @@ def assert_gradients(
 
 
 @pytest.mark.ops(*DIFFERENTIABLE)
+@sweep(nasty=NASTY)
 def test_gradients_are_accurate(kernel: Served, nasty: CsrPattern, dtype: torch.dtype) -> None:
     inputs = leaves(inputs_of(kernel.op, nasty, 17, dtype, kernel.device), "token-major")
     pattern = nasty.to(kernel.device)
@@ -99,15 +100,15 @@ def test_gradients_are_accurate(kernel: Served, nasty: CsrPattern, dtype: torch.
     assert_gradients(kernel.op, pattern, inputs, grad)
 
 
-@pytest.mark.ops("sddmm", "spmm", "csr_add")
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.ops(
+    "sddmm", "spmm", "csr_add",
+    dtypes=NARROW, where=lambda kernel: kernel.takes_float32_values,
+)  # fmt: skip
 def test_gradients_with_float32_values(
-    kernel: Served, pattern: CsrPattern, narrow: torch.dtype
+    kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
     """Each gradient has its operand's dtype; sums stay in float32 until then."""
-    if not kernel.takes_float32_values:
-        pytest.skip("rejects them")
-    inputs = inputs_of(kernel.op, pattern, 17, narrow, kernel.device)
+    inputs = inputs_of(kernel.op, pattern, 17, dtype, kernel.device)
     if "values" in inputs:
         inputs["values"] = inputs["values"].float() * 1.001
     inputs = leaves(inputs)
@@ -132,8 +133,8 @@ def test_expanded_gradients(kernel: Served, pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_only_what_is_asked_for_gets_a_gradient(op: str, pattern: CsrPattern) -> None:
-    """And a gradient of `a` or `values` alone costs no transpose."""
+def test_only_requested_gradients_are_computed(op: str, pattern: CsrPattern) -> None:
+    """A gradient of `a` or `values` without `b` costs no transpose."""
     inputs = inputs_of(op, pattern)
     for name in inputs:
         fresh = CsrPattern(pattern.crow_indices, pattern.col_indices, pattern.shape)
@@ -171,7 +172,7 @@ def test_used_twice_and_kept(op: str, pattern: CsrPattern) -> None:
 def test_a_saved_operand_that_changed_is_noticed(
     op: str, name: str, write: str, pattern: CsrPattern
 ) -> None:
-    """Its backward would be wrong; csr_add_ counts as a write like torch's own."""
+    """Its backward would be wrong. csr_add_ counts as a write, like torch's own ops."""
     x = leaves(inputs_of(op, pattern))
     inputs = {n: v * 1 for n, v in x.items()}
     out = getattr(rk, op)(pattern=pattern, **inputs)
@@ -186,7 +187,7 @@ def test_a_saved_operand_that_changed_is_noticed(
         out.sum().backward()
 
 
-def test_index_tensors_that_changed_before_backward_are_noticed(pattern: CsrPattern) -> None:
+def test_changed_index_tensors_are_noticed_in_backward(pattern: CsrPattern) -> None:
     out = rk.spmm(pattern, **leaves(inputs_of("spmm", pattern)))
     pattern.col_indices.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -198,7 +199,7 @@ def test_index_tensors_that_changed_before_backward_are_noticed(pattern: CsrPatt
 
 @pytest.fixture
 def probe(sandbox: None) -> list[str]:
-    """A backend "probe", the reference with a log of its calls; it is never chosen by itself."""
+    """A log of calls to the backend "probe": the reference, chosen only by name."""
     log: list[str] = []
 
     def record(op: str, run: Callable[..., object]) -> Callable[..., object]:
@@ -233,7 +234,7 @@ CALLS = {
 def test_backward_runs_where_forward_did(
     op: str, ask: str, pattern: CsrPattern, probe: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even from another thread, outside the block, and whatever is asked for by then."""
+    """Also from another thread, outside the block, and when another backend is requested then."""
     inputs = leaves(inputs_of(op, pattern))
     run = getattr(rk, op)
     if ask == "context":
@@ -260,7 +261,7 @@ def test_backward_runs_where_forward_did(
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_checkpoint(op: str, pattern: CsrPattern, probe: list[str]) -> None:
-    """Non-reentrant, with the backend of the forward taken again when it is recomputed."""
+    """Non-reentrant. The recomputed forward uses the backend of the first one."""
 
     def block(*operands: Tensor) -> Tensor:
         return getattr(rk, op)(pattern=pattern, **dict(zip(inputs, operands, strict=True))).sin()
@@ -279,7 +280,7 @@ def test_checkpoint(op: str, pattern: CsrPattern, probe: list[str]) -> None:
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
 def test_autocast_casts_dense_operands(op: str, narrow: torch.dtype, pattern: CsrPattern) -> None:
-    """As it does a matmul's; values stay the float32 master values they are."""
+    """As for a matmul. The values stay float32 master values."""
     inputs = leaves(inputs_of(op, pattern, 17))
     with torch.autocast("cpu", narrow):
         out = getattr(rk, op)(pattern=pattern, **inputs)
@@ -294,8 +295,8 @@ def test_autocast_casts_dense_operands(op: str, narrow: torch.dtype, pattern: Cs
         assert torch.equal(x.grad, by_hand[name].grad.float())
 
 
-def test_autocast_mixes_what_a_model_mixes(pattern: CsrPattern) -> None:
-    """float32 and bfloat16 operands side by side; a float32 output of narrow ones."""
+def test_autocast_with_mixed_dtypes(pattern: CsrPattern) -> None:
+    """One operand is float32, the other bfloat16, and the output is float32."""
     inputs = inputs_of("sddmm", pattern)
     with torch.autocast("cpu", torch.bfloat16):
         out = rk.sddmm(pattern, inputs["a"], inputs["b"].bfloat16(), out_dtype=torch.float32)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import LAYOUTS, inputs_of
+from conftest import inputs_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern, registry
 from rosa_kernels.ops.csr_transpose import transpose_tensors
-from rosa_kernels.testing import assert_accurate, uniform_pattern
+from rosa_kernels.testing import LAYOUTS, assert_accurate, uniform_pattern
 
 pytestmark = pytest.mark.compiled
 DIFFERENTIABLE = ("sddmm", "spmm", "csr_add", "csr_gather")

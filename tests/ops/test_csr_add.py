@@ -1,4 +1,4 @@
-"""csr_add and csr_add_ beyond the shared cases: alpha, targets, and what the rest of them sees."""
+"""csr_add and csr_add_ beyond the shared cases: alpha, targets, elements outside the pattern."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import LAYOUTS, Served, check, inputs_of
+from conftest import Served, check, inputs_of, sweep
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
 from rosa_kernels.strides import overlaps_itself
+from rosa_kernels.testing import LAYOUTS
 
 
 @pytest.mark.ops("csr_add", "csr_add_")
-@pytest.mark.parametrize("alpha", [0, 1, -1.0, 0.1, 1e-3, 3, 1e30, -0.0])
+@sweep(alpha=[0, 1, -1.0, 0.1, 1e-3, 3, 1e30, -0.0])
 def test_alpha(kernel: Served, pattern: CsrPattern, dtype: torch.dtype, alpha: float) -> None:
     check(kernel, pattern, inputs_of(kernel.op, pattern, 0, dtype, kernel.device), alpha=alpha)
 
@@ -23,7 +24,7 @@ def test_alpha(kernel: Served, pattern: CsrPattern, dtype: torch.dtype, alpha: f
 def test_elements_outside_the_pattern_keep_their_bits(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """NaN payloads, signed zeros and all."""
+    """NaN payloads and signed zeros included."""
     inputs = inputs_of(kernel.op, pattern, 0, dtype, kernel.device)
     outside = pattern.to_torch(torch.ones(pattern.nnz)).to_dense().to(kernel.device) == 0
     w = inputs["w"]
@@ -36,8 +37,8 @@ def test_elements_outside_the_pattern_keep_their_bits(
 
 
 @pytest.mark.ops("csr_add_")
-@pytest.mark.parametrize("order", ["row-major", "token-major"])
-def test_a_slice_leaves_the_rest_of_its_tensor_alone(
+@sweep(order=["row-major", "token-major"])
+def test_a_slice_leaves_its_tensor_alone(
     kernel: Served, pattern: CsrPattern, order: str, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of("csr_add_", pattern, 0, dtype, kernel.device)
@@ -61,9 +62,9 @@ def test_returns_its_target(kernel: Served, pattern: CsrPattern) -> None:
     assert inputs["w"]._version > version
 
 
-@pytest.mark.ops("csr_add")
-@pytest.mark.parametrize("order", ["row-major", "token-major"])
-def test_the_result_is_a_new_matrix_in_the_order_of_w(
+@pytest.mark.ops("csr_add", dtypes=[torch.float32])
+@sweep(order=["row-major", "token-major"])
+def test_the_result_is_new_and_ordered_like_w(
     kernel: Served, pattern: CsrPattern, order: str
 ) -> None:
     inputs = inputs_of("csr_add", pattern, 0, device=kernel.device)
@@ -77,9 +78,9 @@ def test_the_result_is_a_new_matrix_in_the_order_of_w(
     assert copy.data_ptr() != inputs["w"].data_ptr()
 
 
-@pytest.mark.ops("csr_add", "csr_add_")
-def test_float32_values_are_rounded_once_into_a_narrow_weight(kernel: Served) -> None:
-    """1 + (2**-8 + 2**-20) is past the middle between 1 and 1 + 2**-7; its bfloat16 part is not."""
+@pytest.mark.ops("csr_add", "csr_add_", dtypes=[torch.bfloat16])
+def test_float32_values_are_rounded_once(kernel: Served) -> None:
+    """1 + (2**-8 + 2**-20) rounds up to 1 + 2**-7. With values rounded first, it would not."""
     pattern = CsrPattern.from_mask(torch.ones(1, 1)).to(kernel.device)
     w = torch.ones(1, 1, dtype=torch.bfloat16, device=kernel.device)
     values = torch.tensor([2.0**-8 + 2.0**-20], device=kernel.device)
@@ -94,7 +95,7 @@ def test_a_target_that_overlaps_itself_is_refused(pattern: CsrPattern, name: str
     before = w.clone()
     message = (
         r"csr_add_: expected a target whose elements do not share memory, got shape \(37, 53\) "
-        rf"with strides \({w.stride(0)}, {w.stride(1)}\); clone it first"
+        rf"with strides \({w.stride(0)}, {w.stride(1)}\); call clone\(\) first"
     )
     with pytest.raises(RuntimeError, match=message):
         rk.csr_add_(w, pattern, inputs["values"])
@@ -122,7 +123,7 @@ def test_a_target_that_requires_grad_is_refused(
 
 
 def test_values_that_require_grad_are_refused_in_grad_mode(pattern: CsrPattern) -> None:
-    """A gradient would be lost without a word; without grad mode there is none to lose."""
+    """A gradient would be lost silently. Without grad mode there is none to lose."""
     inputs = inputs_of("csr_add_", pattern, 0)
     values = inputs["values"].clone().requires_grad_()
     with pytest.raises(RuntimeError, match="values that do not require grad in grad mode, got"):

@@ -1,29 +1,29 @@
-"""csr_gather copies: every comparison here is for equal bits."""
+"""csr_gather copies, so every comparison here is for equal bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from conftest import Served, inputs_of
-from torch import Tensor
+from conftest import Served, inputs_of, sweep
 
 from rosa_kernels import CsrPattern
+from rosa_kernels.testing import LAYOUTS, NASTY
 
-pytestmark = pytest.mark.ops("csr_gather")
+pytestmark = pytest.mark.ops("csr_gather", dtypes=[torch.float32])
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def test_is_indexing(kernel: Served, nasty: CsrPattern, layout: Callable[[Tensor], Tensor]) -> None:
+@sweep(nasty=NASTY, layout=LAYOUTS.keys())
+def test_is_indexing(kernel: Served, nasty: CsrPattern, layout: str) -> None:
     w = inputs_of("csr_gather", nasty, 0, device=kernel.device)["w"]
-    w = layout(w) if w.numel() else w
+    w = LAYOUTS[layout](w) if w.numel() else w
     nasty = nasty.to(kernel.device)
     got = kernel(nasty, w=w)
     assert torch.equal(got, w[nasty.row_indices.long(), nasty.col_indices.long()])
     assert got.is_contiguous()
 
 
+@pytest.mark.ops("csr_gather")
 def test_keeps_every_bit(kernel: Served, pattern: CsrPattern, dtype: torch.dtype) -> None:
     """Random bits: NaN payloads, infinities, subnormals and signed zeros among them."""
     bits = BITS[dtype.itemsize]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from conftest import LAYOUTS, Served, check, inputs_of
+from conftest import NARROW, Served, check, inputs_of, sweep
 from torch import Tensor
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
-from rosa_kernels.strides import overlaps_itself
+from rosa_kernels.testing import LAYOUTS, NASTY
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -27,14 +25,12 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tens
     return x.view(dtype).to(device)
 
 
-@pytest.mark.ops("csr_scatter_")
-def test_is_index_assignment(
-    kernel: Served, nasty: CsrPattern, layout: Callable[[Tensor], Tensor]
-) -> None:
+@pytest.mark.ops("csr_scatter_", dtypes=[torch.float32])
+@sweep(nasty=NASTY, layout=[name for name in LAYOUTS if not name.startswith("stride-")])
+def test_is_index_assignment(kernel: Served, nasty: CsrPattern, layout: str) -> None:
+    """Targets that overlap themselves (stride-*) are refused: see below."""
     inputs = inputs_of("csr_scatter_", nasty, 0, device=kernel.device)
-    w = layout(inputs["w"]) if inputs["w"].numel() else inputs["w"]
-    if overlaps_itself(w):
-        pytest.skip("refused: see below")
+    w = LAYOUTS[layout](inputs["w"]) if inputs["w"].numel() else inputs["w"]
     nasty = nasty.to(kernel.device)
     expected = w.clone()
     expected[nasty.row_indices.long(), nasty.col_indices.long()] = inputs["values"]
@@ -44,7 +40,7 @@ def test_is_index_assignment(
 
 @pytest.mark.ops("csr_scatter_")
 def test_keeps_every_bit(kernel: Served, pattern: CsrPattern, dtype: torch.dtype) -> None:
-    """Of what is written, and of what is not."""
+    """Written elements and others keep NaN payloads and signed zeros."""
     bits = BITS[dtype.itemsize]
     w = random_bits(pattern.shape, dtype, kernel.device)
     values = random_bits((pattern.nnz,), dtype, kernel.device)
@@ -57,12 +53,11 @@ def test_keeps_every_bit(kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 
 
 @pytest.mark.ops("csr_scatter_")
-@pytest.mark.parametrize("order", ["row-major", "token-major", "sliced"])
-def test_round_trip(kernel: Served, nasty: CsrPattern, order: str, dtype: torch.dtype) -> None:
-    """gather, add, scatter: the weight is what it was, where adding and subtracting is not."""
-    if dtype not in kernel.dtypes:
-        pytest.skip(f"{kernel.backend} takes no {dtype}")
-    # The dtype's own values: a NaN's payload may not survive an addition, but a restore.
+@sweep(nasty=NASTY, order=["row-major", "token-major", "sliced"])
+def test_gather_add_scatter_restores_every_bit(
+    kernel: Served, nasty: CsrPattern, order: str, dtype: torch.dtype
+) -> None:
+    """Adding and then subtracting would not."""
     w = LAYOUTS[order](random_bits(nasty.shape, dtype, kernel.device))
     before = w.clone()
     nasty = nasty.to(kernel.device)
@@ -74,20 +69,19 @@ def test_round_trip(kernel: Served, nasty: CsrPattern, order: str, dtype: torch.
     assert torch.equal(w.contiguous().view(bits), before.contiguous().view(bits))
 
 
-@pytest.mark.ops("csr_scatter_")
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
-def test_float32_values_are_rounded_to_nearest_even(kernel: Served, narrow: torch.dtype) -> None:
+@pytest.mark.ops("csr_scatter_", dtypes=NARROW)
+def test_float32_values_are_rounded_to_nearest_even(kernel: Served, dtype: torch.dtype) -> None:
     values = torch.tensor([1 + 2.0**-9, 1 + 3 * 2.0**-8, 1e-9, 1e30, -0.0, torch.nan, torch.inf])
     pattern = CsrPattern.from_mask(torch.ones(1, 7)).to(kernel.device)
-    w = torch.zeros(1, 7, dtype=narrow, device=kernel.device)
+    w = torch.zeros(1, 7, dtype=dtype, device=kernel.device)
     kernel(pattern, w=w, values=values.to(kernel.device))
-    expected = values.to(narrow)
+    expected = values.to(dtype)
     assert torch.equal(w[0].cpu().isnan(), expected.isnan())
     assert torch.equal(w[0].cpu().nan_to_num(), expected.nan_to_num())
     assert bool(w[0, 4].signbit())
 
 
-@pytest.mark.ops("csr_scatter_")
+@pytest.mark.ops("csr_scatter_", dtypes=[torch.float32])
 def test_returns_its_target(kernel: Served, pattern: CsrPattern) -> None:
     inputs = inputs_of("csr_scatter_", pattern, 0, device=kernel.device)
     version = inputs["w"]._version

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Served
+from conftest import DTYPES, Served, sweep
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
+from rosa_kernels.testing import NASTY
 
 
 def dense(pattern: CsrPattern, values: torch.Tensor) -> torch.Tensor:
@@ -20,6 +21,7 @@ def numbered(pattern: CsrPattern) -> torch.Tensor:
 
 
 @pytest.mark.ops("csr_transpose")
+@sweep(nasty=NASTY)
 def test_kernel(kernel: Served, nasty: CsrPattern) -> None:
     """The stable sort by column is the only right answer."""
     m, n = nasty.shape
@@ -37,6 +39,7 @@ def test_kernel(kernel: Served, nasty: CsrPattern) -> None:
     CsrPattern(*got[:2], (n, m))
 
 
+@sweep(nasty=NASTY, dtype=DTYPES)
 def test_is_the_transpose(nasty: CsrPattern, dtype: torch.dtype) -> None:
     values = numbered(nasty).to(dtype)
     pattern_t, values_t = rk.csr_transpose(nasty, values)
@@ -45,6 +48,7 @@ def test_is_the_transpose(nasty: CsrPattern, dtype: torch.dtype) -> None:
     assert torch.equal(dense(pattern_t, values_t), dense(nasty, values).T)
 
 
+@sweep(nasty=NASTY)
 def test_twice_is_nothing(nasty: CsrPattern) -> None:
     values = numbered(nasty)
     pattern, back = rk.csr_transpose(*rk.csr_transpose(nasty, values))
@@ -61,8 +65,9 @@ def test_is_built_once(pattern: CsrPattern) -> None:
     assert first.T is pattern
 
 
+@sweep(nasty=NASTY)
 def test_the_transpose_is_a_valid_pattern(nasty: CsrPattern) -> None:
-    """It is not validated when it is built, so it is here."""
+    """The library does not validate a transpose that it builds."""
     t = nasty.T
     again = CsrPattern(t.crow_indices, t.col_indices, t.shape)
     assert again.nnz == nasty.nnz

@@ -6,14 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import LAYOUTS, inputs_of
+from conftest import inputs_of, sweep
 from torch import Tensor
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
 from rosa_kernels.backends import dense, slabs
 from rosa_kernels.kernel import Call
-from rosa_kernels.testing import assert_accurate, uniform_pattern
+from rosa_kernels.testing import LAYOUTS, assert_accurate, uniform_pattern
 from rosa_kernels.tile_plan import SLABS, PlanSizes
 
 KERNELS = {op: next(k for k in rk.kernels(op) if k.name == "dense") for op in ("sddmm", "spmm")}
@@ -30,9 +30,11 @@ def small_slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     slabs.slab_edges.cache_clear()
 
 
-@pytest.mark.parametrize("planned", [False, True])
-@pytest.mark.parametrize("layout", ["row-major", "token-major", "sliced", "stride-0"])
-@pytest.mark.parametrize("op", ["sddmm", "spmm"])
+@sweep(
+    planned=[False, True],
+    layout=["row-major", "token-major", "sliced", "stride-0"],
+    op=["sddmm", "spmm"],
+)
 def test_slab_by_slab(
     op: str,
     layout: str,
@@ -52,13 +54,14 @@ def test_slab_by_slab(
         written.append(out.nbytes)
         return out
 
-    monkeypatch.setattr(torch, "mm", recorded)
     plan = pattern.tile_plan.tensors if planned else []
     index = (pattern.crow_indices, pattern.col_indices)
-    if op == "sddmm":
-        got = dense.sddmm(*index, inputs["a"], inputs["b"], dtype, plan)
-    else:
-        got = dense.spmm(*index, inputs["values"], inputs["b"], plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", recorded)
+        if op == "sddmm":
+            got = dense.sddmm(*index, inputs["a"], inputs["b"], dtype, plan)
+        else:
+            got = dense.spmm(*index, inputs["values"], inputs["b"], plan)
     assert_accurate(op, pattern, inputs, got)
     assert len(written) > 1
     assert max(written) <= small_slabs
@@ -78,8 +81,10 @@ def test_empty_slabs_cost_no_product(small_slabs: int, monkeypatch: pytest.Monke
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 31, 32, 33, 4096, 11008, 128256])
-@pytest.mark.parametrize("row_bytes", [0, 4, 4096 * 4, 11008 * 4, 65536 * 4])
+@sweep(
+    rows=[0, 1, 5, 31, 32, 33, 4096, 11008, 128256],
+    row_bytes=[0, 4, 4096 * 4, 11008 * 4, 65536 * 4],
+)
 def test_slab_edges(rows: int, row_bytes: int) -> None:
     """The fewest that fit, from the first row to the last."""
     edges = slabs.slab_edges(rows, row_bytes)

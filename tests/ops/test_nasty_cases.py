@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from conftest import SIZES, Served, check, inputs_of
+from conftest import NARROW, SIZES, Served, check, inputs_of, sweep
 from torch import Tensor
 
 from rosa_kernels import CsrPattern
 from rosa_kernels.strides import overlaps_itself
+from rosa_kernels.testing import LAYOUTS, NASTY
 
 REDUCING = ("sddmm", "spmm")
 COPYING = ("csr_add", "csr_add_", "csr_gather", "csr_scatter_")
@@ -18,42 +17,45 @@ ALL = REDUCING + COPYING
 
 
 @pytest.mark.ops(*REDUCING)
-@pytest.mark.parametrize("k", [0, 1, 33])
+@sweep(nasty=NASTY, k=[0, 1, 33])
 def test_patterns(kernel: Served, nasty: CsrPattern, k: int) -> None:
     check(kernel, nasty, inputs_of(kernel.op, nasty, k, kernel.dtype, kernel.device))
 
 
 @pytest.mark.ops(*COPYING)
+@sweep(nasty=NASTY)
 def test_patterns_of_ops_without_k(kernel: Served, nasty: CsrPattern, dtype: torch.dtype) -> None:
     check(kernel, nasty, inputs_of(kernel.op, nasty, 0, dtype, kernel.device))
 
 
 @pytest.mark.ops(*REDUCING)
-@pytest.mark.parametrize("k", SIZES)
+@sweep(k=SIZES)
 def test_sizes(kernel: Served, pattern: CsrPattern, k: int, dtype: torch.dtype) -> None:
     check(kernel, pattern, inputs_of(kernel.op, pattern, k, dtype, kernel.device))
 
 
 @pytest.mark.ops(*REDUCING)
-@pytest.mark.parametrize("size", SIZES[1:])
-def test_sizes_of_the_pattern(kernel: Served, size: int) -> None:
+@sweep(size=SIZES[1:], form=["few rows", "few columns", "square and full"])
+def test_sizes_of_the_pattern(kernel: Served, size: int, form: str) -> None:
     """Rows and columns off by one from every block, full and sparse."""
-    for m, n, density in ((size, 40, 0.3), (40, size, 0.3), (size, size, 1.0)):
-        pattern = CsrPattern.from_mask(
-            torch.rand(m, n, generator=torch.Generator().manual_seed(size)) < density
-        )
-        check(kernel, pattern, inputs_of(kernel.op, pattern, 5, kernel.dtype, kernel.device))
+    m, n, density = {
+        "few rows": (size, 40, 0.3),
+        "few columns": (40, size, 0.3),
+        "square and full": (size, size, 1.0),
+    }[form]
+    generator = torch.Generator().manual_seed(size)
+    pattern = CsrPattern.from_mask(torch.rand(m, n, generator=generator) < density)
+    check(kernel, pattern, inputs_of(kernel.op, pattern, 5, kernel.dtype, kernel.device))
 
 
 @pytest.mark.ops(*ALL)
-def test_layouts(
-    kernel: Served, pattern: CsrPattern, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
-) -> None:
-    """All operands, then each alone, misaligned, sliced, of either order or sharing memory."""
+@sweep(layout=LAYOUTS.keys())
+def test_layouts(kernel: Served, pattern: CsrPattern, layout: str, dtype: torch.dtype) -> None:
+    """All operands together, then each one, in every layout."""
     inputs = inputs_of(kernel.op, pattern, dtype=dtype, device=kernel.device)
     names = list(inputs)
     for chosen in (names, *([name] for name in names)):
-        changed = {name: layout(x) if name in chosen else x for name, x in inputs.items()}
+        changed = {n: LAYOUTS[layout](x) if n in chosen else x for n, x in inputs.items()}
         if kernel.op in ("csr_add_", "csr_scatter_"):
             changed["w"] = changed["w"].clone() if "w" not in chosen else changed["w"]
             if overlaps_itself(changed["w"]):
@@ -61,41 +63,40 @@ def test_layouts(
         check(kernel, pattern, changed)
 
 
-@pytest.mark.ops(*REDUCING, "csr_add", "csr_gather")
+@pytest.mark.ops(*REDUCING, "csr_add", "csr_gather", dtypes=[torch.float32])
 def test_lazily_negated_views(kernel: Served, pattern: CsrPattern) -> None:
-    """A real tensor may be the imaginary part of a conjugate: its memory has the other sign."""
+    """The imaginary part of a conjugate is a real tensor whose memory has the other sign."""
     inputs = inputs_of(kernel.op, pattern, device=kernel.device)
-    if kernel.dtype != torch.float32:
-        pytest.skip("complex numbers have float32 parts")
     inputs = {name: torch.complex(x, -x).conj().imag for name, x in inputs.items()}
     assert all(x.is_neg() for x in inputs.values())
     check(kernel, pattern, inputs)
 
 
-@pytest.mark.ops("spmm", "csr_add", "csr_add_", "csr_scatter_")
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.ops(
+    "spmm", "csr_add", "csr_add_", "csr_scatter_",
+    dtypes=NARROW, where=lambda kernel: kernel.takes_float32_values,
+)  # fmt: skip
+@sweep(nasty=NASTY)
 def test_float32_values_over_narrow_operands(
-    kernel: Served, nasty: CsrPattern, narrow: torch.dtype
+    kernel: Served, nasty: CsrPattern, dtype: torch.dtype
 ) -> None:
-    inputs = inputs_of(kernel.op, nasty, 17, narrow, kernel.device)
+    inputs = inputs_of(kernel.op, nasty, 17, dtype, kernel.device)
     inputs["values"] = inputs["values"].float() * 1.001
-    if not kernel.takes_float32_values:
-        pytest.skip("rejects them")
     check(kernel, nasty, inputs)
 
 
-@pytest.mark.ops("sddmm")
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.ops("sddmm", dtypes=NARROW)
+@sweep(nasty=NASTY)
 def test_float32_output_of_narrow_operands(
-    kernel: Served, nasty: CsrPattern, narrow: torch.dtype
+    kernel: Served, nasty: CsrPattern, dtype: torch.dtype
 ) -> None:
-    inputs = inputs_of("sddmm", nasty, 17, narrow, kernel.device)
+    inputs = inputs_of("sddmm", nasty, 17, dtype, kernel.device)
     check(kernel, nasty, inputs, out_dtype=torch.float32)
 
 
-def skip_finite_only(kernel: Served) -> None:
-    if kernel.finite_only:
-        pytest.skip(f"{kernel.backend} is declared for finite operands only")
+def takes_inf_and_nan(kernel: Served) -> bool:
+    """Whether it is not declared for finite operands only."""
+    return not kernel.finite_only
 
 
 def poison(inputs: dict[str, Tensor], pattern: CsrPattern, referenced: bool) -> None:
@@ -108,12 +109,11 @@ def poison(inputs: dict[str, Tensor], pattern: CsrPattern, referenced: bool) -> 
             inputs[name][rows[1::2], 0] = torch.nan
 
 
-@pytest.mark.ops(*REDUCING)
-@pytest.mark.parametrize("order", ["row-major", "token-major"])
+@pytest.mark.ops(*REDUCING, where=takes_inf_and_nan)
+@sweep(order=["row-major", "token-major"])
 def test_inf_and_nan_in_unreferenced_rows_do_not_leak(
     kernel: Served, order: str, dtype: torch.dtype
 ) -> None:
-    skip_finite_only(kernel)
     pattern = CsrPattern.from_mask(
         torch.rand(60, 70, generator=torch.Generator().manual_seed(2)) < 0.01
     )
@@ -124,12 +124,11 @@ def test_inf_and_nan_in_unreferenced_rows_do_not_leak(
     assert bool(check(kernel, pattern, inputs).isfinite().all())
 
 
-@pytest.mark.ops(*REDUCING)
+@pytest.mark.ops(*REDUCING, where=takes_inf_and_nan)
 def test_inf_and_nan_in_referenced_rows_propagate(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """Exactly where float64 arithmetic has them, Inf with its sign: assert_accurate sees to it."""
-    skip_finite_only(kernel)
+    """assert_accurate demands them exactly where float64 arithmetic has them, Inf with its sign."""
     inputs = inputs_of(kernel.op, pattern, 21, dtype, kernel.device)
     poison(inputs, pattern.to(kernel.device), referenced=True)
     got = check(kernel, pattern, inputs)
@@ -150,7 +149,7 @@ def test_inf_and_nan_values_propagate(kernel: Served, pattern: CsrPattern) -> No
 def test_subnormal_results_are_not_flushed(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """One product each (k = 1 or one nonzero a row), which is then rounded once."""
+    """Each result is one product (k = 1, or one nonzero a row) that is rounded once."""
     tiny = torch.finfo(dtype).tiny
     pattern = CsrPattern.from_mask(torch.eye(40, 50)) if kernel.op == "spmm" else pattern
     scale = tiny**0.5 / 2 if kernel.op in REDUCING else tiny
@@ -159,14 +158,14 @@ def test_subnormal_results_are_not_flushed(
     assert bool(((got != 0) & (got.abs() < tiny)).any())
 
 
-@pytest.mark.ops(*REDUCING)
-def test_float16_results_that_are_subnormal(kernel: Served, pattern: CsrPattern) -> None:
+@pytest.mark.ops(*REDUCING, dtypes=[torch.float16])
+def test_subnormal_float16_results(kernel: Served, pattern: CsrPattern) -> None:
     inputs = inputs_of(kernel.op, pattern, 33, torch.float16, kernel.device)
     check(kernel, pattern, {name: x / 1024 for name, x in inputs.items()})
 
 
-@pytest.mark.ops(*REDUCING)
-def test_float16_results_that_overflow(kernel: Served, pattern: CsrPattern) -> None:
+@pytest.mark.ops(*REDUCING, dtypes=[torch.float16])
+def test_float16_results_overflow_to_inf(kernel: Served, pattern: CsrPattern) -> None:
     inputs = inputs_of(kernel.op, pattern, 33, torch.float16, kernel.device)
     inputs = {name: x * 200 for name, x in inputs.items()}
     assert bool(check(kernel, pattern, inputs).isinf().any())
@@ -175,9 +174,12 @@ def test_float16_results_that_overflow(kernel: Served, pattern: CsrPattern) -> N
         assert bool(wide.isfinite().all())
 
 
-@pytest.mark.ops(*ALL)
+@pytest.mark.ops(*ALL, dtypes=[torch.bfloat16])
 def test_offsets_beyond_32_bits(kernel: Served) -> None:
-    """Rows 2**30 elements apart: the third starts past 2**31. Only the pages in use are touched."""
+    """Rows are 2**30 elements apart, so that the third starts beyond 2**31.
+
+    Only the pages in use take memory.
+    """
     stride = 2**30 + 5
     try:
         storage = torch.empty(2 * stride + 8, dtype=torch.bfloat16, device=kernel.device)

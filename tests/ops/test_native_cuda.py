@@ -126,7 +126,7 @@ def test_the_backend_takes_its_best_variant(pattern: CsrPattern) -> None:
         (
             {"cuda_properties": (108, 8, 0, 1, 1)},
             {},
-            "runs on compute capability 9.0 alone, got 8.0",
+            "runs only on compute capability 9.0, got 8.0",
         ),
         ({"cuda_has_wgmma": False}, {}, "was not built for compute capability 9.0"),
         (
@@ -137,7 +137,7 @@ def test_the_backend_takes_its_best_variant(pattern: CsrPattern) -> None:
         ({}, {"plan": (128, 128)}, "needs a plan of 128 x 256 tiles, got 128 x 128"),
         ({}, {"dtype": torch.float32}, "takes dtypes bfloat16, float16, got float32"),
         ({}, {"dtype": torch.float64}, "takes dtypes bfloat16, float16, got float64"),
-        ({}, {"device": "A100"}, "runs on compute capability 9.0 alone, got 8.0"),
+        ({}, {"device": "A100"}, "runs only on compute capability 9.0, got 8.0"),
         ({"cuda_unsupported": "no code"}, {"device": "H200"}, None),
     ],
 )

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from conftest import sweep
 from torch import Tensor
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern
-from rosa_kernels.testing import uniform_pattern
+from rosa_kernels.testing import NASTY, uniform_pattern
 
 INDEX_DTYPES = [torch.int16, torch.int32, torch.int64]
 HUGE = 2**31
@@ -68,6 +69,7 @@ def test_strided_index_tensors_become_contiguous() -> None:
     assert mask_of(pattern).nonzero().tolist() == [[0, 0], [1, 0]]
 
 
+@sweep(nasty=NASTY)
 def test_from_mask_takes_any_dtype(nasty: CsrPattern) -> None:
     mask = mask_of(nasty)
     for dense in (mask, mask.to(torch.uint8), mask * -0.5, mask.T.contiguous().T, mask * torch.nan):
@@ -76,6 +78,7 @@ def test_from_mask_takes_any_dtype(nasty: CsrPattern) -> None:
         assert torch.equal(mask_of(CsrPattern.from_mask(dense)), expected)
 
 
+@sweep(nasty=NASTY)
 def test_from_coo_takes_any_order(nasty: CsrPattern) -> None:
     shuffled = torch.randperm(nasty.nnz, generator=torch.Generator().manual_seed(0))
     rows, cols = nasty.row_indices[shuffled], nasty.col_indices[shuffled]
@@ -83,6 +86,7 @@ def test_from_coo_takes_any_order(nasty: CsrPattern) -> None:
     assert same(CsrPattern.from_coo(rows.long(), cols.long(), nasty.shape), nasty)
 
 
+@sweep(nasty=NASTY)
 def test_torch_round_trip(nasty: CsrPattern) -> None:
     values = torch.randn(nasty.nnz)
     matrix = nasty.to_torch(values)
@@ -91,7 +95,7 @@ def test_torch_round_trip(nasty: CsrPattern) -> None:
     assert same(CsrPattern.from_torch(matrix), nasty)
 
 
-@pytest.mark.parametrize("form", ["csr_array", "csc_array", "coo_array", "csr_matrix"])
+@sweep(nasty=NASTY, form=["csr_array", "csc_array", "coo_array", "csr_matrix"])
 def test_scipy_round_trip(nasty: CsrPattern, form: str) -> None:
     rows, cols = nasty.row_indices.numpy(), nasty.col_indices.numpy()
     matrix = getattr(scipy.sparse, form)(
@@ -119,6 +123,7 @@ def test_nearly_the_greatest_size() -> None:
 # -- derived structure -----------------------------------------------------------------------------
 
 
+@sweep(nasty=NASTY)
 def test_counts_and_indices(nasty: CsrPattern) -> None:
     mask = mask_of(nasty)
     assert torch.equal(nasty.row_nnz, mask.sum(1).int())
@@ -129,6 +134,7 @@ def test_counts_and_indices(nasty: CsrPattern) -> None:
     assert nasty.density == (mask.double().mean().item() if mask.numel() else 0)
 
 
+@sweep(nasty=NASTY)
 def test_row_swizzle(nasty: CsrPattern) -> None:
     counts = nasty.row_nnz.tolist()
     expected = sorted(range(nasty.shape[0]), key=lambda row: (-counts[row], row))
@@ -177,6 +183,7 @@ def brute_force_stats(mask: np.ndarray) -> dict[str, float]:
     }
 
 
+@sweep(nasty=NASTY)
 def test_stats_agree_with_brute_force(nasty: CsrPattern) -> None:
     expected = brute_force_stats(mask_of(nasty).numpy())
     assert nasty.stats() == pytest.approx(expected, rel=1e-12)
@@ -216,6 +223,7 @@ def test_to_another_device_keeps_what_was_derived(pattern: CsrPattern) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@sweep(nasty=NASTY)
 def test_to_cuda_and_back(nasty: CsrPattern) -> None:
     derive(nasty)
     there = nasty.to("cuda")
@@ -235,6 +243,7 @@ def test_a_changed_pattern_does_not_move(pattern: CsrPattern) -> None:
     [copy.deepcopy, copy.copy, lambda p: pickle.loads(pickle.dumps(p))],
     ids=["deepcopy", "copy", "pickle"],
 )
+@sweep(nasty=NASTY)
 def test_copies(nasty: CsrPattern, duplicate: Callable[[CsrPattern], CsrPattern]) -> None:
     derive(nasty)
     other = duplicate(nasty)

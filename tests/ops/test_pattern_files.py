@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sweep
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rosa_kernels import CsrPattern
+from rosa_kernels.testing import NASTY
 
 METADATA = {"format": "rosa_kernels.CsrPattern", "version": "1"}
 
@@ -31,6 +33,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "pattern.safetensors"
 
 
+@sweep(nasty=NASTY)
 def test_round_trip(nasty: CsrPattern, path: Path) -> None:
     nasty.save(path)
     for where in (path, str(path)):

@@ -1,10 +1,10 @@
-"""sddmm beyond the shared cases: outputs, out_dtype and what no other op has."""
+"""sddmm beyond the shared cases: its output, out_dtype, long sums and TF32."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Served, check, inputs_of
+from conftest import Served, check, inputs_of, sweep
 
 from rosa_kernels import CsrPattern
 from rosa_kernels.testing import uniform_pattern
@@ -33,7 +33,7 @@ def test_no_tokens_give_zeros(kernel: Served, pattern: CsrPattern, dtype: torch.
     assert torch.equal(got, torch.zeros_like(got))
 
 
-def test_out_dtype_may_name_the_default(
+def test_out_dtype_equal_to_the_default(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of("sddmm", pattern, 5, dtype, kernel.device)
@@ -42,12 +42,13 @@ def test_out_dtype_may_name_the_default(
 
 
 def test_many_tokens(kernel: Served, dtype: torch.dtype) -> None:
-    """Long sums, in which a bad accumulation shows."""
+    """Long sums, which show a bad accumulation."""
     pattern = uniform_pattern(9, 11, 0.4)
     check(kernel, pattern, inputs_of("sddmm", pattern, 3001, dtype, kernel.device))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.ops("sddmm", dtypes=[torch.float32])
+@sweep(seed=range(3))
 def test_float32_is_not_tf32(kernel: Served, seed: int) -> None:
     """1 + 2**-12 has two bits more than TF32 holds, and its square needs them."""
     pattern = uniform_pattern(30, 40, 0.2, seed)
@@ -56,9 +57,7 @@ def test_float32_is_not_tf32(kernel: Served, seed: int) -> None:
     assert bool((got != 64).all())
 
 
-def test_nothing_but_a_result_is_returned_for_parameters(
-    pattern: CsrPattern, kernel: Served
-) -> None:
+def test_parameters_give_a_plain_tensor(pattern: CsrPattern, kernel: Served) -> None:
     """Subclasses of Tensor are operands like any other."""
     inputs = inputs_of("sddmm", pattern, 5, kernel.dtype, kernel.device)
     wrapped = {name: torch.nn.Parameter(x) for name, x in inputs.items()}

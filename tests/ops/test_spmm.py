@@ -1,17 +1,14 @@
-"""spmm beyond the shared cases: outputs, their stride order and what no other op has."""
+"""spmm beyond the shared cases: its output and stride order, long rows, hidden sizes and TF32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from conftest import Served, check, inputs_of
-from torch import Tensor
+from conftest import Served, check, inputs_of, sweep
 
 from rosa_kernels import CsrPattern
 from rosa_kernels.strides import empty_like_order
-from rosa_kernels.testing import uniform_pattern
+from rosa_kernels.testing import LAYOUTS, uniform_pattern
 
 pytestmark = pytest.mark.ops("spmm")
 
@@ -26,12 +23,13 @@ def test_formula(kernel: Served) -> None:
     assert got.tolist() == [[11.0, 11.0], [0.0, 0.0], [21.0, 24.0]]
 
 
-def test_output_lies_in_the_order_of_b(
-    kernel: Served, pattern: CsrPattern, layout: Callable[[Tensor], Tensor], dtype: torch.dtype
+@sweep(layout=LAYOUTS.keys())
+def test_output_has_the_stride_order_of_b(
+    kernel: Served, pattern: CsrPattern, layout: str, dtype: torch.dtype
 ) -> None:
     """Token-major in, token-major out, without a copy in between."""
     inputs = inputs_of("spmm", pattern, 5, dtype, kernel.device)
-    inputs["b"] = layout(inputs["b"])
+    inputs["b"] = LAYOUTS[layout](inputs["b"])
     got = check(kernel, pattern, inputs)
     assert got.shape == (pattern.shape[0], 5)
     assert got.stride() == empty_like_order(inputs["b"], pattern.shape[0]).stride()
@@ -44,34 +42,34 @@ def test_token_major_activations_come_back_token_major(kernel: Served, pattern: 
 
 
 def test_empty_rows_give_zeros(kernel: Served, dtype: torch.dtype) -> None:
-    """Written, not left over from what was in the memory before."""
+    """They are written, and do not keep what the memory held before."""
     pattern = uniform_pattern(40, 30, 0.02)
     inputs = inputs_of("spmm", pattern, 17, dtype, kernel.device)
     empty = pattern.row_nnz.to(kernel.device) == 0
     assert bool(empty.any())
     for _ in range(3):
-        # What the allocator hands out next holds NaN.
+        # The memory that the allocator hands out next holds NaN.
         torch.full((40, 17), torch.nan, dtype=dtype, device=kernel.device)
         got = check(kernel, pattern, inputs)
         assert torch.equal(got[empty], torch.zeros_like(got[empty]))
 
 
 def test_long_rows(kernel: Served, dtype: torch.dtype) -> None:
-    """Long sums, in which a bad accumulation shows."""
+    """Long sums, which show a bad accumulation."""
     pattern = uniform_pattern(5, 4001, 0.75)
     check(kernel, pattern, inputs_of("spmm", pattern, 9, dtype, kernel.device))
 
 
-@pytest.mark.parametrize("hidden", [2048, 3072, 11008])
-@pytest.mark.parametrize("tokens", [1, 2, 8])
+@sweep(hidden=[2048, 3072, 11008], tokens=[1, 2, 8])
 def test_hidden_sizes_of_models(
     hidden: int, tokens: int, kernel: Served, dtype: torch.dtype
 ) -> None:
-    """Whose columns of b, kept in shared memory, pass what a kernel may have without leave."""
+    """Their columns of b need more shared memory than CUDA gives a kernel by default."""
     pattern = uniform_pattern(96, hidden, 0.004)
     check(kernel, pattern, inputs_of("spmm", pattern, tokens, dtype, kernel.device))
 
 
+@pytest.mark.ops("spmm", dtypes=[torch.float32])
 def test_float32_is_not_tf32(kernel: Served) -> None:
     """1 + 2**-12 has two bits more than TF32 holds, and its square needs them."""
     pattern = uniform_pattern(30, 64, 1.0)

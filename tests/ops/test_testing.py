@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import inputs_of
+from conftest import DTYPES, inputs_of, sweep
 from torch import Tensor
 
 import rosa_kernels as rk
@@ -22,6 +22,7 @@ from rosa_kernels.testing import (
 )
 
 K = 64
+BOUNDS = ("typical", "adversarial")  # the two error bounds of the policy
 Plant = Callable[[str, CsrPattern, dict[str, Tensor], Tensor], Tensor]
 
 
@@ -35,28 +36,22 @@ def full() -> CsrPattern:
     return uniform_pattern(24, 96, 0.7, seed=5)
 
 
-@pytest.fixture(params=["typical", "adversarial"])
-def bound(request: pytest.FixtureRequest) -> dict[str, bool]:
-    """Both error bounds of the policy."""
-    return {"adversarial": request.param == "adversarial"}
-
-
-@pytest.mark.parametrize("op", OPS)
+@sweep(op=OPS, dtype=DTYPES, bound=BOUNDS)
 def test_accepts_the_exact_result_rounded(
-    op: str, full: CsrPattern, bound: dict[str, bool], dtype: torch.dtype
+    op: str, full: CsrPattern, bound: str, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of(op, full, K, dtype)
     exact = oracle(op, full, inputs)[0].to(dtype)
-    assert_accurate(op, full, inputs, exact, **bound)
+    assert_accurate(op, full, inputs, exact, adversarial=bound == "adversarial")
 
 
-@pytest.mark.parametrize("op", OPS)
+@sweep(op=OPS, dtype=DTYPES, bound=BOUNDS)
 def test_accepts_any_order_of_summation(
-    op: str, full: CsrPattern, bound: dict[str, bool], dtype: torch.dtype
+    op: str, full: CsrPattern, bound: str, dtype: torch.dtype
 ) -> None:
     """Accumulated in float32 from the first token to the last, or from the last to the first."""
     inputs = inputs_of(op, full, K, dtype)
-    assert_accurate(op, full, inputs, compute(op, full, inputs), **bound)
+    assert_accurate(op, full, inputs, compute(op, full, inputs), adversarial=bound == "adversarial")
     if op == "sddmm":
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         a = inputs["a"][full.row_indices.long()].to(wide)
@@ -65,7 +60,7 @@ def test_accepts_any_order_of_summation(
             total = torch.zeros(full.nnz, dtype=wide)
             for step in order:
                 total += a[:, step] * b[:, step]
-            assert_accurate(op, full, inputs, total.to(dtype), **bound)
+            assert_accurate(op, full, inputs, total.to(dtype), adversarial=bound == "adversarial")
 
 
 # -- planted errors: each takes a right result, and returns one that is wrong in one way -----------
@@ -168,34 +163,32 @@ EVERYWHERE: list[Plant] = [
 
 
 def assert_caught(
-    plant: Plant, op: str, pattern: CsrPattern, dtype: torch.dtype, bound: dict[str, bool]
+    plant: Plant, op: str, pattern: CsrPattern, dtype: torch.dtype, bound: str
 ) -> None:
     inputs = inputs_of(op, pattern, K, dtype)
     right = compute(op, pattern, inputs)
-    assert_accurate(op, pattern, inputs, right, **bound)
+    assert_accurate(op, pattern, inputs, right, adversarial=bound == "adversarial")
     wrong = plant(op, pattern, inputs, right.contiguous())
     with pytest.raises(AssertionError, match=f"^{op}: "):
-        assert_accurate(op, pattern, inputs, wrong, **bound)
+        assert_accurate(op, pattern, inputs, wrong, adversarial=bound == "adversarial")
 
 
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("plant", EVERYWHERE)
-def test_catches(
-    plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: dict[str, bool]
-) -> None:
+@sweep(op=OPS, dtype=DTYPES, bound=BOUNDS)
+def test_catches(plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: str) -> None:
     assert_caught(plant, op, full, dtype, bound)
 
 
-@pytest.mark.parametrize("op", ["sddmm", "spmm"])
 @pytest.mark.parametrize("plant", [bfloat16_accumulation, dropped_term])
+@sweep(op=["sddmm", "spmm"], dtype=DTYPES, bound=BOUNDS)
 def test_catches_wrong_sums(
-    plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: dict[str, bool]
+    plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: str
 ) -> None:
     assert_caught(plant, op, full, dtype, bound)
 
 
-@pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_catches_tf32(op: str, full: CsrPattern, bound: dict[str, bool]) -> None:
+@sweep(op=["sddmm", "spmm"], bound=BOUNDS)
+def test_catches_tf32(op: str, full: CsrPattern, bound: str) -> None:
     assert_caught(tf32_products, op, full, torch.float32, bound)
 
 
@@ -238,12 +231,13 @@ def test_the_message_names_the_worst_element(full: CsrPattern) -> None:
         assert_accurate("spmm", full, inputs, got)
 
 
-def test_alpha_counts(full: CsrPattern, bound: dict[str, bool]) -> None:
+@sweep(bound=BOUNDS)
+def test_alpha_counts(full: CsrPattern, bound: str) -> None:
     inputs = inputs_of("csr_add", full)
     got = rk.csr_add(pattern=full, alpha=-0.3, **inputs)
-    assert_accurate("csr_add", full, inputs, got, alpha=-0.3, **bound)
+    assert_accurate("csr_add", full, inputs, got, alpha=-0.3, adversarial=bound == "adversarial")
     with pytest.raises(AssertionError):
-        assert_accurate("csr_add", full, inputs, got, **bound)
+        assert_accurate("csr_add", full, inputs, got, adversarial=bound == "adversarial")
 
 
 # -- cases ---------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import inputs_of
+from conftest import inputs_of, sweep
 from torch import Tensor
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern, registry, tile_plan
 from rosa_kernels.backends import native, reference, reference_plan
-from rosa_kernels.testing import assert_accurate, uniform_pattern
+from rosa_kernels.testing import NASTY, assert_accurate, uniform_pattern
 from rosa_kernels.tile_plan import HEADER, HEAVY_FILL, SLABS, PlanSizes
 
 TILES = [(128, 128), (128, 256), (16, 32)]
@@ -39,8 +39,7 @@ def skewed() -> CsrPattern:
 
 
 @needs_native
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("fill", [HEAVY_FILL, 0.0, 0.2, 2.0])
+@sweep(nasty=NASTY, tile=TILES, fill=[HEAVY_FILL, 0.0, 0.2, 2.0])
 def test_native_and_reference_agree(nasty: CsrPattern, tile: tuple[int, int], fill: float) -> None:
     for pattern in (nasty, skewed()):
         header, blob = build(native, pattern, *tile, fill)
@@ -64,6 +63,7 @@ def test_python_knows_the_header_of_the_kernels() -> None:
     assert len(PlanSizes._fields) + SLABS + 1 == HEADER
 
 
+@sweep(nasty=NASTY)
 def test_slab_offsets_are_those_of_the_rows(nasty: CsrPattern) -> None:
     m = nasty.shape[0]
     offsets = tile_plan.slab_offsets(nasty.tile_plan.header)
@@ -121,6 +121,7 @@ def test_built_once(pattern: CsrPattern) -> None:
     assert not pattern.T.has_tile_plan
 
 
+@sweep(nasty=NASTY)
 def test_the_transpose_has_a_plan_of_its_own(nasty: CsrPattern) -> None:
     fresh = CsrPattern(nasty.T.crow_indices, nasty.T.col_indices, nasty.T.shape)
     assert torch.equal(nasty.T.tile_plan.blob, fresh.tile_plan.blob)

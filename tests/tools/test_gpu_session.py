@@ -1,6 +1,7 @@
-"""cpp/tools: sessions of commands against a clock, what they run on a GPU machine, and its checks.
+"""cpp/tools: timed sessions of commands, the sessions on a GPU machine, and gpu_check.
 
-Commands here are small Python programs. The longest waits are for deadlines, two or three seconds.
+The commands of these tests are small Python programs. The longest waits are two or three seconds,
+for deadlines.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FOREVER = "import time; print('begun', flush=True); time.sleep(60)"
 
 
 def python(text: str, **options: object) -> Task:
-    """A task that runs a program."""
+    """A task that runs a Python program."""
     return Task(str(options.pop("name", "task")), [sys.executable, "-c", text], **options)
 
 
@@ -40,7 +41,7 @@ def session(budget_s: float = 60.0) -> Session:
 
 
 def run(task: Task, budget_s: float = 60.0) -> tuple[Step, int]:
-    """A session of one task: how that ended, and the exit status."""
+    """Runs a session of one task. Returns the task's step and the exit status."""
     it = session(budget_s)
     return it.run(task), it.finish()
 
@@ -62,25 +63,25 @@ def run(task: Task, budget_s: float = 60.0) -> tuple[Step, int]:
         (FOREVER, {"limit_s": 1.0, "ends_itself": True}, "failed", 2),
     ],
 )
-def test_how_a_command_ends(
+def test_a_commands_outcome_and_exit_status(
     text: str, options: dict[str, object], outcome: str, status: int
 ) -> None:
     step, got = run(python(text, **options))
     assert (step.outcome, got) == (outcome, status)
 
 
-def test_a_program_that_is_missing_has_failed() -> None:
+def test_a_missing_program_has_failed() -> None:
     step, status = run(Task("absent", ["/no/such/program"]))
     assert (step.outcome, status) == ("failed", 2)
     assert "No such file" in step.reason
 
 
-def test_the_reason_has_the_last_words() -> None:
+def test_the_reason_quotes_the_last_output() -> None:
     step, _ = run(python(FOREVER, limit_s=4.0))
     assert step.reason == "not finished within 4 s; its last words: begun"
 
 
-def test_all_lines_are_in_the_log_and_few_on_the_terminal(
+def test_the_terminal_shows_fewer_lines_than_the_log(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     log = io.StringIO()
@@ -97,8 +98,8 @@ def test_all_lines_are_in_the_log_and_few_on_the_terminal(
 # -- time --------------------------------------------------------------------------------------
 
 
-def test_what_the_deadline_stops_was_not_reached() -> None:
-    """Not even a check has failed for that; what follows is not begun."""
+def test_tasks_stopped_by_the_deadline_are_not_reached() -> None:
+    """Even a check has not failed if the deadline stops it. Later tasks are not begun."""
     it = session(7.0)
     check = {"ends_itself": True, "limit_s": 60.0}
     steps = [it.run(python(FOREVER, name=name, **check)) for name in ("first", "second")]
@@ -108,13 +109,13 @@ def test_what_the_deadline_stops_was_not_reached() -> None:
     assert it.finish() == 3
 
 
-def test_what_was_found_wrong_before_the_deadline_is_incorrect() -> None:
+def test_a_wrong_result_before_the_deadline_is_incorrect() -> None:
     task = python("print('FAILED x', flush=True); import time; time.sleep(60)", wrong="^FAILED")
     step, status = run(task, 7.0)
     assert (step.outcome, step.reason, status) == ("incorrect", "FAILED x", 1)
 
 
-def test_commands_of_a_group_run_at_once_and_fail_alone() -> None:
+def test_grouped_commands_run_concurrently_and_fail_separately() -> None:
     it = session()
     meet = "import pathlib, sys, time\nme, other = map(pathlib.Path, sys.argv[1:])\nme.touch()\n"
     meet += "while not other.exists(): time.sleep(0.01)"
@@ -133,8 +134,8 @@ def test_commands_of_a_group_run_at_once_and_fail_alone() -> None:
     it.finish()
 
 
-def test_children_end_with_a_command_and_strangers_do_not_hold_it() -> None:
-    """A grandchild in a session of its own survives the kill with the pipe in its hands."""
+def test_children_are_killed_and_strangers_not_awaited() -> None:
+    """A grandchild in a session of its own survives the kill, and keeps the pipe open."""
     text = """
         import subprocess, sys, time
         child = subprocess.Popen(["sleep", "60"])
@@ -149,12 +150,13 @@ def test_children_end_with_a_command_and_strangers_do_not_hold_it() -> None:
     try:
         assert step.outcome == "not reached"
         state = Path(f"/proc/{child}/stat")
-        assert not state.exists() or ") Z " in state.read_text()  # killed; who reaps it is init
+        # The child was killed. Init may not have reaped it yet.
+        assert not state.exists() or ") Z " in state.read_text()
     finally:
         os.kill(stranger, 9)
 
 
-def test_a_session_ends_even_if_its_own_process_hangs() -> None:
+def test_a_session_ends_if_its_process_hangs() -> None:
     program = f"""
         import sys, time
         sys.path.insert(0, {str(ROOT / "cpp/tools")!r})
@@ -174,7 +176,7 @@ def test_a_session_ends_even_if_its_own_process_hangs() -> None:
 # -- what is run -------------------------------------------------------------------------------
 
 
-def test_make_gpu_needs_no_environment_of_its_own(tmp_path: Path) -> None:
+def test_make_gpu_needs_no_virtual_environment(tmp_path: Path) -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("needs make")
@@ -183,7 +185,7 @@ def test_make_gpu_needs_no_environment_of_its_own(tmp_path: Path) -> None:
 
     def commands(*arguments: str) -> list[str]:
         done = subprocess.run(
-            # Under another make it would say which folder it enters.
+            # Otherwise a make inside another make prints the folder that it enters.
             [make, "-n", "--no-print-directory", *arguments],
             cwd=tmp_path,
             env=environment,
@@ -208,8 +210,8 @@ def test_without_a_gpu_nothing_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gpu_is_looked_for_without_torch(tmp_path: Path) -> None:
-    """Importing it would take the second in which a machine without a GPU is to be told."""
+def test_a_gpu_is_detected_without_importing_torch(tmp_path: Path) -> None:
+    """Importing torch takes about a second. Without a GPU, the command must end faster."""
     text = "import sys, gpu; gpu.gpu_is_here(); raise SystemExit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT / "cpp" / "tools")
     assert done.returncode == 0
@@ -224,13 +226,13 @@ def test_every_cuda_kernel_belongs_to_a_family() -> None:
     assert set(gpu.MEMCHECKED) <= set(gpu.FAMILIES["cuda"])
 
 
-def test_sources_are_staged_and_the_module_is_not(
+def test_sources_are_staged_without_the_module(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gpu, "TREE", tmp_path / "tree")
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "rosa_kernels").rglob("*")}
     gpu.stage()
-    gpu.stage()  # over an older one
+    gpu.stage()  # over an older copy
     tree = tmp_path / "tree"
     assert (tree / "rosa_kernels" / "ops" / "rosa_linear.py").is_file()
     assert (tree / "bench" / "masks").is_dir()
@@ -244,7 +246,7 @@ def test_sources_are_staged_and_the_module_is_not(
 
 def test_kernels_that_fail_their_check_are_not_measured(tmp_path: Path) -> None:
     class Outcomes:
-        """In which two families of sddmm fail, one is not reached, and two others fail."""
+        """A session whose checks have the outcomes below. Two are incorrect and two have failed."""
 
         def left(self) -> float:
             return 100.0
@@ -268,16 +270,16 @@ def test_kernels_that_fail_their_check_are_not_measured(tmp_path: Path) -> None:
     assert it.bench("run", limit_s=50.0, name="measure")
     command = list(outcomes.task.command)
     assert command[command.index("--without") :] == ["--without", "cuda/gather", "cuda/wgmma"]
-    assert outcomes.tasks[2].excuses[gpu.NO_SERVICE] == "skipped"  # wgmma, on another GPU
+    assert outcomes.tasks[2].excuses[gpu.NO_SERVICE] == "skipped"  # wgmma cannot run on other GPUs
     assert gpu.NO_SERVICE not in outcomes.tasks[1].excuses
     assert command[command.index("--time-budget") + 1] == "40"
 
 
 @pytest.mark.slow
-def test_the_first_session_is_rehearsed_with_a_hang(
+def test_the_first_session_survives_a_hanging_check(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From end to end on a CPU, with the module that is here; one family of kernels hangs."""
+    """Runs the session on a CPU with the installed module. One family of kernels hangs."""
     monkeypatch.setattr(gpu, "TREE", tmp_path / "tree")
     stage = gpu.stage
 
@@ -300,10 +302,10 @@ def test_the_first_session_is_rehearsed_with_a_hang(
     assert time.monotonic() - begin < 60 * budget + 1
     lines = capsys.readouterr().out.splitlines()
     table = lines[lines.index(next(line for line in lines if line.startswith("== Outcomes"))) :]
-    table = table[: table.index("")] if "" in table else table  # then what there is to show
+    table = table[: table.index("")] if "" in table else table  # the shown lines follow the table
     outcomes = {line[20:].strip().split(":")[0]: line.split("  ")[0] for line in table[1:]}
     assert outcomes["check copies cpu"] == "failed"
-    # A slow machine may not reach the measurements; nothing is incorrect for that.
+    # A slow machine may not reach the measurements. That makes nothing incorrect.
     assert set(outcomes.values()) <= {"ok", "failed", "skipped", "not reached"}
     assert status == 2
     assert "not finished within 22 s" in " ".join(table)
@@ -316,7 +318,7 @@ def test_the_first_session_is_rehearsed_with_a_hang(
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What gpu_check leaves in its process's environment is taken back."""
+    """Restores the environment variables that gpu_check sets in its process."""
     for name, value in gpu_check.DEFAULTS.items():
         monkeypatch.setenv(name, value)
 
@@ -328,7 +330,7 @@ def checked(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 
 @pytest.fixture
 def faulty(sandbox: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Registers an sddmm kernel "faulty" that computes `change` of the right result."""
+    """Registers an sddmm kernel "faulty". It applies `change` to the right result."""
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(gpu_check, "REHEARSAL", 32)
 
@@ -345,7 +347,7 @@ def faulty(sandbox: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     [
         (["sddmm"], "simt/gather", 15),
         (["sddmm"], "simt/tile", 14),  # not float32
-        (["sddmm"], "simt/wgmma", 2),  # of the plans that it wants, which the device does not
+        (["sddmm"], "simt/wgmma", 2),  # only with plans of its tile size
         (["spmm"], "simt/gather", 44),
         (["spmm"], "simt/tile", 34),
         (["csr_add_", "csr_gather", "csr_scatter_"], "simt", 9),
@@ -370,7 +372,7 @@ def test_the_emulated_kernels_pass_the_large_cases(
 def test_gpu_check_finds_wrong_results(
     size: str, faulty: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A hundredth off in one of a hundred entries, as a wrong tile would be."""
+    """One entry in a hundred is wrong by 5 %, as with a wrong tile."""
 
     def off(x: torch.Tensor) -> torch.Tensor:
         x[50::100] *= 1.05
@@ -390,7 +392,7 @@ def test_gpu_check_finds_wrong_results(
         (lambda x: torch.where(torch.arange(len(x)) % 97 == 5, torch.inf, x), "a result of finite"),
     ],
 )
-def test_gpu_check_looks_at_all_of_a_large_result(
+def test_gpu_check_covers_all_of_large_results(
     change: Callable[[torch.Tensor], torch.Tensor],
     said: str,
     faulty: Callable[..., None],
@@ -417,7 +419,7 @@ def test_gpu_check_tells_errors_from_wrong_results(
     assert "0 passed, 0 incorrect" in out
 
 
-def test_gpu_check_says_what_it_did_not_reach(
+def test_gpu_check_reports_cases_not_reached(
     faulty: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     faulty(lambda x: x)
@@ -428,10 +430,10 @@ def test_gpu_check_says_what_it_did_not_reach(
     assert "0 incorrect, 0 failed\nnothing was reached\n" in out
 
 
-def test_gpu_check_fails_for_a_kernel_that_cannot_run(
+def test_gpu_check_fails_if_a_kernel_cannot_run(
     sandbox: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its build may be broken; refusing every case is another thing."""
+    """A kernel that is not built fails. A kernel that refuses every case gives another message."""
     monkeypatch.setattr(sys, "argv", [])
     options = {"devices": {"cpu"}, "dtypes": reference.FLOATS, "priority": 0}
     register("sddmm", "broken", unavailable="is not built", **options)(lambda *arguments: None)

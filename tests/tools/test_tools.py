@@ -1,4 +1,4 @@
-"""cpp/tools: the compiler that is found or installed, and the resource report."""
+"""cpp/tools: the search for nvcc, its installation, and the resource report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def script(path: Path, text: str) -> Path:
-    """A shell script that stands for a program."""
+    """Writes a shell script that stands in for a program."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
@@ -23,7 +23,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without GPU and CUDA, as far as the toolchain looks; its only folder on PATH."""
+    """Simulates a machine without GPU and CUDA. Returns the only folder on its PATH."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
@@ -39,7 +39,7 @@ def nvcc(path: Path, version: str) -> Path:
     return script(path, f"echo 'Cuda compilation tools, release {version}, V{version}.88'")
 
 
-def test_nvcc_is_found_in_order_and_neither_broken_nor_old(
+def test_nvcc_is_searched_in_order_and_checked(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cuda_toolchain.find() is None
@@ -47,7 +47,7 @@ def test_nvcc_is_found_in_order_and_neither_broken_nor_old(
     (tmp_path / "cu13/lib").mkdir()
     (tmp_path / "cu13/lib/libcudart.so.13").touch()
     assert cuda_toolchain.find() == wheel
-    # What CMake and the linker ask for.
+    # CMake and the linker ask for this file.
     assert (tmp_path / "cu13/lib64/libcudart.so").resolve().name == "libcudart.so.13"
     toolkit = nvcc(tmp_path / "toolkit/bin/nvcc", "13.1")
     assert cuda_toolchain.find() == toolkit
@@ -58,12 +58,12 @@ def test_nvcc_is_found_in_order_and_neither_broken_nor_old(
     assert cuda_toolchain.find() == home
     nvcc(bare / "nvcc", "11.8")
     assert cuda_toolchain.find() == home
-    assert "11.8, older than 12.0: passed over" in capsys.readouterr().err
+    assert "11.8, older than 12.0: not used" in capsys.readouterr().err
     monkeypatch.setenv("CUDACXX", str(wheel))
     assert cuda_toolchain.find() == wheel
 
 
-def test_nothing_is_installed_without_gpu_or_without_a_use_for_it(
+def test_nvcc_is_installed_only_if_useful(
     bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> None:
@@ -72,7 +72,7 @@ def test_nothing_is_installed_without_gpu_or_without_a_use_for_it(
     monkeypatch.setattr(cuda_toolchain, "install", refuse)
     monkeypatch.setattr(sys, "argv", ["cuda_toolchain", "--install"])
     cuda_toolchain.main()
-    assert capsys.readouterr() == ("", "")  # the usual machine: not a word
+    assert capsys.readouterr() == ("", "")  # without a GPU nothing is printed
     script(bare / "nvidia-smi", "echo 'GPU 0: NVIDIA H200 (UUID: GPU-0)'")
     monkeypatch.setattr(cuda_toolchain, "torch_cuda", lambda: "")
     cuda_toolchain.main()
@@ -82,7 +82,7 @@ def test_nothing_is_installed_without_gpu_or_without_a_use_for_it(
     assert "CUDA 12.6" in capsys.readouterr().err
 
 
-def test_a_failed_installation_costs_the_cuda_kernels_alone(
+def test_a_failed_installation_leaves_a_cpu_build(
     bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script(bare / "nvidia-smi", "echo 'GPU 0: NVIDIA H200 (UUID: GPU-0)'")
@@ -98,7 +98,7 @@ def test_a_failed_installation_costs_the_cuda_kernels_alone(
     assert "building without CUDA kernels" in err
 
 
-def test_the_compiler_is_of_the_cuda_version_that_torch_has() -> None:
+def test_the_compilers_version_matches_torchs_cuda() -> None:
     pinned = cuda_toolchain.requirements("13.0")
     assert pinned == cuda_toolchain.requirements(None)
     assert {r.split("==")[0] for r in pinned} == set(cuda_toolchain.PACKAGES)
@@ -118,7 +118,7 @@ def test_torch_version_is_read_without_importing_it(
     assert cuda_toolchain.torch_cuda() is None
 
 
-# As cuobjdump prints them: two architectures, one kernel that spills.
+# Output of cuobjdump, for one architecture. The test makes two of them, one with spills.
 RESOURCES = """
 Fatbin elf code:
 ================
@@ -143,7 +143,7 @@ arch = {arch}
 """
 
 
-def test_report_finds_spills_and_lost_instructions(
+def test_the_report_finds_spills_and_lost_instructions(
     bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["resource_report", "library.a"])
@@ -162,12 +162,12 @@ def test_report_finds_spills_and_lost_instructions(
     assert "(sm_90): 16 bytes of stack" in err
     assert "(sm_90): 1 local instructions: it spills" in err
     assert "(sm_80)" not in err
-    # A renamed kernel is missed, but not one that the build has no architecture for.
+    # A missing kernel is reported, unless the build lacks the kernel's architecture.
     assert "sddmm_tile_kernel\\b, got none" in err
     assert "sddmm_wgmma_kernel" not in err
 
 
-def test_kernels_are_named_as_people_write_them() -> None:
+def test_kernel_names_are_shortened() -> None:
     demangled = "void rosa::cuda::(anonymous namespace)::f<rosa::cuda::Bf16, (int)8, (bool)1>(int)"
     assert resource_report.short_name(demangled) == "f<Bf16, 8, 1>"
     tile = Kernel("sddmm_tile_kernel<Bf16>", "sm_80")

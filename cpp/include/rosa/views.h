@@ -1,4 +1,4 @@
-// Non-owning views: what every native entry takes. No torch, no pybind11, no ownership.
+// Non-owning views, the arguments of every native entry. They need neither torch nor pybind11.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ constexpr int64_t item_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// CSR sparsity pattern: crow_indices[0] = 0, crow_indices[rows] = nnz, columns strictly
-// increasing within a row. The caller has proven all of that (CsrPattern does, once).
+// CSR sparsity pattern: crow_indices[0] = 0, crow_indices[rows] = nnz, columns strictly increase
+// within a row. The caller must have checked all of this. CsrPattern does so once.
 struct CsrView {
   const int32_t* crow_indices;
   const int32_t* col_indices;
@@ -21,8 +21,8 @@ struct CsrView {
   int64_t nnz;
 };
 
-// Element (i, j) lies at data + i * row_stride + j * col_stride, strides in elements. Any stride
-// is legal for reading, 0 included. The first element must be aligned to its own size.
+// Element (i, j) lies at data + i * row_stride + j * col_stride, with strides in elements. Any
+// stride is legal for reading, 0 included. The first element must be aligned to its own size.
 struct MatrixView {
   void* data;
   DType dtype;

@@ -9,8 +9,8 @@
 namespace rosa::cpu {
 namespace {
 
-// w + alpha * value in double, then rounded once to T: exact enough for every T, and free beside
-// the scattered access.
+// w + alpha * value in double, rounded to T by way of T's accumulator. Double is exact enough for
+// every T, and costs nothing beside the scattered access.
 template <class T>
 T add(T w, double alpha, double value) {
   return Narrow<T>::from(static_cast<Accumulator<T>>(widen(w) + alpha * value));
@@ -24,7 +24,7 @@ void add_rows(const MatrixView& w, const CsrView& pattern, const VectorView& val
   const V* from = static_cast<const V*>(values.data);
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     T* row = static_cast<T*>(w.data) + i * w.row_stride;
-    if (i + 1 < rows.end)  // each entry is a cache miss of its own: fetch a row ahead
+    if (i + 1 < rows.end)  // each entry is a cache miss: prefetch the next row
       for (int64_t t = crow[i + 1]; t < crow[i + 2]; ++t)
         __builtin_prefetch(row + w.row_stride + col[t] * w.col_stride, 1);
     for (int64_t t = crow[i]; t < crow[i + 1]; ++t) {
@@ -42,7 +42,7 @@ void csr_add_(const MatrixView& w, const CsrView& pattern, const VectorView& val
   check(w.rows == pattern.rows && w.cols == pattern.cols,
         "csr_add_: expected w of the pattern's shape");
   check_values(values, w.dtype, pattern.nnz);
-  // An entry is a cache miss, counted as 16 multiply-adds.
+  // An entry costs a cache miss, which counts as 16 multiply-adds.
   const int workers = useful_threads(pattern.nnz * 16, threads);
   with_type(w.dtype, [&](auto type) {
     using T = decltype(type);

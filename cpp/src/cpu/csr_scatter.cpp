@@ -10,7 +10,7 @@
 namespace rosa::cpu {
 namespace {
 
-// Values of w's own type are copied, not converted: NaN payloads survive.
+// Values of w's own type are copied without conversion, so NaN payloads survive.
 template <class T, class V>
 T to_element(V value) {
   if constexpr (std::is_same_v<T, V>) {
@@ -41,7 +41,7 @@ void csr_scatter_(const MatrixView& w, const CsrView& pattern, const VectorView&
   check(w.rows == pattern.rows && w.cols == pattern.cols,
         "csr_scatter_: expected w of the pattern's shape");
   check_values(values, w.dtype, pattern.nnz);
-  // An entry is a cache miss, counted as 16 multiply-adds.
+  // An entry costs a cache miss, which counts as 16 multiply-adds.
   const int workers = useful_threads(pattern.nnz * 16, threads);
   with_type(w.dtype, [&](auto type) {
     using T = decltype(type);

@@ -1,4 +1,4 @@
-// From a run-time dtype to a type.
+// Maps a run-time dtype to a C++ type.
 #pragma once
 
 #include "cpu/floats.h"
@@ -7,7 +7,7 @@
 
 namespace rosa::cpu {
 
-// body(T{}) for the storage type T of `dtype`.
+// Calls body(T{}) with the storage type T of `dtype`.
 template <class Body>
 void with_type(DType dtype, const Body& body) {
   switch (dtype) {
@@ -29,7 +29,7 @@ inline DType accumulator_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-// Values and results beside dense operands of type T are T or float32.
+// Values and results have the dense operands' dtype, or float32 beside a 16-bit dtype.
 inline void check_values(const VectorView& values, DType dense, int64_t nnz) {
   check(values.size == nnz, "expected as many values as the pattern has nonzeros");
   check(values.dtype == dense || (values.dtype == DType::kFloat32 && dense != DType::kFloat64),

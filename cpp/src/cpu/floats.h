@@ -1,7 +1,8 @@
-// The storage types, one element at a time: how each is read into its accumulator and written back.
+// Conversions of single elements between the storage types and their accumulators.
 //
-// Everything here has internal linkage: files compiled for AVX-512 include it too, and a shared
-// inline function could be linked in their version and crash an older machine.
+// Everything here has internal linkage, because files compiled for AVX-512 include this header too.
+// The linker could keep the AVX-512 version of a shared inline function, which would crash an older
+// machine.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ template <>
 struct AccumulatorOf<double> {
   using type = double;
 };
-// What products of T are summed in: float, or double for double.
+// The type in which products of T are summed: float, or double for double.
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
@@ -51,7 +52,7 @@ inline float widen(Float16 x) {
   return sign ? -value : value;
 }
 
-// narrow<T>(x): x rounded to T, to nearest, ties to even.
+// Narrow<T>::from(x) is x rounded to T, to nearest, ties to even.
 template <class T>
 struct Narrow;
 template <>

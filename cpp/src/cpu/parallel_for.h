@@ -1,4 +1,4 @@
-// The one way this library uses threads.
+// parallel_for, the only function that starts threads in this library.
 #pragma once
 
 #include <exception>
@@ -7,12 +7,13 @@
 
 namespace rosa::cpu {
 
-// Calls body(worker) once for each worker in [0, workers), on up to `workers` threads, and returns
-// when all are done. Which work a worker does depends on its number alone, so results do not depend
-// on scheduling. `body` must not throw.
+// Calls body(worker) once for each worker in [0, workers), on up to `workers` threads. It returns
+// when all are done. A worker's work depends only on its number, so results do not depend on
+// scheduling. `body` must not throw.
 //
-// OpenMP where there is one, so that torch and this library share one pool; std::thread for
-// ThreadSanitizer, which reports false races inside libgomp, and for systems without OpenMP.
+// It uses OpenMP if there is one, so that torch and this library share one pool of threads.
+// Otherwise it uses std::thread. So does ThreadSanitizer's build, because ThreadSanitizer reports
+// false races inside libgomp.
 template <class Body>
 void parallel_for(int workers, const Body& body) {
   if (workers <= 1) {
@@ -29,7 +30,7 @@ void parallel_for(int workers, const Body& body) {
   try {
     for (; started < workers; ++started) threads.emplace_back([&body, started] { body(started); });
   } catch (const std::exception&) {
-    // No more threads to be had: the caller does what is left.
+    // No more threads could be started. The caller does the rest of the work.
   }
   body(0);
   for (int worker = started; worker < workers; ++worker) body(worker);

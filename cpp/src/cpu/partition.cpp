@@ -7,7 +7,7 @@
 namespace rosa::cpu {
 
 int64_t mark_active_cols(const CsrView& pattern, int64_t tokens, uint8_t* active, int threads) {
-  // Estimates: marking takes 0.5 ns a nonzero, packing 0.25 ns an element.
+  // Marking takes 0.5 ns per nonzero, packing 0.25 ns per element (estimates).
   if (pattern.cols * tokens < 2 * pattern.nnz) {
     std::memset(active, 1, static_cast<size_t>(pattern.cols));
     return pattern.cols;
@@ -16,7 +16,8 @@ int64_t mark_active_cols(const CsrView& pattern, int64_t tokens, uint8_t* active
   const int workers = useful_threads(pattern.nnz, threads);
   parallel_for(workers, [&](int worker) {
     const Range range = part_of(pattern.nnz, workers, worker);
-    // Workers may mark one column together; relaxed stores of one value keep that defined.
+    // Two workers may mark the same column. Relaxed atomic stores of the same value make that
+    // defined.
     for (int64_t t = range.begin; t < range.end; ++t)
       __atomic_store_n(active + pattern.col_indices[t], uint8_t{1}, __ATOMIC_RELAXED);
   });

@@ -10,8 +10,9 @@
 namespace rosa::cpu {
 namespace {
 
-// Every group of tokens sums into nnz partials of its own, added up in a fixed order at the end.
-// More groups than this are not worth their memory: further threads divide the rows instead.
+// Every group of tokens sums into nnz partial sums of its own, which are added in a fixed order at
+// the end. More groups than this are not worth their memory, so further threads divide the rows
+// instead.
 constexpr int kMaxTokenGroups = 8;
 
 struct Workspace {
@@ -28,7 +29,7 @@ Workspace lay_out(Arena& arena, const CsrView& pattern, int64_t k, DType dtype, 
   const int64_t block = widest_block((k + grid.token_groups - 1) / grid.token_groups);
   Workspace w;
   w.active_cols = static_cast<uint8_t*>(arena.take(pattern.cols));
-  // Whole cache lines, so that no two groups write to one.
+  // Rounded up to whole cache lines, so that no two groups write to the same line.
   w.partial_bytes = (pattern.nnz * size + 63) / 64 * 64;
   w.panel_bytes = pattern.cols * block * size;
   w.chunk_bytes = kChunkRows * block * size;

@@ -37,7 +37,7 @@ Grid grid_of_call(const CsrView& pattern, int64_t k, int threads) {
   return grid_of(k, useful_threads(work, threads), threads);
 }
 
-// The values as the kernels read them: contiguous, in the accumulator's type.
+// Returns the values in the form that the kernels read: contiguous, in the accumulator's type.
 const void* wide_values(const VectorView& values, DType dtype, void* buffer, int threads) {
   if (values.dtype == accumulator_dtype(dtype) && values.stride == 1) return values.data;
   with_type(values.dtype, [&](auto type) {
@@ -75,7 +75,8 @@ void spmm(const CsrView& pattern, const VectorView& values, const MatrixView& b,
   Arena arena(workspace);
   const Workspace w = lay_out(arena, pattern, k, b.dtype, grid);
   const int64_t active = mark_active_cols(pattern, k, w.active_cols, threads);
-  // Dense outputs are one span in either stride order; what a slice skips is not written anyway.
+  // A dense output is one span in either stride order. If c is a slice, the span also covers
+  // elements that are not written.
   prefer_huge_pages(
       c.data, ((c.rows - 1) * c.row_stride + (k - 1) * c.col_stride + 1) * item_size(c.dtype));
   const void* wide = wide_values(values, b.dtype, w.values, threads);

@@ -15,7 +15,8 @@ int32_t tiles_along(int64_t active, int64_t edge) {
   return static_cast<int32_t>((active + edge - 1) / edge);
 }
 
-// Sizes of everything in the blob follow from the header; `take` is called for each array in turn.
+// The header determines the size of every array in the blob. `take` is called for each array in
+// turn.
 template <class Take>
 PlanView lay_out(const int64_t* header, const Take& take) {
   const auto field = [&](PlanField f) { return static_cast<int32_t>(header[f]); };
@@ -62,7 +63,7 @@ int64_t blob_size(const int64_t* header) {
 struct Axis {
   std::vector<int32_t> position, order, sector;
 
-  // Bucket sort by descending count keeps ties in index order.
+  // A bucket sort by descending count, which keeps ties in index order.
   explicit Axis(const std::vector<int32_t>& count) : position(count.size(), -1) {
     const int32_t most = count.empty() ? 0 : *std::max_element(count.begin(), count.end());
     std::vector<int32_t> first(static_cast<size_t>(most) + 2, 0);
@@ -83,9 +84,8 @@ struct Axis {
   int32_t active() const { return static_cast<int32_t>(order.size()); }
 };
 
-// Everything that sorts entries into tiles. Strip by strip, so that what is counted at a time is
-// one row of tiles: a diagonal of a million rows has 61 million tiles, of which 7,813 hold
-// anything.
+// Sorts entries into tiles. It works strip by strip, so it counts only one row of tiles at a time.
+// A diagonal of a million rows has 61 million tiles, of which 7,813 hold a nonzero.
 class Tiler {
  public:
   Tiler(const CsrView& pattern, const Axis& rows, const Axis& cols, int tile_rows, int tile_cols)
@@ -114,7 +114,7 @@ class Tiler {
     }
   }
 
-  // Writes the entries in plan order, and where the light ones of each strip begin.
+  // Writes the entries in plan order, and the place where the light entries of each strip begin.
   void list_entries(int32_t* code, int32_t* entry, int32_t* light_row, int32_t* light_col,
                     int32_t* strip_light) {
     const int32_t heavy = tile_begin.back();
@@ -162,7 +162,7 @@ class Tiler {
   std::vector<int32_t> tile, tile_begin = {0}, strip_tile = {0};
 
  private:
-  // visit(entry, column position, tile column)
+  // Calls visit(entry, column position, tile column) for each entry of row i.
   template <class Visit>
   void for_each_in_row(int32_t i, const Visit& visit) const {
     for (int32_t t = pattern_.crow_indices[i]; t < pattern_.crow_indices[i + 1]; ++t) {
@@ -179,9 +179,10 @@ class Tiler {
   const CsrView& pattern_;
   const Axis &rows_, &cols_;
   const int32_t tile_rows_, tile_cols_, strips_;
-  std::vector<int32_t>
-      tile_col_of_;  // of each column: a table costs less than a division a nonzero
-  std::vector<int32_t> of_tile_col_;  // a strip's counts, then its tiles' numbers
+  // The tile column of each column. A table costs less than a division per nonzero.
+  std::vector<int32_t> tile_col_of_;
+  // Per tile column of the current strip: first its count, then its tile's number.
+  std::vector<int32_t> of_tile_col_;
 };
 
 }  // namespace
@@ -199,7 +200,7 @@ TilePlan make_tile_plan(const CsrView& pattern, int tile_rows, int tile_cols, do
   for (int64_t t = 0; t < pattern.nnz; ++t) ++col_count[pattern.col_indices[t]];
   const Axis rows(row_count), cols(col_count);
 
-  // A fill above 1 makes no tile heavy, one of 0 every tile that has a nonzero.
+  // With a fill above 1 no tile is heavy. With a fill of 0 every tile that has a nonzero is heavy.
   const double area = static_cast<double>(tile_rows) * tile_cols;
   const double need = std::ceil(std::min(heavy_fill * area, area + 1));
   Tiler tiler(pattern, rows, cols, tile_rows, tile_cols);

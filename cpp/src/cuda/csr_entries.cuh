@@ -1,9 +1,9 @@
 // Kernels that touch one element of a matrix per nonzero: csr_add_, csr_gather, csr_scatter_.
 //
-// Each is bound by the scattered sectors of `w`, 32 bytes an element, so they are parallel over the
-// entries whatever rows these lie in, and read no array of rows: a warp searches crow_indices for
-// the rows of its first and last entry, 16 samples at a time (4096 rows take 3 steps), and each
-// lane searches between the two, which for 24 entries a row are 6 apart.
+// The scattered sectors of `w`, 32 bytes per element, bound each kernel. So they are parallel over
+// the entries, in whatever rows these lie, and read no array of row indices. A warp searches
+// crow_indices for the rows of its first and last entry, 16 samples at a time (4096 rows take 3
+// steps). Each lane then searches between the two rows, which are 6 apart at 24 entries per row.
 #pragma once
 
 #include <type_traits>
@@ -18,8 +18,8 @@ constexpr int kEntriesPerLane = 4;
 constexpr int kEntriesPerWarp = kEntriesPerLane * kWarp;
 constexpr int kEntriesPerBlock = kEntriesPerWarp * kEntryWarps;
 
-// Entries crow[0] to crow[rows] and the matrix they index. A slab of a pattern's rows has
-// crow[0] != 0: `col` is the whole pattern's, values begin at the slab's first entry.
+// Entries crow[0] to crow[rows] and the matrix they index. A slab of a pattern's rows has crow[0]
+// != 0. Then `col` is the whole pattern's, and values begin at the slab's first entry.
 struct EntryArgs {
   const int32_t *crow, *col;
   int64_t rows, count;
@@ -29,15 +29,15 @@ struct EntryArgs {
   int64_t value_stride;
 };
 
-// The entries of one lane: numbers among the values, and offsets in w. Lanes beyond the last entry
-// have fewer.
+// The entries of one lane: their numbers among the values, and their offsets in w. Lanes past the
+// last entry have fewer.
 struct LaneEntries {
   int64_t entry[kEntriesPerLane], offset[kEntriesPerLane];
   bool valid[kEntriesPerLane];
 };
 
-// For all lanes of a warp: the last row that begins at entry `first` or before, and that of `last`.
-// Half a warp looks for each, so that both cost one chain of dependent loads.
+// The last row that begins at entry `first` or before, and the same for `last`, for all lanes of a
+// warp. Half a warp searches for each, so that both cost one chain of dependent loads.
 __device__ __forceinline__ int2 rows_of(const int32_t* crow, int64_t rows, int32_t base,
                                         int64_t first, int64_t last) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -61,7 +61,7 @@ __device__ __forceinline__ int2 rows_of(const int32_t* crow, int64_t rows, int32
   return make_int2(__shfl_sync(kAll, row, 0), __shfl_sync(kAll, row, kSamples));
 }
 
-// False, for whole warps, where there is nothing to do.
+// Finds the entries of a lane. Returns false, for whole warps, if there is nothing to do.
 __device__ __forceinline__ bool entries_of_lane(const EntryArgs& args, LaneEntries& own) {
   const int lane = threadIdx.x % kWarp;
   const int64_t first =
@@ -101,7 +101,7 @@ __device__ __forceinline__ bool entries_of_lane(const EntryArgs& args, LaneEntri
   return true;
 }
 
-// w + alpha * value in double, rounded to float32 and from there to T, as on the CPU.
+// w + alpha * value in double, rounded to float32 and then to T, as on the CPU.
 template <class T, class V>
 __global__ void __launch_bounds__(kEntryWarps* kWarp) csr_add_kernel(EntryArgs args, double alpha) {
   LaneEntries own;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kEntryWarps* kWarp) csr_add_kernel(EntryArgs a
   }
 }
 
-// Word: any type of the elements' size.
+// Word is any type of the elements' size.
 template <class Word>
 __global__ void __launch_bounds__(kEntryWarps* kWarp) csr_gather_kernel(EntryArgs args) {
   LaneEntries own;
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kEntryWarps* kWarp) csr_gather_kernel(EntryArg
     if (own.valid[u]) out[own.entry[u] * args.value_stride] = element[u];
 }
 
-// T and V: equal words of the elements' size, copied so that NaN payloads survive, or float32
-// values beside a 16-bit w.
+// T and V are equal words of the elements' size, which are copied so that NaN payloads survive. Or
+// V is float32 beside a 16-bit T.
 template <class T, class V>
 __global__ void __launch_bounds__(kEntryWarps* kWarp) csr_scatter_kernel(EntryArgs args) {
   LaneEntries own;

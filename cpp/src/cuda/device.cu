@@ -1,4 +1,4 @@
-// The devices there are, and whether this build has code for them.
+// The properties of the devices, and whether this build has code for them.
 #include <cstdlib>
 
 #include "cuda/platform.h"
@@ -15,8 +15,8 @@ namespace rosa::cuda {
 
 #if defined(ROSA_SIMT)
 
-// The emulated devices: so few multiprocessors, and so little scratch, that small problems fill
-// them several times over.
+// The emulated devices have few multiprocessors and little scratch, so that small problems fill
+// them several times.
 std::string unavailable() { return ""; }
 std::string unsupported(int) { return ""; }
 DeviceProperties properties(int device) {
@@ -26,11 +26,11 @@ DeviceProperties properties(int device) {
       return {3, 9, 0, kL2, 16 * kKib, kPanels, true};
     case 2:  // one block goes through many lines of a tile
       return {1, 9, 0, kL2, 227 * kKib, 4 << 20, true};
-    case 3:  // as an A100
+    case 3:  // like an A100
       return {3, 8, 0, kL2, 163 * kKib, kPanels, false};
-    case 4:  // as an RTX 3090 or 4090
+    case 4:  // like an RTX 3090 or 4090
       return {3, 8, 6, kL2, 99 * kKib, kPanels, false};
-    default:  // as an H100
+    default:  // like an H100
       return {3, 9, 0, kL2, 227 * kKib, kPanels, true};
   }
 }
@@ -40,24 +40,25 @@ bool has_wgmma() { return true; }
 
 namespace {
 
-// Panels of one chunk of tokens. More would cost memory; less would cost launches: three of 2.5 us
-// a chunk (an estimate), beside 30 us and more that packing so much takes.
+// The panels of one chunk of tokens, in MiB. More would cost memory. Less would cost launches: a
+// chunk takes three, of 2.5 us each (an estimate). Packing this much takes 30 us and more.
 constexpr int64_t kPanelMib = 128;
 
-// For experiments: ROSA_PANEL_MIB overrides it, and ROSA_EARLY_LAUNCH=1 lets launches overlap.
+// For experiments: ROSA_PANEL_MIB replaces kPanelMib, and ROSA_EARLY_LAUNCH=1 lets launches
+// overlap.
 int64_t from_environment(const char* name, int64_t otherwise) {
   const char* text = std::getenv(name);
   const int64_t value = text != nullptr ? std::atoll(text) : 0;
   return value > 0 ? value : otherwise;
 }
 
-// Asked for its attributes, to learn whether this build has code for a device.
+// unsupported() asks for its attributes, to learn whether this build has code for a device.
 __global__ void probe_kernel() {}
 
 }  // namespace
 
 std::string unavailable() {
-  int count = 0;  // left untouched where there is no driver
+  int count = 0;  // stays 0 if there is no driver
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaSuccess && count > 0) return "";
   cudaGetLastError();

@@ -1,4 +1,4 @@
-// What every entry needs: from a run-time dtype to a type, checks, the arithmetic of grids.
+// Helpers of every entry: the type of a run-time dtype, argument checks, sizes of grids.
 #pragma once
 
 #include <string>
@@ -13,13 +13,14 @@ namespace rosa::cuda {
 
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// How many blocks of so much shared memory a multiprocessor holds at once: it has what one block
-// may have, plus 1 KiB a block that the system keeps.
+// The number of blocks of this much shared memory that a multiprocessor holds at once. A
+// multiprocessor has 1 KiB more than the maximum of one block. The system keeps 1 KiB per block.
 inline int64_t blocks_per_multiprocessor(int64_t block_bytes, const DeviceProperties& device) {
   return (device.shared_bytes + 1024) / (block_bytes + 1024);
 }
 
-// The launch would be refused, in words that name neither.
+// Throws if a block needs more shared memory than the device gives. CUDA would refuse the launch
+// too, but its message names neither number.
 inline void check_shared_bytes(int64_t block_bytes, const DeviceProperties& device) {
   if (block_bytes <= device.shared_bytes) return;
   throw std::invalid_argument(
@@ -27,7 +28,7 @@ inline void check_shared_bytes(int64_t block_bytes, const DeviceProperties& devi
       " bytes of shared memory, got one with " + std::to_string(device.shared_bytes));
 }
 
-// body(T{}) for the storage type T of `dtype`.
+// Calls body(T{}) with the storage type T of `dtype`.
 template <class Body>
 void with_float(DType dtype, const Body& body) {
   switch (dtype) {
@@ -43,7 +44,7 @@ void with_float(DType dtype, const Body& body) {
   check(false, "expected a dtype among float32, bfloat16 and float16 on CUDA");
 }
 
-// Values and results beside dense operands of one dtype have that dtype or float32.
+// Values and results have the dense operands' dtype or float32.
 inline void check_values(const VectorView& values, DType dense, int64_t nnz) {
   check(values.size == nnz, "expected as many values as the pattern has nonzeros");
   check(values.dtype == dense || values.dtype == DType::kFloat32,

@@ -1,4 +1,4 @@
-// How kernels read a dense operand by index: as 128-byte lines of consecutive tokens.
+// Kernels read a dense operand by index, as 128-byte lines of consecutive tokens.
 #pragma once
 
 #include "cuda/platform.h"
@@ -17,15 +17,15 @@ inline int64_t tokens_per_line(DType dtype) { return kLineBytes / item_size(dtyp
 
 // Line (block, index) holds the tokens [block * tokens_per_line, ...) of one row of the operand.
 //
-// A packed panel is [block][position][line], the segments of a line at s ^ (position & 7): a tile's
-// operand for one block is then one contiguous run, in the order that ldmatrix reads without bank
-// conflicts and that wgmma calls a K-major 128-byte swizzle. An operand whose tokens are contiguous
-// anyway is read in place, with no swizzle.
+// A packed panel is [block][position][line]. Segment s of a line lies at s ^ (position & 7). A
+// tile's operand for one block is then one contiguous run. ldmatrix reads it without bank
+// conflicts, and wgmma calls this order a K-major 128-byte swizzle. An operand whose tokens are
+// already contiguous is read in place, without swizzle.
 struct Lines {
   const unsigned char* base;
   int64_t index_stride, block_stride;  // bytes
   int32_t swizzle;                     // 7 or 0
-  int64_t segments;                    // valid ones along an index; a panel fills its last line up
+  int64_t segments;                    // valid ones along an index; a panel pads its last line
 
   __device__ __forceinline__ const uint4* segment(int64_t block, int32_t index, int32_t s) const {
     return reinterpret_cast<const uint4*>(base + index * index_stride + block * block_stride +
@@ -38,7 +38,7 @@ inline Lines panel_lines(const void* panel, int64_t padded, int64_t blocks) {
           blocks * kSegments};
 }
 
-// Whether rows of `x` can be read as lines where they lie.
+// Whether rows of `x` can be read as lines in place.
 inline bool readable_in_place(const MatrixView& x) {
   const int64_t size = item_size(x.dtype);
   return x.col_stride == 1 && x.cols * size % kSegmentBytes == 0 &&

@@ -1,4 +1,4 @@
-// The storage types on the device, and how they become float32 and back.
+// The storage types on the device, and their conversions to and from float32.
 #pragma once
 
 #include <type_traits>
@@ -66,14 +66,14 @@ __device__ __forceinline__ Half from_float<Half>(float x) {
 #endif
 }
 
-// Two 16-bit elements of a register, the first in the lower half.
+// Two 16-bit elements in one register, the first in the lower half.
 template <class T>
 __device__ __forceinline__ uint32_t pack_pair(float first, float second) {
   static_assert(std::is_same_v<T, Bf16> || std::is_same_v<T, Half>, "16-bit elements");
 #if defined(ROSA_SIMT)
   return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
 #else
-  uint32_t pair;  // one instruction, which ptxas does not make of two
+  uint32_t pair;  // one instruction; ptxas does not merge two into it
   if constexpr (std::is_same_v<T, Bf16>) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
   } else {
@@ -89,7 +89,7 @@ __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
                      to_float(T{static_cast<uint16_t>(pair >> 16)}));
 }
 
-// Sixteen bytes as elements and back.
+// Converts sixteen bytes to elements and back.
 template <class T>
 __device__ __forceinline__ void unpack_vec16(const Vec16& vector, float (&elements)[kPerVec16<T>]) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};

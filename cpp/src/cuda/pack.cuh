@@ -1,8 +1,8 @@
-// pack: a dense operand of any strides becomes a panel (lines.h), permuted by the plan.
+// pack turns a dense operand of any strides into a panel (lines.h), permuted by the plan.
 //
 // Gathering a column of a token-major matrix costs 16 times its bytes, because DRAM and L2 deliver
-// 32 bytes at a time. So the operand is read once, coalesced, and transposed on the way. Only
-// sectors that hold an active index are read: of a v_proj mask's columns 97 % are empty.
+// 32 bytes at a time. So pack reads the operand once, coalesced, and transposes it on the way. It
+// reads only sectors that hold an active index. In a v_proj mask 97 % of the columns are empty.
 #pragma once
 
 #include "cuda/lines.h"
@@ -13,8 +13,8 @@
 namespace rosa::cuda {
 
 constexpr int kPackThreads = 256;
-constexpr int kPackIndices = 128;   // of one block: eight sectors
-constexpr int kPackPositions = 32;  // of one block that copies lines: eight segments each
+constexpr int kPackIndices = 128;   // indices of one block: eight sectors
+constexpr int kPackPositions = 32;  // positions of one block that copies lines: eight segments each
 
 // One operand of a pack. Null arrays stand for the identity.
 struct PackSide {
@@ -28,12 +28,13 @@ struct PackSide {
   const int32_t* position;  // (size)
   const int32_t* order;     // (active)
   const int32_t* sector;    // (sectors)
-  bool token_major;         // rows contiguous: transpose through shared memory
-  bool aligned;             // 16-byte loads along the contiguous dimension
+  bool token_major;         // row stride 1: transposed through shared memory
+  bool aligned;             // 16-byte loads are possible along the contiguous dimension
   int32_t groups;           // blocks along x
 };
 
-// Packs the rows of `x` that `axis` orders; `axis` may be null for all, in their own order.
+// Describes the pack of the rows of `x` in the order of `axis`. A null `axis` keeps all rows in
+// their own order.
 inline PackSide pack_side(const MatrixView& x, const PlanAxis* axis, void* panel) {
   const int64_t size = item_size(x.dtype);
   PackSide side = {};
@@ -63,7 +64,8 @@ inline PackSide pack_side(const MatrixView& x, const PlanAxis* axis, void* panel
   return side;
 }
 
-// One segment: kSegmentBytes / sizeof(Word) words, `stride` apart, those past `count` zero.
+// Loads one segment: kSegmentBytes / sizeof(Word) words, `stride` apart. Words past `count` are
+// zero.
 template <class Word>
 __device__ __forceinline__ uint4 load_segment(const Word* from, int64_t stride, int64_t count,
                                               bool vector) {
@@ -79,14 +81,15 @@ __device__ __forceinline__ uint4 load_segment(const Word* from, int64_t stride, 
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// Where segment `s` of position p lies in a panel.
+// The address of segment `s` of position p in a panel.
 __device__ __forceinline__ uint4* panel_segment(const PackSide& side, int64_t block, int32_t p,
                                                 int32_t s) {
   return reinterpret_cast<uint4*>(side.panel + (block * side.padded + p) * kLineBytes +
                                   (s ^ (p & 7)) * kSegmentBytes);
 }
 
-// Tokens contiguous, or no dimension is: eight threads copy the line of one position.
+// For contiguous tokens, or if no dimension is contiguous. Eight threads copy the line of one
+// position.
 template <class Word>
 __device__ __forceinline__ void copy_lines(const PackSide& side, int32_t group, int64_t block,
                                            int64_t first, int64_t tokens) {
@@ -97,14 +100,15 @@ __device__ __forceinline__ void copy_lines(const PackSide& side, int32_t group, 
   const int64_t token = (block * kSegments + s) * kWords;
   const Word* from = static_cast<const Word*>(side.source) + row * side.row_stride +
                      (first + token) * side.token_stride;
-  // Vectors start at the chunk's first token, a multiple of a line, so alignment is the row's.
+  // Vectors start at the chunk's first token. That is a multiple of a line, so a vector is aligned
+  // if its row is.
   *panel_segment(side, block, p, s) =
       load_segment(from, side.token_stride, tokens - token, side.aligned);
 }
 
-// Rows contiguous, 16-bit words. One ldmatrix.x4.trans transposes 32 tokens x 8 rows: the rows
-// handed to its four 8 x 8 matrices are permuted (row i of matrix q is token 8 * (i / 2) + 2 * q +
-// i % 2), so that each lane ends up with eight consecutive tokens of one row, a whole segment.
+// For 16-bit words with row stride 1. One ldmatrix.x4.trans transposes 32 tokens x 8 rows. The rows
+// of its four 8 x 8 matrices are permuted: row i of matrix q is token 8 * (i / 2) + 2 * q + i % 2.
+// So each lane receives eight consecutive tokens of one row, which are a whole segment.
 __device__ __forceinline__ void transpose_to_lines(const PackSide& side, const unsigned char* tile,
                                                    const int32_t* position, int64_t block,
                                                    uint16_t) {
@@ -123,7 +127,7 @@ __device__ __forceinline__ void transpose_to_lines(const PackSide& side, const u
   }
 }
 
-// Rows contiguous, 32-bit words: four reads of one word each make a segment.
+// For 32-bit words with row stride 1. Four reads of one word each make a segment.
 __device__ __forceinline__ void transpose_to_lines(const PackSide& side, const unsigned char* tile,
                                                    const int32_t* position, int64_t block,
                                                    uint32_t) {
@@ -134,15 +138,15 @@ __device__ __forceinline__ void transpose_to_lines(const PackSide& side, const u
     const int s = unit % kSegments, row = unit / kSegments;
     const int32_t p = position[row];
     if (p < 0) continue;
-    // The same XOR as where the tile was written, of whole segments by token / 4.
+    // The same XOR of whole segments with token / 4 as when the tile was written (tile_segment).
     const uint32_t* at = words + 4 * s * kPackIndices + ((row / 4) ^ s) * 4 + row % 4;
     *panel_segment(side, block, p, s) =
         make_uint4(at[0], at[kPackIndices], at[2 * kPackIndices], at[3 * kPackIndices]);
   }
 }
 
-// The segment of a tile row in which the words of segment `s` of token `token` are kept, so that
-// neither writing nor transposing meets bank conflicts.
+// The segment of a tile row that holds the words of segment `s` of token `token`. With this order
+// neither writing nor transposing has bank conflicts.
 __device__ __forceinline__ int tile_segment(int s, int token, uint16_t) {
   return s ^ ((token & 1) | ((token >> 3) & 3) << 1);
 }
@@ -173,7 +177,7 @@ __global__ void __launch_bounds__(kPackThreads)
   }
 
   const int tid = threadIdx.x;
-  const auto index_of = [&](int i) {  // the i-th index of this block, or past the last one
+  const auto index_of = [&](int i) {  // the i-th index of this block, or one past the last
     const int32_t s = group * (kPackIndices / kSector) + i / kSector;
     if (s >= side.sectors) return side.size;
     return (side.sector != nullptr ? side.sector[s] : s) * kSector + i % kSector;
@@ -207,7 +211,7 @@ __global__ void __launch_bounds__(kPackThreads)
   transpose_to_lines(side, tile, position, block, Word{});
 }
 
-// Launches the pack of one chunk; a side without groups is left out. `early` as in Grid.
+// Launches the pack of one chunk. A side without groups is left out. `early` is as in Grid.
 inline void pack(const PackSide& a, const PackSide& b, DType dtype, int64_t first, int64_t tokens,
                  Stream stream, bool early = false) {
   const int64_t per_line = tokens_per_line(dtype);

@@ -1,5 +1,6 @@
-// Where kernels run: on a GPU when nvcc compiles them, in the SIMT emulator of the tests when a
-// C++ compiler does (ROSA_SIMT=1). No other file here asks which of the two it is.
+// Where kernels run. nvcc compiles them for a GPU. A C++ compiler with ROSA_SIMT=1 compiles them
+// for the SIMT emulator of the tests. Besides this file, only numeric.h, ptx.h, device.cu and
+// sddmm_wgmma.h ask which of the two it is.
 #pragma once
 
 #include <atomic>
@@ -23,27 +24,28 @@ struct Grid {
   dim3 blocks, threads;
   int64_t shared_bytes = 0;  // dynamic shared memory
   Stream stream = nullptr;
-  // From compute capability 9.0 on: the kernel may begin before the one ahead of it in the stream
-  // has ended, and calls wait_for_kernel_ahead() (ptx.h) before it touches global memory.
+  // Has an effect from compute capability 9.0 on. The kernel may begin before the previous kernel
+  // in the stream has ended. It calls wait_for_kernel_ahead() (ptx.h) before it touches global
+  // memory.
   bool early = false;
 };
 
-// A type as a template argument can hold it: `Type<float[4][32]> x` declares an array.
+// Names an array type in front of the variable: `Type<float[4][32]> x` declares an array.
 template <class T>
 using Type = T;
 
 #if defined(ROSA_SIMT)
 
 // ROSA_DYNAMIC_SHARED(name) declares `unsigned char* name`, a block's dynamic shared memory,
-// 1024-byte aligned. ROSA_SHARED(name, T[4][8]) declares an array (or anything) in static shared
-// memory, 16-byte aligned. Both say where it is, which __shared__ does not: the emulator fills them
-// with NaN before every block and sees accesses past their ends.
+// aligned to 1024 bytes. ROSA_SHARED(name, T[4][8]) declares an array, or any other type, in static
+// shared memory, aligned to 16 bytes. Unlike __shared__, both tell the emulator where the memory
+// is. The emulator fills it with NaN before every block and detects accesses past its end.
 #define ROSA_DYNAMIC_SHARED(name) unsigned char* const name = ::rosa::simt::dynamic_shared()
 #define ROSA_SHARED(name, ...) \
   auto& name = ::rosa::simt::static_shared<::rosa::cuda::Type<__VA_ARGS__>>([] {})
 
-// The next launch may use all shared memory of the device. On a GPU the permission lasts; here
-// every launch is as the first of a process.
+// Allows the next launch to use all shared memory of the device. On a GPU the permission lasts. In
+// the emulator every launch is like the first of a process.
 template <auto kKernel>
 void allow_shared_memory() {
   ::rosa::simt::allow_shared_memory();
@@ -55,7 +57,7 @@ void start(const Grid& grid, Args... args) {
       grid.blocks, grid.threads, grid.shared_bytes, [&] { kKernel(args...); }, grid.early);
 }
 
-// The device of the calling thread for as long as it lives, then the one before.
+// Sets the calling thread's device for as long as the guard lives, then restores the previous one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device)
@@ -75,8 +77,8 @@ class DeviceGuard {
   unsigned char* const name = rosa_dynamic_shared_memory
 #define ROSA_SHARED(name, ...) __shared__ __align__(16)::rosa::cuda::Type<__VA_ARGS__> name
 
-// Errors of the launch itself. cudaGetLastError clears the code, so that the next caller, who may
-// be another library, does not take it for its own.
+// Throws if a CUDA call failed. cudaGetLastError clears the error code. So the next caller, which
+// may be another library, does not see it as its own error.
 inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
@@ -91,11 +93,12 @@ inline int attribute(cudaDeviceAttr which, int device) {
 }
 
 // Lets a kernel have as much dynamic shared memory as a block of the current device may have beside
-// the kernel's static part. The limit belongs to the kernel, not to a launch: were it set to what
-// each launch needs, a thread could lower it between another thread's setting and its launch.
+// the kernel's static part. The limit belongs to the kernel, not to a launch. If each launch set
+// only what it needs, a thread could lower the limit between another thread's setting and its
+// launch.
 template <auto kKernel>
 void allow_shared_memory() {
-  static std::atomic<uint64_t> allowed{0};  // by device; from 64 on they are asked every time
+  static std::atomic<uint64_t> allowed{0};  // a bit per device; device 64 and up ask every time
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
@@ -106,7 +109,8 @@ void allow_shared_memory() {
                    static_cast<int>(attributes.sharedSizeBytes);
   check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "dynamic shared memory of a kernel");
-  allowed.fetch_or(bit, std::memory_order_relaxed);  // two threads may both have set it: the same
+  // Two threads may both have set the limit, to the same value.
+  allowed.fetch_or(bit, std::memory_order_relaxed);
 }
 
 template <auto kKernel, class... Args>
@@ -123,7 +127,7 @@ void start(const Grid& grid, Args... args) {
     config.attrs = &early;
     config.numAttrs = 1;
   }
-  // Unlike <<<>>> this returns the launch's own error, not one that somebody left behind.
+  // Unlike <<<>>>, this returns the error of this launch, not one that an earlier call left behind.
   check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "kernel launch");
 }
 
@@ -147,12 +151,12 @@ class DeviceGuard {
 
 #endif
 
-// Runs a kernel. It is a template argument so that each has its own record of permissions.
+// Runs a kernel. The kernel is a template argument, so that each has its own record of permissions.
 template <auto kKernel, class... Args>
 void launch(const Grid& grid, Args... args) {
-  // Without permission a block has 48 KiB, static and dynamic shared memory together. Only the
-  // compiler knows how much of that is static (12 to 19 KiB of spmm_staged). So every kernel with
-  // dynamic shared memory asks, however small it is.
+  // Without permission a block has 48 KiB of static and dynamic shared memory together. Only the
+  // compiler knows how much of that is static (12 to 19 KiB for spmm_staged). So every kernel with
+  // dynamic shared memory asks for permission, even if it needs little.
   if (grid.shared_bytes > 0) allow_shared_memory<kKernel>();
   start<kKernel>(grid, args...);
 }

@@ -1,7 +1,7 @@
-// The instructions that C++ has no words for: matrix fragments, asynchronous copies, barriers in
-// shared memory, wgmma. One function each; the emulator has the same ones (simt/ptx.h).
+// PTX instructions that C++ cannot express: matrix fragments, asynchronous copies, barriers in
+// shared memory, wgmma. Each has one function. The emulator has the same functions (simt/ptx.h).
 //
-// Layouts are those of the PTX ISA. Pointers to shared memory are generic ones.
+// Layouts are those of the PTX ISA. Pointers to shared memory are generic pointers.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +14,8 @@
 
 #else
 
-// What only compute capability 9.0 has; nvcc reads kernels once without __CUDA_ARCH__, for the
-// host's sake.
+// SM90 marks instructions of compute capability 9.0 and newer, SM90A those of exactly 9.0. nvcc
+// also reads kernels once without __CUDA_ARCH__, when it compiles for the host.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define ROSA_PTX_SM90 1
 #endif
@@ -32,19 +32,20 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Bytes read once: first to be evicted from L1 and L2.
+// Loads bytes that are read only once. They are the first to be evicted from L1 and L2.
 __device__ __forceinline__ uint4 load_streaming(const uint4* from) { return __ldcs(from); }
 
-// ---- overlapping launches (sm_90, nothing elsewhere) -----------------------------------------
+// ---- overlapping launches (sm_90; no effect elsewhere) ---------------------------------------
 
-// Lets the kernel behind this one begin once every block of this one has come here: its launch then
-// costs no time of its own. What it may read before this kernel has ended is up to it.
+// Lets the next kernel begin once every block of this kernel has called this function. The next
+// launch then costs no extra time. The next kernel decides what it may read before this kernel has
+// ended.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Returns when the kernel ahead has ended and what it wrote can be read.
+// Returns when the previous kernel has ended and its writes can be read.
 __device__ __forceinline__ void wait_for_kernel_ahead() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -53,9 +54,9 @@ __device__ __forceinline__ void wait_for_kernel_ahead() {
 
 // ---- matrix fragments (sm_80) ---------------------------------------------------------------
 
-// ldmatrix: four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of
-// matrix l / 8, 16 bytes; word q of lane l receives elements (l / 4, l % 4 * 2) and the next of
-// matrix q, or those of its transpose.
+// ldmatrix loads four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of
+// matrix l / 8, which has 16 bytes. Word q of lane l receives elements (l / 4, l % 4 * 2) and the
+// next of matrix q. The transposed load gives the elements of the transpose.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&words)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -91,23 +92,24 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4
 
 // ---- cp.async (sm_80) -----------------------------------------------------------------------
 
-// Sixteen bytes from global to shared memory, past L1; both ends 16-byte aligned.
+// Copies 16 bytes from global to shared memory, past L1. Both ends are 16-byte aligned.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
                "l"(global)
                : "memory");
 }
-// The same of the first `bytes` (0 to 16); the rest is zeroed. With 0 `global` is not read.
+// Copies only the first `bytes` (0 to 16) and zeroes the rest. If `bytes` is 0, `global` is not
+// read.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(bytes)
                : "memory");
 }
-// Closes a group: the copies issued since the last one.
+// Closes a group. It holds the copies issued since the last group was closed.
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits until at most kGroups of this thread's groups, the newest ones, are under way.
+// Waits until at most the kGroups newest of this thread's groups are under way.
 template <int kGroups>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
@@ -115,7 +117,8 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // ---- named barriers (sm_80) -----------------------------------------------------------------
 
-// Barriers 1 to 15, for `threads` threads of the block, a multiple of 32; 0 is __syncthreads.
+// Barriers 1 to 15, for `threads` threads of the block, a multiple of 32. Barrier 0 is
+// __syncthreads.
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -127,8 +130,8 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
 
 // ---- mbarrier and bulk copies (sm_90) -------------------------------------------------------
 
-// A barrier in shared memory. Its phase ends when `arrivals` threads arrived and all announced
-// bytes have landed; the next one begins at once.
+// A barrier in shared memory. Its phase ends when `arrivals` threads have arrived and all announced
+// bytes have landed. The next phase begins at once.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals)
@@ -145,8 +148,8 @@ __device__ __forceinline__ void mbarrier_expect_bytes(uint64_t* barrier, int byt
       "r"(bytes)
       : "memory");
 }
-// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, 0 again ...
-// Of a fresh barrier, parity 1 counts as ended.
+// Waits for the end of the phase of this parity: 0 for the first phase, 1 for the second, 0 again
+// ... On a new barrier, the phase of parity 1 counts as ended.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -160,15 +163,17 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       "r"(parity)
       : "memory");
 }
-// After mbarrier_init, before other threads or bulk copies meet the barriers.
+// Call this after mbarrier_init, before other threads or bulk copies use the barriers.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// Between a thread's own accesses to shared memory and later ones by bulk copies or wgmma.
+// Call this between a thread's own accesses to shared memory and later ones by bulk copies or
+// wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// `bytes`, a multiple of 16, between 16-byte aligned addresses; they count towards `barrier`.
+// Copies `bytes`, a multiple of 16, between 16-byte aligned addresses. They count towards
+// `barrier`.
 __device__ __forceinline__ void copy_bulk_global_to_shared(void* shared, const void* global,
                                                            int bytes, uint64_t* barrier) {
   asm volatile(
@@ -184,7 +189,7 @@ __device__ __forceinline__ void copy_bulk_global_to_shared(void* shared, const v
 
 // ---- wgmma (sm_90a) -------------------------------------------------------------------------
 
-// Registers per thread of a warpgroup, from now on; a multiple of 8 from 24 to 256.
+// Sets the registers per thread of a warpgroup from now on: a multiple of 8 from 24 to 256.
 template <int kRegisters>
 __device__ __forceinline__ void register_budget_increase() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "setmaxnreg");
@@ -196,9 +201,10 @@ __device__ __forceinline__ void register_budget_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Where a K-major operand with the 128-byte swizzle begins: rows of 128 bytes, segment s of row r
-// at s ^ (r % 8), groups of eight rows 1024 bytes apart, the first one 1024-byte aligned. The next
-// 16 columns of a row of 16-bit elements begin at `operand` + 32 bytes.
+// The descriptor of a K-major operand with the 128-byte swizzle, which begins at `operand`. Its
+// rows have 128 bytes, and segment s of row r lies at s ^ (r % 8). Groups of eight rows are 1024
+// bytes apart, and the first one is 1024-byte aligned. The next 16 columns of a row of 16-bit
+// elements begin at `operand` + 32 bytes.
 __device__ __forceinline__ uint64_t swizzled_descriptor(const void* operand) {
   const uint64_t address = shared_address(operand);
   constexpr uint64_t kLeading = 1;         // has no meaning in this layout
@@ -207,22 +213,22 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* operand) {
   return (address & 0x3ffff) >> 4 | kLeading << 16 | kStride << 32 | kSwizzle128 << 62;
 }
 
-// Between the last access to accumulators or to shared memory and the wgmma that uses them.
+// Call this between the last access to accumulators or shared memory and the wgmma that uses them.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Waits until at most kGroups groups, the newest ones, are under way.
+// Waits until at most the kGroups newest groups are under way.
 template <int kGroups>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// d (64 x N, float32) = a (64 x 16) * b (N x 16)^T, plus d where `accumulate`; both operands in
-// shared memory behind descriptors, T = Bf16 or Half. Warp w of the four holds rows 16 w to 16 w +
-// 15; d[4 * j + 2 * i + c] of its lane l is row l / 4 + 8 * i, column 8 * j + l % 4 * 2 + c.
+// d (64 x N, float32) = a (64 x 16) * b (N x 16)^T, plus d if `accumulate`. Both operands are in
+// shared memory, behind descriptors. T = Bf16 or Half. Warp w of the four holds rows 16 w to 16 w +
+// 15. d[4 * j + 2 * i + c] of its lane l is row l / 4 + 8 * i, column 8 * j + l % 4 * 2 + c.
 
 #define ROSA_IN_OUT_8(d, i)                                                                   \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \

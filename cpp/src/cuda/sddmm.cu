@@ -1,5 +1,5 @@
-// SDDMM: pack, then heavy tiles on the tensor cores and the light nonzeros by gathering, then
-// finalize. A gather alone is the same with no heavy tiles.
+// SDDMM packs the operands, computes heavy tiles on the tensor cores, gathers the light nonzeros,
+// and finalizes. The gather variant does the same without heavy tiles.
 #include "arena.h"
 #include "cuda/dispatch.h"
 #include "cuda/pack.cuh"
@@ -12,20 +12,20 @@
 namespace rosa::cuda {
 namespace {
 
-// Blocks along y of a grid, which count the lines of a chunk.
+// Maximum blocks along y of a grid. They are the lines of a chunk.
 constexpr int64_t kMostLines = 65535;
-// Warps that a multiprocessor needs to hide L2's latency behind each other.
+// Warps that a multiprocessor needs to hide L2's latency.
 constexpr int64_t kWarpsPerSm = 16;
 
 using Tile128 = TileShape<128, 128, 3>;
 using Tile128Short = TileShape<128, 128, 2>;
 using Tile256 = TileShape<128, 256, 3>;
 
-// How a device runs the tiles of a plan.
+// How a device computes the tiles of a plan.
 struct TileChoice {
-  int stages;            // of the ring; 0 for wgmma, which has its own
+  int stages;            // of the ring; 0 for wgmma, which has its own ring
   int64_t shared_bytes;  // of a block
-  int64_t blocks;        // that a multiprocessor holds at once
+  int64_t blocks;        // per multiprocessor at once
 };
 
 template <class Shape>
@@ -37,26 +37,26 @@ TileChoice choice_of(const DeviceProperties& device) {
 TileChoice choose_tile(SddmmVariant variant, int tile_cols, const DeviceProperties& device) {
   if (variant == SddmmVariant::kWgmma) return {0, wgmma_shared_bytes(), 1};
   if (tile_cols == Tile256::kCols) return choice_of<Tile256>(device);
-  // Two stages take 68 KiB in place of 96. Where that puts a second block on a multiprocessor
-  // (compute capability 8.0), it should hide L2's latency, and the first one's sampling, better
-  // than a third stage does (not measured). 9.0 holds two blocks of three stages, 8.6 and 8.9 one
-  // of either.
+  // Two stages take 68 KiB, three take 96. On compute capability 8.0, two stages leave room for a
+  // second block on a multiprocessor. That should hide L2's latency and the first block's sampling
+  // better than a third stage does (not measured). 9.0 holds two blocks of three stages. 8.6 and
+  // 8.9 hold one block of either.
   const TileChoice two = choice_of<Tile128Short>(device), three = choice_of<Tile128>(device);
   return two.blocks > three.blocks ? two : three;
 }
 
-// How a call is divided, and where its scratch lies.
+// The division of a call, and the addresses of its scratch.
 struct Schedule {
   bool packed_a, packed_b;
-  int64_t lines;        // along an index, all tokens
+  int64_t lines;        // along an index, for all tokens
   int64_t chunk_lines;  // of one chunk
   int64_t chunks;
-  int64_t light_nnz;  // gathered
-  int64_t heavy_nnz;  // by tiles
-  int32_t splits;     // of the gathered ones' tokens
-  int32_t slices;     // of the tiles' partial sums
+  int64_t light_nnz;  // nonzeros that are gathered
+  int64_t heavy_nnz;  // nonzeros in tiles
+  int32_t splits;     // of the tokens, for the gathered nonzeros
+  int32_t slices;     // of partial sums, for the tiles
   TileChoice tile;
-  int64_t tile_blocks;  // of the grid
+  int64_t tile_blocks;  // in the grid
   void *panel_a, *panel_b;
   float *heavy, *light;
 };
@@ -114,7 +114,7 @@ Schedule schedule(Arena& arena, SddmmVariant variant, const CsrView& pattern, co
   return s;
 }
 
-// The lines of one chunk of tokens, of a panel or in place.
+// The lines of one chunk of tokens, in a panel or in place.
 Lines chunk_of(const MatrixView& x, bool packed, const void* panel, int64_t padded, int64_t first,
                int64_t tokens) {
   const int64_t lines = divide_up(tokens, tokens_per_line(x.dtype));
@@ -151,9 +151,9 @@ void run_tiles(SddmmVariant variant, const PlanView& plan, const TileChoice& til
 
 void check_variant(SddmmVariant variant, const PlanView& plan, DType dtype) {
   if (variant == SddmmVariant::kGather) return;
-  check(!plan.empty(), "sddmm: expected a tile plan for a kernel of tiles");
+  check(!plan.empty(), "sddmm: expected a tile plan for a tile kernel");
   check(dtype == DType::kBFloat16 || dtype == DType::kFloat16,
-        "sddmm: expected bfloat16 or float16 for a kernel of tiles");
+        "sddmm: expected bfloat16 or float16 for a tile kernel");
   const bool wide = plan.tile_cols == Tile256::kCols;
   check(plan.tile_rows == 128 && (wide || plan.tile_cols == Tile128::kCols),
         "sddmm: expected a plan of 128 x 128 or 128 x 256 tiles");
@@ -185,7 +185,7 @@ void sddmm(SddmmVariant variant, const CsrView& pattern, const PlanView& plan, c
   check_plan(plan, pattern);
   check_variant(variant, plan, a.dtype);
   if (pattern.nnz == 0) return;
-  // Without tokens there is nothing to multiply, and gathering nothing writes the zeros.
+  // Without tokens there is nothing to multiply. The gather then writes the zeros.
   if (a.cols == 0) variant = SddmmVariant::kGather;
 
   const DeviceGuard guard(device);
@@ -209,7 +209,7 @@ void sddmm(SddmmVariant variant, const CsrView& pattern, const PlanView& plan, c
     entries.col = plan.light_col;
   }
 
-  // Nothing of this call overlaps with what the caller launched before it.
+  // No kernel of this call overlaps with what the caller launched before it.
   bool early = false;
   for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
     const int64_t per_line = tokens_per_line(a.dtype);

@@ -1,4 +1,4 @@
-// Finalize: the slices of every nonzero are added in order, and the sum goes to its CSR place.
+// Finalize adds the slices of every nonzero in order and writes the sum to its CSR place.
 #pragma once
 
 #include "cuda/numeric.h"
@@ -15,7 +15,8 @@ struct Slices {
   int32_t slices;
 };
 
-// out[entry[e] * stride] for e over the heavy part, then the light one; `entry` null: e itself.
+// Writes out[entry[e] * stride] for every e of the heavy part, then of the light part. If `entry`
+// is null, the entry is e itself.
 template <class T>
 __global__ void __launch_bounds__(kFinalizeThreads)
     sddmm_finalize_kernel(Slices heavy, Slices light, const int32_t* entry, T* out,

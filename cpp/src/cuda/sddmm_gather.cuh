@@ -1,5 +1,5 @@
-// Gather: the nonzeros one by one. A warp takes 32 of them, whatever rows they lie in, so that all
-// warps have equal work on any mask, with no row swizzle to build.
+// The gather kernel computes nonzeros one by one. A warp takes 32 of them, in whatever rows they
+// lie. So all warps have equal work on any mask, without a row swizzle.
 #pragma once
 
 #include "cuda/dot.cuh"
@@ -9,20 +9,20 @@
 namespace rosa::cuda {
 
 constexpr int kGatherWarps = 4;
-// Lines of a row that a warp keeps in registers: 1024 tokens of a 16-bit type. With 32 (2048
-// tokens) the registers left room for half the warps.
+// Lines of a row that a warp keeps in registers: 1024 tokens of a 16-bit type. With 32 lines (2048
+// tokens), the registers had room for only half the warps.
 constexpr int kGatherLines = 16;
 
-// Which nonzeros: either those of a CSR pattern, whose indices go through `position` arrays where
-// the operands are permuted, or listed by position.
+// The nonzeros to gather. They are those of a CSR pattern, or they are listed by position. If a CSR
+// pattern's operands are permuted, its indices go through the `position` arrays.
 struct GatherEntries {
   int64_t count;
-  const int32_t* crow;  // (rows + 1), or null: listed
+  const int32_t* crow;  // (rows + 1), or null if the nonzeros are listed
   int32_t rows;
   const int32_t* row;           // (count) listed row positions
   const int32_t* col;           // (count) columns, or listed column positions
-  const int32_t* row_position;  // or null
-  const int32_t* col_position;  // or null
+  const int32_t* row_position;  // null if a is not permuted
+  const int32_t* col_position;  // null if b is not permuted
 };
 
 struct GatherArgs {
@@ -30,10 +30,10 @@ struct GatherArgs {
   GatherEntries entries;
   int64_t blocks;   // lines along an index
   float* partial;   // (gridDim.y, count): one slice per split of the tokens
-  bool accumulate;  // onto what an earlier chunk of tokens left there
+  bool accumulate;  // add to the sums of an earlier chunk of tokens
 };
 
-// The row that CSR entry t lies in: the last one that begins at t or before.
+// The row of CSR entry t, which is the last row that begins at t or before.
 __device__ __forceinline__ int32_t row_of_entry(const int32_t* crow, int32_t rows, int64_t t) {
   int32_t low = 0, high = rows - 1;
   while (low < high) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ int32_t row_of_entry(const int32_t* crow, int32_t row
   return low;
 }
 
-// Eight lanes read one line; kGatherLines / 4 reads of a warp cover a chunk. kFull: the chunk is
+// Eight lanes read one line, so kGatherLines / 4 reads of a warp cover a chunk. kFull: the chunk is
 // whole. With a bounds test per load, ptxas issues the loads one by one, each before its own sums.
 template <bool kFull>
 __device__ __forceinline__ void load_chunk(uint4 (&to)[kGatherLines / 4], const Lines& lines,
@@ -71,7 +71,7 @@ __device__ __forceinline__ float dot_chunk(const uint4 (&x)[kGatherLines / 4],
   return sum;
 }
 
-// Adds the products of lines [block, block + kGatherLines) to each lane's own nonzero.
+// Adds the products of lines [block, block + kGatherLines) to the sum of each lane's own nonzero.
 template <class T, bool kFull>
 __device__ __forceinline__ float gather_chunk(const Lines& a, const Lines& b, int32_t row,
                                               int32_t col, int count, int64_t block,
@@ -83,11 +83,11 @@ __device__ __forceinline__ float gather_chunk(const Lines& a, const Lines& b, in
   for (int first = 0; first < count; first += 4) {
     float s[4];
 #pragma unroll
-    for (int pair = 0; pair < 4; pair += 2) {  // two nonzeros: 8 independent loads of a lane
+    for (int pair = 0; pair < 4; pair += 2) {  // two nonzeros: 8 independent loads per lane
       uint4 in_col[2][kGatherLines / 4];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        // Past the last nonzero, the last one again: its sum is not kept.
+        // Past the last nonzero, reads the last one again. Its sum is not kept.
         const int32_t c = __shfl_sync(kAll, col, min(first + pair + u, count - 1));
         load_chunk<kFull>(in_col[u], b, c, block, segments);
       }
@@ -99,7 +99,8 @@ __device__ __forceinline__ float gather_chunk(const Lines& a, const Lines& b, in
         s[pair + u] = dot_chunk<T>(in_row, in_col[u]);
       }
     }
-    // Four sums of 32 lanes in six shuffles: halves exchange what the other one goes on with.
+    // Four sums over 32 lanes take six shuffles. In each step, half of the lanes give the other
+    // half the values that it continues with.
     const bool upper = lane & 16, odd = lane & 8;
     float x = upper ? s[2] : s[0], y = upper ? s[3] : s[1];
     x += __shfl_xor_sync(kAll, upper ? s[0] : s[2], 16);
@@ -114,7 +115,7 @@ __device__ __forceinline__ float gather_chunk(const Lines& a, const Lines& b, in
   return sum;
 }
 
-// Blocks: (warps of 32 nonzeros, splits of the tokens).
+// Blocks: (groups of kGatherWarps * 32 nonzeros, splits of the tokens).
 template <class T>
 __global__ void __launch_bounds__(kGatherWarps* kWarp) sddmm_gather_kernel(GatherArgs args) {
   let_next_kernel_begin();
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp) sddmm_gather_kernel(Gathe
   const GatherEntries& entries = args.entries;
   const int lane = threadIdx.x % kWarp;
   const int64_t first = (int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / kWarp) * kWarp;
-  if (first >= entries.count) return;  // whole warps; there is no block barrier
+  if (first >= entries.count) return;  // whole warps leave; there is no block barrier
   const int count = static_cast<int>(min(int64_t{kWarp}, entries.count - first));
   const int64_t t = first + min(lane, count - 1);
   int32_t col = entries.col[t], row;

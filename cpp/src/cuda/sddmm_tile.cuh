@@ -1,5 +1,5 @@
-// Tile: heavy tiles of the permuted mask as dense products on the tensor cores (mma.sync), of
-// which only the listed nonzeros are kept.
+// The tile kernel computes heavy tiles of the permuted mask as dense products on the tensor cores
+// (mma.sync). It keeps only the listed nonzeros.
 #pragma once
 
 #include "cuda/lines.h"
@@ -18,28 +18,30 @@ struct TileArgs {
   int64_t heavy_nnz;
   int32_t slices;
   StreamK work;
-  bool accumulate;  // onto what an earlier chunk left there
+  bool accumulate;  // add to the sums of an earlier chunk
 };
 
-// What one block of the kernel works with. Warps of 64 x 64: with 64 x 32, ldmatrix and the filling
-// of the stages take 1024 clocks of shared memory a line block, against 826 for the products.
+// The shape of one block of the kernel. A warp computes 64 x 64. With 64 x 32, ldmatrix and the
+// filling of the stages take 1024 clocks of shared memory per line block, against 826 for the
+// products.
 template <int kRows_, int kCols_, int kStages_>
 struct TileShape {
   static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_;
   static constexpr int kWarpEdge = 64;
   static constexpr int kWarpsAcross = kCols / kWarpEdge;
   static constexpr int kThreads = kRows / kWarpEdge * kWarpsAcross * 32;
-  // A multiprocessor has registers for 256 threads of 255 each.
+  // A multiprocessor has registers for 256 threads with 255 each.
   static constexpr int kMostBlocks = 256 / kThreads;
   static constexpr int kStageBytes = (kRows + kCols) * kLineBytes;
-  // Accumulators pass through shared memory, 8 floats of padding against bank conflicts.
+  // Accumulators pass through shared memory. Each row has 8 floats of padding against bank
+  // conflicts.
   static constexpr int kStride = kCols + 8;
   static constexpr int kSampleBytes = kRows * kStride * 4;
   static constexpr int kSharedBytes =
       kStages * kStageBytes > kSampleBytes ? kStages * kStageBytes : kSampleBytes;
 };
 
-// A tile's operand for one line block is one contiguous run of its panel.
+// Copies a tile's operand for one line block, which is one contiguous run of its panel.
 template <int kLines, int kThreads>
 __device__ __forceinline__ void load_run(unsigned char* to, const unsigned char* from) {
   static_assert(kLines * kSegments % kThreads == 0, "every thread copies as many segments");
@@ -50,20 +52,20 @@ __device__ __forceinline__ void load_run(unsigned char* to, const unsigned char*
   }
 }
 
-// Line blocks that are summed up on the tensor cores alone, before they are kept and the sums begin
-// anew. Tensor cores cut off what float32 cannot hold instead of rounding it: after n steps of 16
-// tokens a sum of equal signs misses about 0.18 n units in the last place, in the mean, of the
-// 8 sqrt(n) that the accuracy policy allows. 4,096 tokens use up a third of that, 32,000 all; if a
-// step cuts twice, as on older devices, two thirds and 8,000. (Estimates.) Sampling once more costs
-// 4 % of the products of so many blocks, and nothing where L2 is what they wait for.
+// The number of line blocks that are summed on the tensor cores before the sums are kept and begin
+// again. Tensor cores truncate sums instead of rounding them. In 64 line blocks (4,096 tokens) that
+// uses a third of the error that the accuracy policy allows, or two thirds on older devices.
+// Keeping the sums costs 4 % of the products of 64 line blocks, and nothing if the products wait
+// for L2. These are estimates: see docs/cuda-kernels.md, "Truncation on the tensor cores".
 constexpr int kSummedBlocks = 64;
 
-// What a block of the grid does of one tile at a time: line blocks [begin, end), as slice `slice`,
-// onto what is there if `accumulate`. Pieces follow each other until one is empty.
+// A piece of the work of one block: line blocks [begin, end) of one tile. The sums go to slice
+// `slice`, and are added to what is there if `accumulate`. Pieces follow each other until one is
+// empty.
 struct TilePiece {
   int32_t tile, begin, end, slice;
   bool accumulate;
-  int64_t units;  // of the block's work, this piece and those after it
+  int64_t units;  // work left for this block, this piece included
 
   __device__ __forceinline__ void set_end(int32_t blocks) {
     end = static_cast<int32_t>(
@@ -88,7 +90,7 @@ __device__ __forceinline__ void next_piece(const TileArgs& args, TilePiece& piec
   piece.accumulate = piece.end < args.blocks;
   if (piece.accumulate) {
     piece.begin = piece.end;
-  } else {  // a new tile, from its beginning on: nobody else has worked on it before
+  } else {  // a new tile: no other block has worked on its first line blocks
     ++piece.tile;
     piece.begin = 0;
     piece.slice = 0;
@@ -97,8 +99,8 @@ __device__ __forceinline__ void next_piece(const TileArgs& args, TilePiece& piec
   piece.set_end(args.blocks);
 }
 
-// The first chunk clears the slices that a tile will not use: so does the block with its last
-// piece.
+// In the first chunk, the block with the last piece of a tile clears the slices that the tile does
+// not use.
 template <int kThreads>
 __device__ __forceinline__ void clear_slices(const TileArgs& args, const TilePiece& piece,
                                              int thread) {
@@ -109,7 +111,7 @@ __device__ __forceinline__ void clear_slices(const TileArgs& args, const TilePie
       args.partial[slice * args.heavy_nnz + e] = 0;
 }
 
-// Keeps the listed nonzeros of a piece, whose products lie in `sums`.
+// Keeps the listed nonzeros of a piece. Its products are in `sums`.
 template <int kThreads, int kCols, int kStride>
 __device__ __forceinline__ void sample_tile(const TileArgs& args, const TilePiece& piece,
                                             const float* sums, int thread) {
@@ -131,8 +133,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMostBlocks)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warp_row = warp / Shape::kWarpsAcross * Shape::kWarpEdge;
   const int warp_col = warp % Shape::kWarpsAcross * Shape::kWarpEdge;
-  // The lines that this lane hands to ldmatrix. Fragments are multiples of 8 lines apart, so the
-  // swizzle is the same for all of them.
+  // The lines that this lane passes to ldmatrix. Fragments are multiples of 8 lines apart, so they
+  // all have the same swizzle.
   const int line_a = warp_row + lane % 16, half_a = lane / 16;
   const int line_b = warp_col + lane % 8 + lane / 16 * 8, half_b = lane / 8 % 2;
 
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMostBlocks)
     }
     for (int32_t block = piece.begin; block < piece.end; ++block) {
       copy_async_wait<Shape::kStages - 2>();
-      // This block's stage has landed for every thread; the one before it is free again.
+      // The stage of this line block has landed for every thread, and the previous stage is free.
       __syncthreads();
       if (block + Shape::kStages - 1 < piece.end) load(block + Shape::kStages - 1);
       copy_async_commit();

@@ -1,4 +1,4 @@
-// SDDMM's tiles by wgmma. Its instructions exist for compute capability 9.0 alone (sm_90a).
+// SDDMM's tiles by wgmma. These instructions exist only on compute capability 9.0 (sm_90a).
 #include "cuda/sddmm_wgmma.cuh"
 
 namespace rosa::cuda {

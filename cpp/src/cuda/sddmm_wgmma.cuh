@@ -1,16 +1,16 @@
-// Tile, for compute capability 9.0: products by wgmma, operands brought by bulk copies.
+// The tile kernel for compute capability 9.0: wgmma multiplies, and bulk copies load the operands.
 //
-// One warp does nothing but order copies, up to four line blocks ahead, across the ends of tiles
-// too; two warpgroups multiply. A line block of a tile is 1024 clocks of tensor cores, and at
-// 5.5 TB/s for 132 multiprocessors (an estimate) 2048 clocks of L2: what the consumers spend on
-// sampling, some 2500 clocks (an estimate), passes while the stages fill up again.
+// One warp only issues copies, up to four line blocks ahead, also across the ends of tiles. Two
+// warpgroups multiply. A line block of a tile takes 1024 clocks of tensor cores. It takes 2048
+// clocks of L2, at 5.5 TB/s for 132 multiprocessors (an estimate). The consumers spend about 2500
+// clocks on sampling (an estimate). The stages fill up again in that time.
 #pragma once
 
 #include "cuda/sddmm_wgmma.h"
 
 namespace rosa::cuda {
 
-// A stage of the ring, and how many times (mod 2) the ring was gone through.
+// A stage of the ring, and the number of completed rounds of the ring, modulo 2.
 struct RingPlace {
   int stage = 0;
   uint32_t round = 0;
@@ -25,7 +25,7 @@ struct RingPlace {
 
 // Shared memory of a block.
 struct WgmmaShared {
-  unsigned char* stages;  // A's run, then B's, in wgmma's swizzled order as the panels are
+  unsigned char* stages;  // A's run, then B's, swizzled like the panels, as wgmma reads them
   float* sample;          // kRows x kSampleCols
   uint64_t* full;         // per stage: its bytes have landed
   uint64_t* empty;        // per stage: every consumer warp is done with it
@@ -38,8 +38,8 @@ struct WgmmaShared {
         empty(full + WgmmaTile::kStages) {}
 };
 
-// The producer, one thread. A stage is written by bulk copies and read by wgmma, both of the
-// asynchronous proxy, so handing it over needs no proxy fence.
+// The producer, which is one thread. Bulk copies write a stage and wgmma reads it. Both belong to
+// the asynchronous proxy, so no proxy fence is needed between them.
 __device__ __forceinline__ void fill_stages(const TileArgs& args, const WgmmaShared& shared) {
   RingPlace place;
   for (TilePiece piece = first_piece(args); piece.begin < piece.end; next_piece(args, piece)) {
@@ -64,10 +64,10 @@ __device__ __forceinline__ void fill_stages(const TileArgs& args, const WgmmaSha
   }
 }
 
-// sums = the products of `blocks` line blocks, the next ones in the ring, for this warpgroup's 64
-// rows. One group of wgmmas is under way while the next one is issued; when that has been done, the
-// stage of the first is given back. Every warp answers for itself: what wgmma_wait says of one
-// warp's products it does not say of the others'.
+// sums = the products of the next `blocks` line blocks in the ring, for this warpgroup's 64 rows.
+// One group of wgmmas is under way while the next one is issued. Once the older group is done, its
+// stage is given back. Every warp gives a stage back for itself, because wgmma_wait covers only the
+// calling warp's products.
 template <class T>
 __device__ __forceinline__ void multiply(float (&sums)[128], const WgmmaShared& shared,
                                          RingPlace& place, int32_t blocks, int group,
@@ -95,19 +95,19 @@ __device__ __forceinline__ void multiply(float (&sums)[128], const WgmmaShared& 
   if (elected) mbarrier_arrive(&shared.empty[before]);
 }
 
-// Keeps the listed nonzeros of a piece, a quarter of the tile's columns at a time. A tile has some
-// 360 to 2000 of them: a consumer looks at two to eight codes, four times, and waits for their way
-// from L2 once.
+// Keeps the listed nonzeros of a piece, a quarter of the tile's columns at a time. A tile has about
+// 360 to 2000 of them. So a consumer thread reads two to eight codes for each quarter, and waits
+// for L2 only once.
 __device__ __forceinline__ void sample_quarters(const TileArgs& args, const TilePiece& piece,
                                                 int32_t begin, int32_t count,
                                                 const float (&sums)[128], float* sample) {
   constexpr int kBarrier = 1, kThreads = WgmmaTile::kConsumers;
   constexpr uint32_t kWidth = WgmmaTile::kSampleCols, kQuarters = WgmmaTile::kCols / kWidth;
-  constexpr int kAhead = 4;  // codes that a thread has on their way at once
+  constexpr int kAhead = 4;  // codes that a thread loads at once
   constexpr uint32_t kNoCode = 1u << 31;
   const int thread = threadIdx.x, lane = thread % kWarp, row = thread / kWarp * 16 + lane / 4;
-  // Half a warp stores to four rows of eight columns. The XOR sends these to different banks, where
-  // padding would take 4 KiB that there are not.
+  // Half a warp stores to four rows of eight columns. The XOR puts these into different banks.
+  // Padding would do the same, but takes 4 KiB that are not free.
   float* to = sample + row * kWidth + lane % 4 * 2;
   const int swizzle = row % 4 * 8;
   float* partial = args.partial + piece.slice * args.heavy_nnz + begin;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void sample_quarters(const TileArgs& args, const Tile
   for (uint32_t quarter = 0; quarter < kQuarters; ++quarter) {
     named_barrier_sync(kBarrier, kThreads);  // nobody reads the last quarter any more
 #pragma unroll
-    for (uint32_t q = 0; q < kQuarters; ++q) {  // registers have no run-time index
+    for (uint32_t q = 0; q < kQuarters; ++q) {  // registers cannot be indexed at run time
       if (q != quarter) continue;
 #pragma unroll
       for (uint32_t j = 0; j < kWidth / 8; ++j) {
@@ -156,7 +156,8 @@ __global__ void __launch_bounds__(WgmmaTile::kThreads, 1) sddmm_wgmma_kernel(Til
       mbarrier_init(&shared.empty[stage], WgmmaTile::kConsumers / kWarp);
     }
     fence_barrier_init();
-    // Bulk copies count their bytes by the asynchronous proxy, which sees the barriers only now.
+    // Bulk copies count their bytes through the asynchronous proxy. It sees the barriers only after
+    // this fence.
     fence_proxy_async();
   }
   __syncthreads();
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(WgmmaTile::kThreads, 1) sddmm_wgmma_kernel(Til
   const bool elected = threadIdx.x % kWarp == 0;
   RingPlace place;
   for (TilePiece piece = first_piece(args); piece.begin < piece.end; next_piece(args, piece)) {
-    // Loaded now, they have come when the products are done.
+    // Both are loaded now, so that they have arrived when the products are done.
     const int32_t begin = args.tile_begin[piece.tile];
     const int32_t count = args.tile_begin[piece.tile + 1] - begin;
     float sums[128];

@@ -1,4 +1,4 @@
-// SpMM: which kernel, how it is divided, and where its scratch lies.
+// SpMM: the choice of a kernel, the division of a call, and the addresses of its scratch.
 #include <cmath>
 
 #include "arena.h"
@@ -17,15 +17,16 @@ int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 
 // ---- slots in shared memory ----------------------------------------------------------------
 
-// Slots of 16 bytes win at any number of tokens; a block of compute capability 9.0 has room for
-// those of 13,000 columns. Narrower ones mean as many more passes over the CSR arrays: beyond these
-// numbers of tokens, gathering lines reads less, and the launch of its pack no longer matters
-// (estimates).
+// Slots of 16 bytes are best at any number of tokens. A block of compute capability 9.0 has room
+// for such slots of 13,000 columns. Narrower slots need proportionally more passes over the CSR
+// arrays. Beyond these numbers of tokens, gathering lines reads less, and the launch of its pack no
+// longer matters (estimates).
 constexpr int64_t kMostTokensOfSlots8 = 512;
 constexpr int64_t kMostTokensOfSlots4 = 64;
-// The static shared memory of a block with 16-byte slots; with others it has less. The dynamic one
-// begins at a multiple of 1024. On compute capability 9.0 the compiler counts 1 KiB more as static,
-// which the system keeps; should the runtime do so too, it is here.
+// The static shared memory of a block with 16-byte slots. Blocks with other slots have less.
+// Dynamic shared memory begins at a multiple of 1024. On compute capability 9.0 the compiler counts
+// 1 KiB more as static, which the system keeps. The last term allows for a runtime that counts it
+// too.
 template <class T>
 constexpr int64_t kStagedStatic =
     (sizeof(StagedShared<T, kPerVec16<T>>) + 1023) / 1024 * 1024 + 1024;
@@ -39,7 +40,7 @@ template <class T>
 StagedChoice choose_slots(int64_t cols, int64_t tokens, const DeviceProperties& device) {
   for (int bytes = 16; bytes >= 4; bytes /= 2) {
     const int64_t per_slot = bytes / static_cast<int64_t>(sizeof(T));
-    if (bytes > 4 && tokens <= per_slot / 2) continue;  // half of it would be empty
+    if (bytes > 4 && tokens <= per_slot / 2) continue;  // half of the slot would be empty
     const int64_t shared = slots_for(cols) * bytes;
     if (shared + kStagedStatic<T> > device.shared_bytes) continue;
     if (bytes == 8 && tokens > kMostTokensOfSlots8) break;
@@ -61,10 +62,10 @@ void launch_staged(StagedArgs& args, int64_t nnz, const StagedChoice& choice,
   const int64_t groups = divide_up(args.tokens, kTokens);
   const int64_t shared = choice.shared_bytes + kStagedStatic<T>;
   const int64_t per_sm = smaller(blocks_per_multiprocessor(shared, device), 2);
-  // More parts of the rows divide the work, but each reads all of b again, so the sum of both times
-  // is least at a square root. In ns: an entry or a row takes a multiprocessor 0.1 clocks and 0.03
-  // more a token, and L2 delivers 5.5 TB/s over all of them (estimates). At 4096 x 4096 and 0.6 %
-  // these are 56 parts for 2 tokens, 41 for 8, 14 for 64.
+  // More parts of the rows divide the work, but each part reads all of b again. The sum of both
+  // times is least at a square root. Times are in ns. An entry or a row takes a multiprocessor 0.1
+  // clocks, and 0.03 more per token. L2 delivers 5.5 TB/s to all of them (estimates). At 4096 x
+  // 4096 and 0.6 % this gives 56 parts for 2 tokens, 41 for 8, and 14 for 64.
   const double work_ns = (0.06 + 0.018 * kTokens) * static_cast<double>(nnz + args.rows);
   const double stage_ns = static_cast<double>(larger(args.cols, 1) * kTokens * item) / 5500.0 *
                           static_cast<double>(groups);
@@ -73,8 +74,8 @@ void launch_staged(StagedArgs& args, int64_t nnz, const StagedChoice& choice,
   parts = larger(smaller(parts, args.rows), 1);
   args.share = (nnz + args.rows) / parts;
 
-  // All warps that a multiprocessor holds at 64 registers, in one block or in two; fewer where
-  // there is not an entry or a store of staging for every thread.
+  // As many warps as a multiprocessor holds at 64 registers, in one block or in two. Fewer if there
+  // is not an entry or a store of staging for every thread.
   const bool alone = per_sm == 1 || parts * groups <= device.multiprocessors;
   const int64_t most = alone ? kStagedMostThreads : kStagedMostThreads / 2;
   const int64_t useful = nnz / parts + choice.shared_bytes / 16;
@@ -141,13 +142,13 @@ void run_staged(const CsrView& pattern, const VectorView& values, const MatrixVi
 
 // ---- lines ---------------------------------------------------------------------------------
 
-// Blocks along y of the grids, which count the lines of a chunk.
+// Maximum blocks along y of the grids. They are the lines of a chunk.
 constexpr int64_t kMostLines = 65535;
 
-// Tokens go chunk by chunk, so that the panels stay within bounds.
+// Tokens are processed in chunks, which bounds the size of the panels.
 struct Schedule {
-  bool packed;         // else b is read in place
-  bool through_panel;  // results too form a panel first
+  bool packed;         // otherwise b is read in place
+  bool through_panel;  // results go through a panel, too
   int64_t lines, chunk_lines;
   void *panel_b, *panel_c;
 };
@@ -223,8 +224,8 @@ void run_gather(const Schedule& s, const CsrView& pattern, const PlanView& plan,
     args.c_token_stride = c.col_stride;
     args.rows = pattern.rows;
     args.tokens = chunk.tokens;
-    // Whole lines of the output where there are blocks enough for that: four to a multiprocessor,
-    // twice over.
+    // A block takes kGatherRows rows, and so writes whole lines of the output, if there are enough
+    // blocks for that: two rounds of four blocks per multiprocessor.
     args.rows_per_block = kGatherRows;
     while (args.rows_per_block > 16 &&
            divide_up(pattern.rows, args.rows_per_block) * chunk.lines < 8 * device.multiprocessors)
@@ -317,13 +318,13 @@ void check_operands(SpmmVariant variant, const CsrView& pattern, const PlanView&
   check(b.dtype != DType::kFloat64, "spmm: expected float32, bfloat16 or float16 on CUDA");
   check_plan(plan, pattern);
   if (variant != SpmmVariant::kTile) return;
-  check(!plan.empty(), "spmm: expected a tile plan for the kernel of tiles");
-  check(b.dtype != DType::kFloat32, "spmm: expected bfloat16 or float16 for the kernel of tiles");
+  check(!plan.empty(), "spmm: expected a tile plan for the tile kernel");
+  check(b.dtype != DType::kFloat32, "spmm: expected bfloat16 or float16 for the tile kernel");
   check(plan.tile_rows == kSpmmTileRows && (plan.tile_cols == 128 || plan.tile_cols == 256),
         "spmm: expected a plan of 128 x 128 or 128 x 256 tiles");
 }
 
-// Slots need no scratch.
+// Whether the kernel with slots serves the call. It needs no scratch.
 bool stages(SpmmVariant variant, const StagedChoice& choice) {
   return variant == SpmmVariant::kGather && choice.slot_bytes > 0;
 }
@@ -349,7 +350,7 @@ void spmm(SpmmVariant variant, const CsrView& pattern, const PlanView& plan,
   check_operands(variant, pattern, plan, b, c);
   check_values(values, b.dtype, pattern.nnz);
   check(variant != SpmmVariant::kTile || values.dtype == b.dtype,
-        "spmm: expected values of b's dtype for the kernel of tiles");
+        "spmm: expected values of b's dtype for the tile kernel");
   if (c.rows == 0 || c.cols == 0) return;
 
   const DeviceGuard guard(device);

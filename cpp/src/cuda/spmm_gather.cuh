@@ -1,9 +1,10 @@
-// SpMM from 128-byte lines of b, packed or in place: for what does not fit into shared memory.
+// SpMM from 128-byte lines of b, packed or in place. It serves a b that does not fit into shared
+// memory.
 //
 // A block owns consecutive rows and one line of tokens (64 of a 16-bit type). Eight lanes read one
-// entry's line, so a warp has four entries at a time and 16 loads of 16 bytes a step. One line and
-// not more per warp, because the lines that neighbouring blocks read at one time then stay small
-// enough for L1 to catch some, and the product is bound by L2 either way.
+// entry's line. So a load of a warp reads four entries, and a step of four loads reads 16. A warp
+// takes only one line. The lines that neighbouring blocks read at one time are then few enough for
+// L1 to catch some. The product is bound by L2 either way.
 #pragma once
 
 #include "cuda/lines.h"
@@ -13,15 +14,16 @@
 namespace rosa::cuda {
 
 constexpr int kGatherRowsThreads = 256;
-constexpr int kGatherRows = 64;  // the most of a block
-// Said to ptxas, which left to itself takes 48 registers for compute capability 9.0 and issues one
-// load at a time. With these, four are under way and nothing spills.
+constexpr int kGatherRows = 64;  // maximum rows of a block
+// Blocks per multiprocessor, stated for ptxas. Otherwise ptxas takes 48 registers on compute
+// capability 9.0 and issues one load at a time. With these numbers four loads are under way, and
+// nothing spills.
 template <class T>
 constexpr int kGatherRowsBlocksPerSm = sizeof(T) == 4 ? 3 : 4;
 
 struct GatherRowsArgs {
   const int32_t *crow, *col;
-  const int32_t* position;  // of a column in the lines, or null: its own
+  const int32_t* position;  // of a column in the lines; null: the column itself
   const void* values;
   int64_t value_stride;
   Lines b;
@@ -31,8 +33,9 @@ struct GatherRowsArgs {
   int rows_per_block;
 };
 
-// Adds value * line for `count` entries, each lane's own (index, value) being one of them. kLanes
-// lanes, 16 bytes each, read the line of one entry; four rounds of loads go before the products.
+// Adds value * line for `count` entries. Each lane's own (index, value) is one of them. kLanes
+// lanes read the line of one entry, 16 bytes each. Four rounds of loads are issued before the
+// products.
 template <class T, int kLanes>
 __device__ __forceinline__ void gather_entries(float (&sums)[kPerVec16<T>], const Lines& lines,
                                                int64_t block, int32_t segment, int32_t index,
@@ -40,7 +43,7 @@ __device__ __forceinline__ void gather_entries(float (&sums)[kPerVec16<T>], cons
   constexpr unsigned kAll = 0xffffffffu;
   constexpr int kAtOnce = kWarp / kLanes, kRounds = 4;
   const int mine = threadIdx.x % kWarp / kLanes;
-  // kFull: without a bounds test a load, which ptxas would take as a reason to wait for each.
+  // kFull omits the bounds test of each load. With the test, ptxas would wait for each load.
   const auto add = [&](int first, auto full) {
     constexpr bool kFull = decltype(full)::value;
     uint4 loaded[kRounds];
@@ -50,7 +53,7 @@ __device__ __forceinline__ void gather_entries(float (&sums)[kPerVec16<T>], cons
       const int entry = first + round * kAtOnce + mine;
       const int32_t at = __shfl_sync(kAll, index, entry % kWarp);
       factor[round] = __shfl_sync(kAll, value, entry % kWarp);
-      // No entry, no line: 0 times the Inf of a row that nothing refers to would be NaN.
+      // A missing entry reads no line: 0 times an Inf in a row that nothing refers to would be NaN.
       loaded[round] = make_uint4(0, 0, 0, 0);
       if (kFull || entry < count) loaded[round] = *lines.segment(block, at, segment);
     }
@@ -85,7 +88,7 @@ __global__ void __launch_bounds__(kGatherRowsThreads, kGatherRowsBlocksPerSm<T>)
   const int64_t first_row = int64_t{blockIdx.x} * args.rows_per_block;
   const int rows = static_cast<int>(min(int64_t{args.rows_per_block}, args.rows - first_row));
   const int tokens = static_cast<int>(min(int64_t{kTokens}, args.tokens - line * kTokens));
-  // Lanes beyond the last segment read that one again; what they sum is not stored.
+  // Lanes past the last segment read that segment again. Their sums are not stored.
   const int32_t segment =
       static_cast<int32_t>(min(int64_t{lane % kSegments}, args.b.segments - 1 - line * kSegments));
 
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(kGatherRowsThreads, kGatherRowsBlocksPerSm<T>)
       }
       gather_entries<T, kSegments>(sums, args.b, line, segment, index, value, left);
     }
-    // Of a segment's tokens each of the four lanes that read it keeps a quarter.
+    // Four lanes have read each segment. Each of them keeps the sums of a quarter of its tokens.
     exchange_halves<kPer>(sums, 16);
     exchange_halves<kPer / 2>(sums, 8);
     const int first_token = lane % kSegments * kPer + lane / kSegments % 2 * (kPer / 4) +

@@ -1,11 +1,12 @@
-// How the warps of a block share the rows of a chunk of SpMM's output, and how that leaves.
+// How the warps of a block share the rows of a chunk of SpMM's output, and how they store the
+// chunk.
 //
-// A block owns consecutive rows, because a token-major output written row by row in any other order
-// costs a 32-byte sector per element: 16 times the bytes, at 8192 tokens more than the gathers
-// themselves (an estimate). So rows are not swizzled over the grid; instead every block lists its
-// own: rows worth a whole warp, long ones cut so that all warps share them, and short ones, four to
-// a warp. Warps then take tasks from a counter. Who computes a row changes from run to run, how it
-// is summed does not.
+// A block owns consecutive rows. In any other order, writing a token-major output row by row costs
+// a 32-byte sector per element. That is 16 times the bytes, and at 8192 tokens more than the
+// gathers themselves (an estimate). So rows are not swizzled over the grid. Instead every block
+// lists its own rows. A long row takes a whole warp, and the longest rows are cut so that all warps
+// share them. Short rows go four to a warp. Warps then take tasks from a counter. The warp that
+// computes a row changes from run to run. The order of its sum does not.
 #pragma once
 
 #include "cuda/numeric.h"
@@ -16,19 +17,20 @@ namespace rosa::cuda {
 struct alignas(16) RowTask {
   int32_t begin, end;
   int32_t row;    // in the chunk
-  int32_t piece;  // -1: the whole row
+  int32_t piece;  // -1 for the whole row
 };
 
 struct CutRow {
   int32_t row, first_piece, end_piece;
 };
 
-// The lists of one chunk, in shared memory. Counters exist twice, for even and for odd chunks: one
-// set is cleared while the other is in use.
+// The lists of one chunk, in shared memory. There are two sets of counters, for even and for odd
+// chunks. One set is cleared while the other is in use.
 template <int kMostRows, int kMostWarps>
 struct RowTasks {
-  // A piece has at least the share of one warp, and only rows of more than two pieces' entries are
-  // cut: fewer than half as many rows as there are warps, into fewer than 3/2 pieces a warp.
+  // A piece has at least the share of one warp, and only rows with more than two pieces' entries
+  // are cut. So fewer rows are cut than half the number of warps, into fewer than 3/2 pieces per
+  // warp.
   static constexpr int kMostPieces = kMostWarps * 3 / 2;
   static constexpr int kMostCuts = kMostWarps / 2;
 
@@ -44,11 +46,11 @@ struct RowTasks {
   }
 };
 
-// Rows of less are not cut: a warp reads so many entries in 4 to 16 steps.
+// The fewest entries of a piece; shorter rows are not cut. A warp reads this many in 4 to 16 steps.
 constexpr int kLeastPiece = 128;
 
-// All threads of a block list the rows of a chunk; a barrier must follow. Rows of at most
-// `narrow_limit` entries become narrow tasks; on_empty(row) takes those without any.
+// All threads of a block list the rows of a chunk. A barrier must follow. Rows of at most
+// `narrow_limit` entries become narrow tasks. on_empty(row) handles rows without entries.
 template <int kMostRows, int kMostWarps, class OnEmpty>
 __device__ __forceinline__ void list_rows(RowTasks<kMostRows, kMostWarps>& tasks, int parity,
                                           const int32_t* crow, int rows, int narrow_limit,
@@ -80,7 +82,7 @@ __device__ __forceinline__ void list_rows(RowTasks<kMostRows, kMostWarps>& tasks
   }
 }
 
-// A warp's next task, or a number beyond the last one.
+// The number of a warp's next task. If no task is left, the number is past the last one.
 template <class Tasks>
 __device__ __forceinline__ int take_task(Tasks& tasks, int parity) {
   int taken = 0;
@@ -103,14 +105,14 @@ __device__ __forceinline__ void join_pieces(const Tasks& tasks, int cuts,
   }
 }
 
-// Where a chunk of the output goes.
+// Where a chunk of the output is stored.
 template <class T>
 struct RowsOut {
   T* first;  // of the chunk
   int64_t row_stride, token_stride;
 };
 
-// Stores a chunk of results along the dimension that is contiguous in memory, or nearest to it.
+// Stores a chunk of results along the dimension with the smaller stride.
 template <class T, int kTokens, int kStride>
 __device__ __forceinline__ void store_rows(const T (&out)[kTokens][kStride], const RowsOut<T>& to,
                                            int rows, int tokens) {
@@ -128,8 +130,8 @@ __device__ __forceinline__ void store_rows(const T (&out)[kTokens][kStride], con
   }
 }
 
-// Halves of the lanes exchange what the other half goes on with: of kCount sums a lane keeps
-// kCount / 2, the upper ones where its bit `offset` is set.
+// Two halves of the lanes exchange the sums that the other half continues with. Of kCount sums, a
+// lane keeps kCount / 2. It keeps the upper ones if its bit `offset` is set.
 template <int kCount>
 __device__ __forceinline__ void exchange_halves(float* sums, int offset) {
   const bool upper = threadIdx.x & offset;

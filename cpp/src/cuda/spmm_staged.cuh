@@ -1,12 +1,9 @@
-// SpMM with a few tokens of all of b in shared memory: one launch, no plan, no scratch.
+// SpMM with a few tokens of all of b in shared memory. It needs one launch, no plan and no scratch.
 //
-// A column's tokens form a slot of at most 16 bytes, so an entry costs one load of a slot and the
-// products with all its tokens. Against gathering 128-byte lines from L2, the bytes that pass
-// through it are a block's copy of b, read once, and 6 to 8 bytes of the CSR arrays an entry, in
-// place of two to four an entry and token; slots at random meet 2.7-fold bank conflicts (expected
-// value), which leaves some 24 products of 16-bit elements a clock and multiprocessor, twice what
-// L2 feeds (5.5 TB/s). And at 1 to 64 tokens it saves the launch of a pack, 2.5 us, which is more
-// than everything else takes. All of that is estimated.
+// The tokens of a column form a slot of at most 16 bytes. An entry costs one load of a slot and the
+// products with all its tokens. That is about twice as fast as gathering 128-byte lines from L2. At
+// 1 to 64 tokens it also saves the launch of a pack, 2.5 us, which is more than everything else
+// takes. These are estimates: see docs/cuda-kernels.md, "SpMM from slots in shared memory".
 #pragma once
 
 #include "cuda/lines.h"
@@ -16,9 +13,10 @@
 namespace rosa::cuda {
 
 constexpr int kStagedMostThreads = 1024;
-// Rows of a chunk, after which results leave.
+// Rows of a chunk. Results are stored after each chunk.
 constexpr int kStagedRows = 512;
-// Rows of at most so many are summed by a quarter of a warp each, in one step of four loads a lane.
+// Rows of at most this many entries are summed by a quarter of a warp each, in one step of four
+// loads per lane.
 constexpr int kStagedNarrow = 32;
 constexpr int kStagedUnroll = 4;
 
@@ -37,7 +35,7 @@ struct StagedArgs {
   void* c;
   int64_t c_row_stride, c_token_stride;
   int64_t rows, tokens;
-  int64_t share;  // of rows plus entries, of each part of the rows
+  int64_t share;  // rows plus entries of each part of the rows
   int32_t cols;
   Staging staging;
 };
@@ -51,17 +49,17 @@ struct alignas(kTokens * sizeof(T)) Slot {
   uint32_t word[kWords];
 };
 
-// Where the slot of a column lies: the low bits are XORed with higher ones, so that threads that
-// write slots of neighbouring octets at once meet no bank conflicts.
+// The place of a column's slot. The low bits are XORed with higher ones. So threads that write
+// slots of neighbouring octets at the same time have no bank conflicts.
 template <int kBytes>
 __device__ __forceinline__ int32_t slot_of(int32_t col) {
   constexpr int kShift = kBytes == 16 ? 3 : kBytes == 8 ? 4 : 5;  // slots in 128 bytes
   return col ^ ((col >> kShift) & 7);
 }
-// The XOR stays within groups of eight.
+// The number of slots is a multiple of eight, because the XOR stays within groups of eight.
 inline int64_t slots_for(int64_t cols) { return (cols + 7) / 8 * 8; }
 
-// Columns [begin, args.cols), element by element.
+// Stages columns [begin, args.cols), element by element.
 template <class T, int kTokens>
 __device__ __forceinline__ void stage_elements(const StagedArgs& args, Slot<T, kTokens>* slots,
                                                const T* b, int tokens, int32_t begin, int thread,
@@ -81,7 +79,7 @@ __device__ __forceinline__ void stage_elements(const StagedArgs& args, Slot<T, k
   }
 }
 
-// 16 bytes of consecutive columns of every token, transposed in registers.
+// Stages 16 bytes of consecutive columns of every token, transposed in registers.
 template <class T, int kTokens>
 __device__ __forceinline__ void stage_columns(const StagedArgs& args, Slot<T, kTokens>* slots,
                                               const T* b, int tokens, int thread, int threads) {
@@ -127,8 +125,8 @@ __device__ __forceinline__ void stage_slots(const StagedArgs& args, Slot<T, kTok
 }
 
 // The first row of a part, for all lanes of a warp. Parts have about equal sums of rows and
-// entries: two steps of 32 samples find the boundary to a 1024th of the rows. A full search would
-// make every block wait for one or two loads more.
+// entries. Two steps of 32 samples find the boundary to a 1024th of the rows. A full search would
+// make every block wait for one or two more loads.
 __device__ __forceinline__ int64_t first_row_of_part(const StagedArgs& args, uint32_t part,
                                                      uint32_t parts) {
   if (part == 0) return 0;
@@ -139,7 +137,7 @@ __device__ __forceinline__ int64_t first_row_of_part(const StagedArgs& args, uin
   for (int step = 0; step < 2; ++step) {
     const int64_t sample = begin + (end - begin) * lane / kWarp;
     const bool before = args.crow[sample] + sample <= target;
-    const int count = __popc(__ballot_sync(0xffffffffu, before));  // lane 0's always is
+    const int count = __popc(__ballot_sync(0xffffffffu, before));  // at least 1: lane 0's
     const int64_t span = end - begin;
     end = begin + span * count / kWarp;
     begin += span * (count - 1) / kWarp;
@@ -147,8 +145,9 @@ __device__ __forceinline__ int64_t first_row_of_part(const StagedArgs& args, uin
   return begin;
 }
 
-// Entries first, first + kStep, ... below `end`, kStagedUnroll of them: all indices and values are
-// loaded before the slots, all slots before the products. kFull: there are so many.
+// Adds entries first, first + kStep, ..., kStagedUnroll of them, as far as their offset is below
+// `left`. All indices and values are loaded before the slots, and all slots before the products.
+// kFull: none of them is missing.
 template <class T, class V, int kTokens, int kStep, bool kFull>
 __device__ __forceinline__ void add_entries(float (&sums)[kTokens], const StagedArgs& args,
                                             const Slot<T, kTokens>* slots, int64_t first,
@@ -167,7 +166,8 @@ __device__ __forceinline__ void add_entries(float (&sums)[kTokens], const Staged
   }
 #pragma unroll
   for (int u = 0; u < kStagedUnroll; ++u) {
-    // No entry, no slot: 0 times the Inf of a column that nothing refers to would be NaN.
+    // A missing entry reads no slot: 0 times an Inf in a column that nothing refers to would be
+    // NaN.
     slot[u] = {};
     if (kFull || u * kStep < left) slot[u] = slots[slot_of<ThisSlot::kBytes>(col[u])];
   }
@@ -186,7 +186,7 @@ __device__ __forceinline__ void add_entries(float (&sums)[kTokens], const Staged
   }
 }
 
-// The sums of eight lanes; lane l of them keeps token l / (8 / kTokens), in sums[0].
+// Sums over eight lanes. Lane l of them keeps token l / (8 / kTokens), in sums[0].
 template <int kTokens>
 __device__ __forceinline__ void reduce_eight(float (&sums)[kTokens]) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -201,7 +201,7 @@ __device__ __forceinline__ void reduce_eight(float (&sums)[kTokens]) {
   if constexpr (kTokens <= 4) sums[0] += __shfl_xor_sync(kAll, sums[0], 1);
 }
 
-// What a block keeps beside its slots, in static shared memory.
+// What a block holds in static shared memory, beside its slots.
 template <class T, int kTokens>
 struct StagedShared {
   using Tasks = RowTasks<kStagedRows, kStagedMostThreads / kWarp>;
@@ -215,7 +215,7 @@ struct StagedShared {
 template <class T, class V, int kTokens>
 __global__ void __launch_bounds__(kStagedMostThreads) spmm_staged_kernel(StagedArgs args) {
   using ThisSlot = Slot<T, kTokens>;
-  constexpr int kLanes = 8;                         // of a narrow row
+  constexpr int kLanes = 8;                         // per narrow row
   constexpr int kLanesPerToken = kLanes / kTokens;  // after reducing
   ROSA_DYNAMIC_SHARED(dynamic);
   using Shared = StagedShared<T, kTokens>;

@@ -1,14 +1,15 @@
-// SpMM on the tensor cores: a strip of the permuted mask times 128 tokens per block.
+// SpMM on the tensor cores. A block multiplies a strip of the permuted mask with 128 tokens.
 //
 // The heavy tiles of the strip are written out in shared memory as dense ones, 128 columns at a
-// time, and multiplied with the panel of b (mma.sync); the strip's light entries are added from the
-// same panel, so every result has one owner. Zeros are multiplied too: Inf or NaN in b shows in
-// rows that do not refer to it.
+// time. They are multiplied with the panel of b (mma.sync). The strip's light entries are added
+// from the same panel, so every result has one owner. Zeros are multiplied too: Inf or NaN in b
+// reaches rows that do not refer to it.
 //
-// A strip's rows are scattered over the output. Row-major, each is stored where it belongs. Token-
-// major, one element at a time would write 32 bytes for 2; so results form a panel of lines, which
-// spmm_unpermute_kernel transposes: at 4096 rows and 8192 tokens 67 MB written and read again,
-// about 30 us, in place of 1 GB of sectors in L2, about 200 us (estimates).
+// A strip's rows are scattered over the output. If c is row-major, each row is stored where it
+// belongs. If c is token-major, storing one element at a time would write 32 bytes for 2. So
+// results first form a panel of lines, which spmm_unpermute_kernel transposes. At 4096 rows and
+// 8192 tokens, 67 MB are written and read again in about 30 us. Direct stores would write 1 GB of
+// sectors in L2 in about 200 us (estimates).
 #pragma once
 
 #include "cuda/lines.h"
@@ -22,12 +23,13 @@ constexpr int kSpmmTileThreads = 256;
 constexpr int kSpmmTileRows = 128;
 constexpr int kSpmmTileTokens = 128;  // two lines
 constexpr int kSlabCols = 128;        // columns written out at a time
-constexpr int kStepCols = 64;         // of which the panel of b comes
+constexpr int kStepCols = 64;         // columns of b that are loaded at a time
 
-// One block's shared memory: two slabs (one being multiplied, one being written), two steps of b,
-// 96 KiB in all. That is two blocks a multiprocessor of compute capability 9.0, and the most a
-// block may have on 8.6 and 8.9. Afterwards the sums lie there, eight floats of padding a row
-// against bank conflicts, and where each row's light entries begin and end.
+// One block's shared memory: two slabs (one is multiplied, one is written) and two steps of b, 96
+// KiB in all. A multiprocessor of compute capability 9.0 holds two such blocks. 8.6 and 8.9 hold
+// one, and give a block at most 99 KiB. After the products, the same memory holds the sums, with
+// eight floats of padding per row against bank conflicts. It also holds the begin and end of each
+// row's light entries.
 constexpr int kSlabBytes = kSpmmTileRows * kSlabCols * 2;
 constexpr int kStepBytes = kStepCols * kSpmmTileTokens * 2;
 constexpr int kSpmmTileSharedBytes = 2 * kSlabBytes + 2 * kStepBytes;
@@ -36,8 +38,8 @@ constexpr int kSumBytes = kSpmmTileRows * kSumStride * 4;
 static_assert(kSumBytes + 2 * kSpmmTileRows * 4 <= kSpmmTileSharedBytes, "sums replace the stages");
 
 struct SpmmTileArgs {
-  // Of the plan.
-  int32_t tile_cols, tile_col_bits;  // a power of two, and which one
+  // From the plan.
+  int32_t tile_cols, tile_col_bits;  // a power of two, and its exponent
   int32_t active_rows, active_cols, padded_rows;
   const int32_t *tile, *tile_begin, *strip_tile, *strip_light;
   const int32_t *code, *entry, *light_row, *light_col;
@@ -49,15 +51,15 @@ struct SpmmTileArgs {
   int64_t value_stride;
   Lines b;  // panel
   int64_t lines, tokens;
-  uint32_t token_blocks;  // of kSpmmTileTokens; blocks are (strip, token block), the latter fastest
-  uint32_t strip_blocks;  // strips * token_blocks; blocks beyond clear empty rows
-  unsigned char* panel;   // of results, lines [line][row position]; null: into c at once
+  uint32_t token_blocks;  // of kSpmmTileTokens; blocks: (strip, token block), token block fastest
+  uint32_t strip_blocks;  // strips * token_blocks; later blocks clear empty rows
+  unsigned char* panel;   // of results, [line][row position]; null: straight into c
   void* c;
   int64_t rows, c_row_stride, c_token_stride;
 };
 
-// Where element (row, col) of a slab lies: two halves of 64 columns, each of 128-byte rows whose
-// segments are XORed with the row, as ldmatrix wants them.
+// The place of element (row, col) in a slab. A slab has two halves of 64 columns, with rows of 128
+// bytes. The segments of a row are XORed with the row, so that ldmatrix has no bank conflicts.
 __device__ __forceinline__ int slab_offset(int row, int col) {
   return col / kStepCols * (kSlabBytes / 2) + row * kLineBytes +
          ((col % kStepCols / 8) ^ (row % 8)) * kSegmentBytes + col % 8 * 2;
@@ -87,8 +89,8 @@ __device__ __forceinline__ void fill_slab(const SpmmTileArgs& args, unsigned cha
   }
 }
 
-// Starts the copy of two lines of 64 columns. Columns beyond the last active one were never packed:
-// they are zeroed, because a NaN there would survive being multiplied by zero.
+// Starts the copy of two lines of 64 columns. Columns past the last active one were never packed.
+// They are zeroed, because a NaN there would survive the multiplication by zero.
 __device__ __forceinline__ void load_step(const SpmmTileArgs& args, unsigned char* step,
                                           int64_t line, int32_t first_col) {
   constexpr int kSegmentsOfLine = kStepCols * kSegments;
@@ -96,7 +98,7 @@ __device__ __forceinline__ void load_step(const SpmmTileArgs& args, unsigned cha
   for (int i = 0; i < 2 * kSegmentsOfLine / kSpmmTileThreads; ++i) {
     const int at = threadIdx.x + i * kSpmmTileThreads;
     const int col = at / kSegments % kStepCols;
-    // An odd last line is read twice; what the second one sums is not stored.
+    // If the number of lines is odd, the last one is read twice. The second sums are not stored.
     const int64_t of_line = min(line + at / kSegmentsOfLine, args.lines - 1);
     const unsigned char* from = args.b.base + of_line * args.b.block_stride +
                                 int64_t{first_col} * kLineBytes +
@@ -105,7 +107,7 @@ __device__ __forceinline__ void load_step(const SpmmTileArgs& args, unsigned cha
   }
 }
 
-// Four consecutive tokens of one row: eight bytes.
+// Stores four consecutive tokens of one row, eight bytes.
 template <class T>
 __device__ __forceinline__ void store_four(const SpmmTileArgs& args, int64_t position,
                                            int64_t token, const float (&sums)[4]) {
@@ -130,7 +132,7 @@ __device__ __forceinline__ void store_four(const SpmmTileArgs& args, int64_t pos
     if (token + u < args.tokens) to[u * args.c_token_stride] = from_float<T>(sums[u]);
 }
 
-// Rows without a nonzero are in no strip.
+// Clears rows without a nonzero, which are in no strip.
 template <class T>
 __device__ __forceinline__ void clear_empty_rows(const SpmmTileArgs& args, uint32_t block) {
   const int64_t first_row = int64_t{block / args.token_blocks} * kSpmmTileRows;
@@ -143,8 +145,8 @@ __device__ __forceinline__ void clear_empty_rows(const SpmmTileArgs& args, uint3
   }
 }
 
-// Adds the light entries of the strip's rows to their sums and stores the results. A warp has a row
-// at a time; 16 lanes read the two lines of one entry.
+// Adds the light entries of the strip's rows to their sums and stores the results. A warp takes one
+// row at a time. 16 lanes read the two lines of one entry.
 template <class T>
 __device__ __forceinline__ void finish_rows(const SpmmTileArgs& args, int32_t strip,
                                             int64_t token_block, const float* sums,
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kSpmmTileThreads, 2) spmm_tile_kernel(SpmmTile
   const int32_t strip = static_cast<int32_t>(blockIdx.x / args.token_blocks);
   const int64_t token_block = blockIdx.x % args.token_blocks;
 
-  // Steps of 64 columns, two to a slab, one or two slabs to a tile.
+  // A step has 64 columns. A slab has two steps, and a tile has one or two slabs.
   const int32_t slabs_of_tile = args.tile_cols / kSlabCols;
   const int32_t first_tile = args.strip_tile[strip];
   const int32_t slab_count = (args.strip_tile[strip + 1] - first_tile) * slabs_of_tile;
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(kSpmmTileThreads, 2) spmm_tile_kernel(SpmmTile
   for (int32_t step = 0; step < 2 * slab_count; ++step) {
     const int32_t slab = step / 2;
     copy_async_wait<0>();
-    // This step and its slab are there for every thread; the step and the slab before are free.
+    // This step and its slab have landed for every thread. The previous step and slab are free.
     __syncthreads();
     if (step + 1 < 2 * slab_count) load(step + 1);
     copy_async_commit();
@@ -231,14 +233,14 @@ __global__ void __launch_bounds__(kSpmmTileThreads, 2) spmm_tile_kernel(SpmmTile
       fill(slab + 1);
     }
 
-    // The lines that this lane hands to ldmatrix: rows of the slab, and columns of b, whose tokens
+    // The lines that this lane passes to ldmatrix: rows of the slab, and columns of b, whose tokens
     // are transposed on the way.
     const unsigned char* a_half = slabs + slab % 2 * kSlabBytes + step % 2 * (kSlabBytes / 2);
     const unsigned char* b_line =
         steps + step % 2 * kStepBytes + warp_token / kTokensPerLine<T> * (kStepBytes / 2);
     const int a_row = warp_row + lane % 16, a_segment = lane / 16;
     const int b_col = lane % 16, b_segment = warp_token % kTokensPerLine<T> / 8 + lane / 16;
-#pragma unroll 2  // four of them do not fit into 128 registers
+#pragma unroll 2  // four do not fit into 128 registers
     for (int i = 0; i < kStepCols / 16; ++i) {
       uint32_t a[kFragmentsA][4], b[kFragmentsB / 2][4];
 #pragma unroll
@@ -285,11 +287,12 @@ __global__ void __launch_bounds__(kSpmmTileThreads, 2) spmm_tile_kernel(SpmmTile
   finish_rows<T>(args, strip, token_block, all_sums, light_begin, light_end);
 }
 
-// From the panel of results to c, 64 rows and one line of tokens a block.
+// Arguments of the copy from the panel of results to c. A block copies 64 rows and one line of
+// tokens.
 struct UnpermuteArgs {
   const unsigned char* panel;
   int32_t padded_rows;
-  const int32_t* position;  // of a row, -1 where empty
+  const int32_t* position;  // of a row, -1 if it is empty
   void* c;
   int64_t rows, tokens, row_stride, token_stride;
 };
@@ -297,7 +300,7 @@ struct UnpermuteArgs {
 constexpr int kUnpermuteThreads = 256;
 constexpr int kUnpermuteRows = 64;
 
-// Blocks: (blocks of rows, lines). Word: an element's bits, 16 of them.
+// Blocks: (blocks of rows, lines). Word holds the 16 bits of an element.
 template <class Word>
 __global__ void __launch_bounds__(kUnpermuteThreads) spmm_unpermute_kernel(UnpermuteArgs args) {
   static_assert(sizeof(Word) == 2, "two elements to a register");

@@ -1,10 +1,10 @@
-// Stream-K: the work of all tiles in equal contiguous ranges, one per block of the grid.
+// Stream-K divides the work of all tiles into equal contiguous ranges, one per block of the grid.
 //
 // A unit is one tile times one line block of tokens. Real masks have 10-80 heavy tiles and an H200
-// 132 multiprocessors: one tile per block would leave half of them idle. A tile that is cut gets
-// one slice of partial sums per block that worked on it, numbered in token order; every (tile,
-// slice) has one writer and the slices are added in order, so the result is a function of plan,
-// chunk and grid alone.
+// has 132 multiprocessors, so one tile per block would leave half of them idle. If a tile is cut,
+// each block that works on it has one slice of partial sums. Slices are numbered in token order.
+// Every (tile, slice) has one writer, and the slices are added in order. So the result depends only
+// on plan, chunk and grid.
 #pragma once
 
 #include "cuda/platform.h"
@@ -21,7 +21,7 @@ struct StreamK {
   __host__ __device__ __forceinline__ int64_t owner(int64_t unit) const {
     return ((unit + 1) * blocks - 1) / units;
   }
-  // No run of `length` units is worked on by more blocks than this.
+  // The maximum number of blocks that work on any run of `length` units.
   int64_t most_owners(int64_t length) const {
     const int64_t fewest = units / blocks;
     return (length - 1 + fewest - 1) / fewest + 1;

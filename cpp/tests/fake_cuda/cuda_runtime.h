@@ -1,6 +1,6 @@
-// As much of the CUDA runtime as cuda/platform.h calls, on the host: what a launch asks for is
-// recorded, and refused where a device would refuse it. Kernels do not run; the emulator in simt/
-// is for that, and does not see these calls.
+// A stand-in for the part of the CUDA runtime that cuda/platform.h calls. It records what a launch
+// asks for, and refuses what a device would refuse. It runs no kernels. The emulator in simt/ runs
+// them, and does not use this runtime.
 #pragma once
 
 #include <cstddef>
@@ -48,14 +48,14 @@ namespace fake_cuda {
 
 using Kernel = const void*;
 
-// One process's runtime, whose tests write and read it between their calls.
+// The state of the runtime. Tests read and write it between their calls.
 struct Runtime {
   std::mutex mutex;
-  int optin_bytes = 232448;                     // what a block may have with permission
-  std::map<Kernel, size_t> static_bytes;        // of kernels, 0 by default
-  std::map<std::pair<Kernel, int>, int> limit;  // by kernel and device, once set
+  int optin_bytes = 232448;                     // shared memory of a block that opted in
+  std::map<Kernel, size_t> static_bytes;        // static shared memory of kernels, 0 by default
+  std::map<std::pair<Kernel, int>, int> limit;  // of dynamic shared memory, by kernel and device
   int limits_set = 0, attributes_read = 0, launches = 0;
-  unsigned last_attributes = 0;  // of the last launch
+  unsigned last_attributes = 0;  // number of attributes of the last launch
   cudaError_t sticky = cudaSuccess;
 };
 inline Runtime runtime;

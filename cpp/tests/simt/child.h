@@ -1,4 +1,5 @@
-// Deeds that a sanitizer ends the process for, done by a child: the test calls itself again.
+// Misdeeds for which a sanitizer ends the process. A child process commits them: the test starts
+// itself again.
 #pragma once
 
 #include <cstdio>
@@ -26,12 +27,12 @@ constexpr Sanitizer kSanitizer = Sanitizer::kNone;
 struct Misdeed {
   const char* name;
   Sanitizer catcher;
-  int (*commit)();  // returns what it read, so that the reading is not optimised away
+  int (*commit)();  // returns what it read, so that the read is not optimised away
 };
 
 constexpr int kUncaught = 42;
 
-// In the child.
+// The child calls this.
 template <int kCount>
 int commit(const Misdeed (&misdeeds)[kCount], const std::string& name) {
   for (const Misdeed& misdeed : misdeeds) {
@@ -44,7 +45,7 @@ int commit(const Misdeed (&misdeeds)[kCount], const std::string& name) {
   return 1;
 }
 
-// In the parent.
+// The parent calls this.
 template <int kCount>
 void expect_caught(const Misdeed (&misdeeds)[kCount], const std::string& executable) {
   for (const Misdeed& misdeed : misdeeds) {

@@ -1,4 +1,4 @@
-// Barriers, and what lanes of a warp do together.
+// Barriers, and collective operations of a warp.
 #include <cstring>
 
 #include "simt/ptx.h"
@@ -7,7 +7,7 @@
 namespace rosa::simt {
 namespace {
 
-// What a lane brings to a collective and takes away.
+// The argument and the result of one lane in a collective.
 struct Lane {
   uint64_t value;
   int source;  // of a shuffle: the lane in the warp, or -1 for its own value
@@ -77,9 +77,9 @@ void warp_collective(const char* operation, uint32_t mask, void* exchange, Compl
 
 namespace {
 
-// What ThreadSanitizer orders the arrival that is about to be made by: the same for all lanes of
-// `mask`, and different from the one of the collective before. None can come to the next one before
-// all have come to this one, so counting arrivals tells them apart.
+// The address by which ThreadSanitizer orders the next arrival. It is the same for all lanes of
+// `mask`, and differs from the address of the previous collective. No lane can reach the next
+// collective before all lanes have reached this one, so counting arrivals tells the two apart.
 void* sync_point(Block& block, int warp_index, uint32_t mask) {
   if (block.sync == nullptr) return nullptr;
   const tsan::Quiet quiet;
@@ -131,7 +131,7 @@ uint64_t shuffle(ShuffleKind kind, uint32_t mask, uint64_t value, int operand, i
       break;
     case ShuffleKind::kXor:
       operation = "__shfl_xor_sync";
-      // Segments before one's own may be read, later ones not.
+      // A lane may read segments before its own, but not later ones.
       if ((lane ^ operand) < segment + width) mine.source = lane ^ operand;
       break;
   }
@@ -297,8 +297,9 @@ void named_barrier(int barrier, int threads, bool wait, Where where) {
 
 void yield(bool always) { here().yield(always); }
 
-// Of two threads with fences, the later one sees what the earlier one wrote: more than fences alone
-// promise, but enough to keep ThreadSanitizer from reporting what atomics order.
+// After a fence, a thread sees everything that other threads wrote before their earlier fences.
+// That is more than fences promise. It keeps ThreadSanitizer from reporting accesses that atomics
+// order.
 void fence() {
   uint64_t* const point = &here().launch_sync->fence;
   tsan::acquire(point);

@@ -1,8 +1,8 @@
-// Copies that go on while their thread does, and the barriers in shared memory that await them.
+// Asynchronous copies, and the barriers in shared memory that await them.
 //
-// A copy lands at a random moment between its issue and the wait that covers it: early, so that a
-// stage refilled too soon spoils what others still read; or late, so that a missing wait reads what
-// was there before.
+// A copy lands at a random moment between its issue and the wait that covers it. If it lands early,
+// a stage that is refilled too soon spoils what others still read. If it lands late, a missing wait
+// reads the old contents.
 #include <algorithm>
 #include <cstring>
 
@@ -93,9 +93,9 @@ constexpr int kMostArrivals = (1 << 14) - 1, kMostBytes = (1 << 20) - 1;
 struct Barrier {
   uint64_t tag : 12;
   uint64_t phase : 1;
-  uint64_t arrivals : 14;  // of a phase
-  uint64_t missing : 14;   // of this phase
-  int64_t bytes : 23;      // announced less landed
+  uint64_t arrivals : 14;  // expected in each phase
+  uint64_t missing : 14;   // not yet made in this phase
+  int64_t bytes : 23;      // announced minus landed
 };
 static_assert(sizeof(Barrier) == 8, "a barrier has eight bytes");
 
@@ -182,7 +182,7 @@ void mbarrier_wait(uint64_t* address, uint32_t parity, Where where) {
   Block& block = *thread.owner;
   if (parity > 1) block.fail(where, "mbarrier_wait with parity " + std::to_string(parity));
   block.yield(false);
-  // Checked again when woken: the phase after may have ended too, as on a GPU.
+  // A woken thread checks again. The next phase may have ended too, as on a GPU.
   while (load_checked(address, where).phase == parity) {
     thread.mbarrier = address;
     ++block.at_mbarrier;
@@ -252,7 +252,8 @@ void land_bulk_copy(Block& block, size_t index) {
     return;
   }
   if (barrier.bytes - copy.bytes < -kMostBytes) {
-    block.record(block.error_at(thread, copy.where, "bulk copies that nobody announced"));
+    block.record(
+        block.error_at(thread, copy.where, "bulk copies landed more bytes than were announced"));
     return;
   }
   barrier.bytes -= copy.bytes;

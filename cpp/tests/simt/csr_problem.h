@@ -1,4 +1,4 @@
-// What the tests of the emulated csr_add_, csr_gather and csr_scatter_ share.
+// Shared by the tests of the emulated csr_add_, csr_gather and csr_scatter_.
 #pragma once
 
 #include <string>
@@ -11,8 +11,8 @@
 
 namespace rosa::test {
 
-// Beside patterns(): rows with more entries than a block takes, many with hardly any, and enough
-// rows that a search needs several steps.
+// patterns() and more. Some rows have more entries than one block takes, and many rows have hardly
+// any. Some patterns have so many rows that the search for a row needs several steps.
 inline const std::vector<Pattern>& entry_patterns() {
   static const std::vector<Pattern> all = [] {
     std::vector<Pattern> all = patterns();
@@ -33,8 +33,8 @@ inline std::string describe(const Pattern& pattern, Types types, Layout w, Layou
          std::to_string(static_cast<int>(w)) + "/" + std::to_string(static_cast<int>(values));
 }
 
-// test(pattern, types, layout of w, layout of the values, turn) for types that CUDA has, every w
-// layout before `w_layouts` and values layout before `value_layouts`.
+// Calls test(pattern, types, layout of w, layout of the values, turn) for all types that CUDA has.
+// It covers the first `w_layouts` layouts of w and the first `value_layouts` layouts of the values.
 template <class Test>
 void sweep_entries(int w_layouts, int value_layouts, Test test) {
   int64_t turn = 0;
@@ -55,7 +55,7 @@ void sweep_entries(int w_layouts, int value_layouts, Test test) {
   }
 }
 
-// Rows [begin, end) of a pattern as a pattern of its own: crow_indices[0] is not 0.
+// Rows [begin, end) of a pattern, as a pattern of their own. Its crow_indices[0] is not 0.
 struct Slab {
   const Pattern& pattern;
   int64_t begin, end;

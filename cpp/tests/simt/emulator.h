@@ -1,13 +1,15 @@
-// Runs CUDA kernels on the CPU: the same text that nvcc compiles for a GPU, compiled by a C++
-// compiler, one block at a time on an operating-system thread, its CUDA threads as fibers on it.
+// Runs CUDA kernels on the CPU. A C++ compiler compiles the text that nvcc compiles for a GPU. An
+// operating-system thread runs one block at a time. The block's CUDA threads are fibers on it.
 //
-// The order in which threads run follows a seed (set_seed): in order, or at random so that warps
-// drift apart, which is what makes a missing barrier show. Memory that a kernel may not rely on
-// holds NaN. What would be undefined on a GPU is an Error that names block, thread and line: a
-// divergent barrier, a lane that is named in a mask but does not come, a deadlock, an address that
-// is not shared memory, a launch beyond the limits.
+// A seed (set_seed) decides the order in which threads run. With seed 0 they run in order.
+// Otherwise they run at random, so that warps drift apart and a missing barrier shows. Memory that
+// a kernel may not rely on holds NaN. What is undefined on a GPU is an Error that names block,
+// thread and line. Examples are a divergent barrier, a lane that a mask names but that does not
+// come, and a deadlock. An address that is not shared memory and a launch beyond the limits are
+// errors, too.
 //
-// Not modelled: speed, caches, bank conflicts, waiting for other blocks of the same launch.
+// The emulator does not model speed, caches, bank conflicts, or waiting for other blocks of the
+// same launch. docs/emulator.md describes it.
 #pragma once
 
 #include <cmath>
@@ -26,7 +28,7 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A line of a kernel. As a default argument, `Where where = Where::here()` is the caller's.
+// A line of a kernel. The default argument `Where where = Where::here()` is the caller's line.
 struct Where {
   const char* file;
   int line;
@@ -37,33 +39,36 @@ struct Where {
 
 // ---- launches -------------------------------------------------------------------------------
 
-// For launches by this operating-system thread. 0: threads run in order; otherwise at random.
+// Sets the seed of launches by this operating-system thread. With 0, threads run in order. With any
+// other seed they run at random.
 void set_seed(uint64_t seed);
 uint64_t seed();
-// Blocks executed at once, for launches by this operating-system thread; 0: as many as the machine
-// has cores. Small grids run on the calling thread all the same.
+// Sets how many blocks run at once in launches by this operating-system thread. 0 is the number of
+// cores. Small grids always run on the calling thread.
 void set_blocks_at_once(int blocks);
 
-constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of a block, compute capability 9.0
-// Of its static part; of both parts together where a launch may not use more.
+constexpr int64_t kMaxSharedBytes = 227 * 1024;  // of a block at compute capability 9.0
+// The limit of the static part. It is also the limit of static and dynamic parts together, unless a
+// launch is allowed more.
 constexpr int64_t kDefaultSharedBytes = 48 * 1024;
 constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxGridYZ = 65535;
 
-// What a block of the device may have, for launches by this operating-system thread (any device
-// gives kDefaultSharedBytes); returns what it was. At first it is kMaxSharedBytes.
+// Sets how much shared memory the device gives a block, for launches by this operating-system
+// thread. The initial value is kMaxSharedBytes, the least kDefaultSharedBytes. Returns the previous
+// value.
 int64_t set_shared_bytes(int64_t bytes);
-// Lets this thread's next launch, and no other, use that much instead of kDefaultSharedBytes.
+// Lets only this thread's next launch use all of it, instead of kDefaultSharedBytes.
 void allow_shared_memory();
 
 struct KernelCall {
   void (*run)(const void* kernel);
   const void* kernel;
-  bool early;  // must call wait_for_kernel_ahead
+  bool early;  // every thread must call wait_for_kernel_ahead
 };
 void launch(dim3 blocks, dim3 threads, int64_t shared_bytes, KernelCall call);
 
-// Runs kernel() for every thread; returns when the grid is done.
+// Runs kernel() for every thread, and returns when the grid is done.
 template <class Kernel>
 void launch(dim3 blocks, dim3 threads, int64_t shared_bytes, const Kernel& kernel,
             bool early = false) {
@@ -87,7 +92,7 @@ inline thread_local ThreadIndex* running = nullptr;
 unsigned char* dynamic_shared();
 void* static_shared(const void* declaration, int64_t bytes, Where where);
 
-// `declaration` is a lambda expression: every one has a type of its own.
+// `declaration` is a lambda expression, because every lambda has a type of its own.
 template <class T, class Declaration>
 T& static_shared(Declaration, Where where = Where::here()) {
   static_assert(std::is_trivially_default_constructible_v<T>, "shared memory is not initialised");
@@ -99,7 +104,7 @@ T& static_shared(Declaration, Where where = Where::here()) {
 // ---- collectives ----------------------------------------------------------------------------
 
 void sync_warp(uint32_t mask, Where where);
-// One of: each thread's count of nonzero predicates, whether all are, whether any is.
+// __syncthreads. The second function returns to every thread the number of nonzero predicates.
 void sync_threads(Where where);
 int sync_threads_count(int predicate, Where where);
 
@@ -111,7 +116,7 @@ uint32_t match_any(uint32_t mask, uint64_t value, Where where);
 enum class ReduceKind { kAdd, kMin, kMax, kAnd, kOr, kXor };
 uint64_t reduce(ReduceKind kind, bool is_signed, uint32_t mask, uint32_t value, Where where);
 
-// Lets other threads run; `always` also in order.
+// Lets other threads run: at random in a random schedule, and in any schedule if `always`.
 void yield(bool always);
 void fence();
 void trap(Where where);
@@ -134,7 +139,7 @@ uint64_t bits_of(T value) {
   return bits;
 }
 
-// Reads, then stores change(old) unless somebody was faster.
+// Stores change(old) atomically, and returns old.
 template <class T, class Change>
 T atomic_change(T* address, Change change) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32 or 64 bits");
@@ -166,7 +171,7 @@ T atomic_change(T* address, Change change) {
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
-// An array in the middle of a function cannot tell the emulator where it is.
+// The emulator cannot learn the address of a plain array in a function.
 #define __shared__ \
   static_assert(false, "declare shared memory with ROSA_SHARED(name, type), see platform.h");
 
@@ -301,7 +306,7 @@ T atomicCAS(T* address, T expected, T value) {
       address, [=](T old) { return std::memcmp(&old, &expected, sizeof(T)) == 0 ? value : old; });
 }
 
-// Loads and stores that say what caches should keep.
+// Loads and stores with cache hints, which the emulator ignores.
 template <class T>
 T __ldg(const T* from) {
   return *from;
@@ -338,7 +343,8 @@ constexpr int __ffsll(long long x) { return __builtin_ffsll(x); }
 constexpr unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32);
 }
-// Four bytes out of the eight of y:x, named by the low three bits of the selector's digits.
+// Selects four of the eight bytes of y:x. The low three bits of each hexadecimal digit of the
+// selector name a byte.
 constexpr unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   unsigned result = 0;
@@ -365,7 +371,7 @@ inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fmaf(x, y, z); }
 
-// CUDA's min and max take any two numbers.
+// CUDA's min and max take two numbers of any types.
 template <class X, class Y>
 constexpr std::common_type_t<X, Y> min(X x, Y y) {
   using Both = std::common_type_t<X, Y>;

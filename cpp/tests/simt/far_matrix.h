@@ -1,4 +1,4 @@
-// A matrix whose elements lie further apart than 32-bit offsets reach.
+// A matrix whose elements lie farther apart than 32-bit offsets reach.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,7 +16,7 @@ class FarMatrix {
  public:
   static constexpr int64_t kFar = (int64_t{1} << 30) + 8;  // elements; aligned for any kernel
 
-  // `far_rows`: rows are far apart and columns consecutive; otherwise the other way round.
+  // If `far_rows`, rows are far apart and columns are consecutive. Otherwise columns are far apart.
   FarMatrix(DType dtype, int64_t rows, int64_t cols, bool far_rows)
       : view_{nullptr, dtype, rows, cols, far_rows ? kFar : 1, far_rows ? 1 : kFar},
         bytes_((far_rows ? rows : cols) * kFar * item_size(dtype)) {

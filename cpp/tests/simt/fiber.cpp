@@ -11,7 +11,7 @@
 #error "compile the emulator with -fno-sanitize=thread: it tells ThreadSanitizer what kernels do"
 #endif
 
-// Of whatever sanitizer is linked in; without one they are null.
+// Functions of the sanitizer that is linked in. Without a sanitizer they are null.
 extern "C" {
 __attribute__((weak)) void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom,
                                                           size_t size);
@@ -34,10 +34,11 @@ __attribute__((weak)) void AnnotateIgnoreWritesEnd(const char* file, int line);
 namespace rosa::simt {
 namespace {
 
-// Virtual until touched. Kernels keep a few KiB of arrays there, more where nothing is optimised.
+// A stack takes memory only where it is touched. Kernels keep a few KiB of arrays there, and more
+// without optimisation.
 constexpr size_t kStackBytes = 256 * 1024;
 
-// Of the switch under way.
+// The two contexts of the switch under way.
 thread_local Context* left = nullptr;
 thread_local Context* entered = nullptr;
 
@@ -53,8 +54,8 @@ void arrive(void* fake_stack) {
 
 #if ROSA_SIMT_OWN_SWITCH
 
-// Saves what a called function must preserve, changes stacks, restores. A fiber's first switch
-// returns into its entry.
+// Saves the registers that a called function must preserve, changes stacks, and restores them. The
+// first switch to a fiber returns into its entry function.
 extern "C" void rosa_simt_switch(void** from, void* to);
 asm(R"(
 .text
@@ -96,7 +97,7 @@ void switch_context(Context& from, Context& to) {
 }
 
 Fiber::Fiber(Main main, int number) : identity(tsan::create()), main_(main) {
-  // The page below the stack stays inaccessible: running out of stack is a fault.
+  // The page below the stack stays inaccessible, so that a stack overflow is a fault.
   const size_t page = page_bytes();
   memory_ = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -106,7 +107,7 @@ Fiber::Fiber(Main main, int number) : identity(tsan::create()), main_(main) {
   size = kStackBytes - static_cast<size_t>(number) * 320 % 4096 / 64 * 64;
 #if ROSA_SIMT_OWN_SWITCH
   void** top = reinterpret_cast<void**>(low + size);
-  *--top = nullptr;  // where enter() would return to: ends backtraces, and aligns its frame
+  *--top = nullptr;  // enter()'s return address: null ends backtraces, and aligns its frame
   *--top = reinterpret_cast<void*>(&Fiber::enter);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   stack_pointer = top;

@@ -1,10 +1,11 @@
-// Fibers: stacks that one operating-system thread switches between, and what sanitizers must be
-// told about that.
+// Fibers: stacks that one operating-system thread switches between. The sanitizers are told of
+// every switch.
 #pragma once
 
 #include <cstddef>
 
-// By hand, a thread passes a barrier in 25 ns; with ucontext, which makes system calls, in 280 ns.
+// With the assembly switch, a thread passes a barrier in 25 ns. With ucontext, which makes system
+// calls, it takes 280 ns.
 #if defined(__x86_64__) && !defined(ROSA_SIMT_UCONTEXT)
 #define ROSA_SIMT_OWN_SWITCH 1
 #else
@@ -14,7 +15,7 @@
 
 namespace rosa::simt {
 
-// Where a stack was left.
+// The place at which a stack was left.
 struct Context {
 #if ROSA_SIMT_OWN_SWITCH
   void* stack_pointer = nullptr;
@@ -34,14 +35,14 @@ class Fiber : public Context {
  public:
   using Main = void (*)(Fiber&);
 
-  // `main` never returns. `number` spreads the stacks' tops over the cache's sets: at the same
-  // offset into its mapping, every stack would compete for the same few lines.
+  // `main` never returns. `number` shifts the top of the stack, so that stacks are spread over the
+  // cache's sets. Without the shift, all stacks would compete for the same few lines.
   Fiber(Main main, int number);
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  void* thread = nullptr;  // whom it serves
+  void* thread = nullptr;  // the emulated thread that it runs
   void* const identity;    // for ThreadSanitizer
 
  private:
@@ -51,8 +52,8 @@ class Fiber : public Context {
   void* memory_;
 };
 
-// ThreadSanitizer's idea of a thread, null without it. Switching makes no thread happen before
-// another: only barriers do, as on a GPU.
+// ThreadSanitizer's handles of threads. They are null without ThreadSanitizer. A switch does not
+// make one thread happen before another. Only barriers do, as on a GPU.
 namespace tsan {
 
 bool active();
@@ -65,8 +66,8 @@ void acquire(void* address);
 void read(const void* address, size_t bytes);
 void write(void* address, size_t bytes);
 
-// While it lives, ThreadSanitizer does not look. For what the emulator keeps for itself: only one
-// emulated thread runs at a time, whatever ThreadSanitizer is told.
+// While it lives, ThreadSanitizer ignores accesses. It is for the emulator's own data, on which
+// there are no races: only one emulated thread runs at a time, whatever ThreadSanitizer is told.
 class Quiet {
  public:
   Quiet();

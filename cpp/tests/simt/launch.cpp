@@ -25,12 +25,12 @@ struct Launch {
 
   std::mutex mutex;
   uint64_t next = 0;             // position of the next block to run
-  uint64_t failed = UINT64_MAX;  // the lowest position that did
+  uint64_t failed = UINT64_MAX;  // the lowest position of a block that failed
   std::exception_ptr error;
   LaunchSync sync = {};
 
-  // Blocks depend on no order, so the random schedule has one of its own: from a random block on,
-  // with a stride that meets every block.
+  // Blocks may run in any order. A random schedule starts at a random block, and takes a stride
+  // that meets every block.
   uint64_t block_at(uint64_t position) const {
     if (seed == 0) return position;
     Random random(seed);
@@ -51,8 +51,8 @@ struct Launch {
       uint64_t position;
       {
         const std::lock_guard<std::mutex> lock(mutex);
-        // Blocks before the one that failed are still run: which error is reported does not depend
-        // on who was faster.
+        // Blocks before the failed one are still run. So the error that is reported does not depend
+        // on which block was faster.
         if (next == total || next > failed) break;
         position = next++;
       }
@@ -74,7 +74,7 @@ struct Launch {
   }
 };
 
-// The helpers of one launching thread; they sleep between launches.
+// The operating-system threads that help one launching thread. They sleep between launches.
 class Helpers {
  public:
   ~Helpers() {
@@ -98,7 +98,7 @@ class Helpers {
     wake_.notify_all();
     launch.run_blocks();
     std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0;  // who has not come yet need not
+    wanted_ = 0;  // helpers that have not begun are not needed any more
     done_.wait(lock, [this] { return busy_ == 0; });
     launch_ = nullptr;
   }
@@ -173,8 +173,8 @@ void launch(dim3 blocks, dim3 threads, int64_t shared_bytes, KernelCall call) {
   // Waking a helper takes as long as running a thousand threads.
   constexpr uint64_t kThreadsPerHelper = 4096;
   const uint64_t work = launch.total * threads.x * threads.y * threads.z;
-  // ThreadSanitizer sees races in the order of events, not in time, and slows down with every
-  // thread that there is.
+  // ThreadSanitizer finds races from the order of events, not from their timing, so one thread is
+  // enough. It slows down with every further thread.
   const int all = tsan::active() ? 1 : static_cast<int>(std::thread::hardware_concurrency());
   const uint64_t most =
       static_cast<uint64_t>(std::max(1, blocks_at_once > 0 ? blocks_at_once : all));

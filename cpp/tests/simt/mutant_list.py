@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A failed check of the tests, or an exception that none of them expects.
+# The message of a failed check, or of an exception that no test expects.
 ANY_FAILURE = r"\.(?:cpp|h|cu|cuh):\d+: |what\(\): "
 OUT_OF_BOUNDS = r"AddressSanitizer: "
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault.
+    """One fault in a kernel.
 
     Args:
-        name: Kernel and fault.
-        file: Below cpp/src.
-        original: Text that the file holds exactly once.
-        replacement: What stands there instead.
+        name: The kernel and the fault.
+        file: Path below cpp/src.
+        original: Text that occurs exactly once in the file.
+        replacement: The text that replaces it.
         test: The test that must fail, in cpp/tests/simt.
-        why: What goes wrong.
-        sanitizer: "" or "address".
-        seen_as: What the test's complaint must match.
+        why: What goes wrong in the kernel.
+        sanitizer: The sanitizer to build with: "" or "address".
+        seen_as: A pattern that the test's stderr must match.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Mutant:
 def out_of_bounds(
     name: str, file: str, original: str, replacement: str, test: str, why: str
 ) -> Mutant:
-    """A fault that only AddressSanitizer need see."""
+    """A fault that AddressSanitizer must find."""
     return Mutant(name, file, original, replacement, test, why, "address", OUT_OF_BOUNDS)
 
 
@@ -55,8 +55,8 @@ SDDMM_MUTANTS = [
     Mutant(
         "tile: missing barrier before a stage is read",
         TILE,
-        "one before it is free again.\n      __syncthreads();\n",
-        "one before it is free again.\n",
+        "      __syncthreads();\n      if (block + Shape::kStages - 1 < piece.end) load(",
+        "      if (block + Shape::kStages - 1 < piece.end) load(",
         SDDMM_TEST,
         "a warp reads what another one copies, or refills what another one reads",
     ),
@@ -80,8 +80,8 @@ SDDMM_MUTANTS = [
     Mutant(
         "tile: missing drain",
         TILE,
-        "    __syncthreads();  // the stages become the sampling area\n",
-        "",
+        "    copy_async_wait<0>();\n    __syncthreads();",
+        "    copy_async_wait<0>();\n",
         SDDMM_TEST,
         "sums overwrite stages that another warp still reads",
     ),
@@ -91,13 +91,13 @@ SDDMM_MUTANTS = [
         "    __syncthreads();\n    sample_tile<",
         "    sample_tile<",
         SDDMM_TEST,
-        "sums of other warps are read before they are there",
+        "sums of other warps are read before they are written",
     ),
     Mutant(
         "tile: missing barrier between tiles",
         TILE,
-        "    __syncthreads();  // the sampling area becomes stages again\n",
-        "",
+        "sampled, threadIdx.x);\n    __syncthreads();",
+        "sampled, threadIdx.x);\n",
         SDDMM_TEST,
         "copies of the next tile overwrite sums that are still read",
     ),
@@ -131,7 +131,7 @@ SDDMM_MUTANTS = [
         "    fence_proxy_async();\n",
         "",
         WGMMA_TEST,
-        "bulk copies may count their bytes on barriers that are not there yet",
+        "bulk copies may count their bytes on barriers that are not initialised yet",
     ),
     Mutant(
         "wgmma: empty stage not awaited",
@@ -188,7 +188,7 @@ SDDMM_MUTANTS = [
         "    wgmma_fence();\n",
         "",
         WGMMA_TEST,
-        "accumulators are not handed over",
+        "accumulators are not handed over to the wgmma",
     ),
     Mutant(
         "wgmma: products not awaited",
@@ -196,7 +196,7 @@ SDDMM_MUTANTS = [
         "  wgmma_wait<0>();\n",
         "",
         WGMMA_TEST,
-        "sums are read before they are there",
+        "sums are read before they are written",
     ),
     Mutant(
         "wgmma: wrong column step",
@@ -212,13 +212,13 @@ SDDMM_MUTANTS = [
         "    named_barrier_sync(kBarrier, kThreads);\n    for (int32_t first",
         "    for (int32_t first",
         WGMMA_TEST,
-        "sums of other warps are read before they are there",
+        "sums of other warps are read before they are written",
     ),
     Mutant(
         "wgmma: missing barrier between quarters",
         WGMMA,
-        "    named_barrier_sync(kBarrier, kThreads);  // nobody reads the last quarter any more\n",
-        "",
+        "++quarter) {\n    named_barrier_sync(kBarrier, kThreads);",
+        "++quarter) {\n",
         WGMMA_TEST,
         "a quarter is overwritten while it is read",
     ),
@@ -228,7 +228,7 @@ SDDMM_MUTANTS = [
         "  __syncthreads();\n  let_next",
         "  let_next",
         WGMMA_TEST,
-        "barriers are met before they are initialised",
+        "barriers are used before they are initialised",
     ),
     Mutant(
         "pack: missing barrier",
@@ -236,7 +236,7 @@ SDDMM_MUTANTS = [
         "  __syncthreads();\n  transpose_to_lines(",
         "  transpose_to_lines(",
         SDDMM_TEST,
-        "the tile is transposed before it is there",
+        "the tile is transposed before it is loaded",
     ),
     Mutant(
         "pack: wrong last row",
@@ -252,7 +252,7 @@ SDDMM_MUTANTS = [
         "const int64_t count = token < tokens ?",
         "const int64_t count = token <= tokens ?",
         SDDMM_TEST,
-        "a token that is not the chunk's is packed, of both operands",
+        "a token past the chunk's end is packed, in both operands",
         "address",
         rf"{OUT_OF_BOUNDS}|{ANY_FAILURE}",
     ),
@@ -262,7 +262,7 @@ SDDMM_MUTANTS = [
         "                                  (s ^ (p & 7)) * kSegmentBytes);",
         "                                  (s ^ (p & 3)) * kSegmentBytes);",
         SDDMM_TEST,
-        "half the lines are not in the order that they are read in",
+        "half of the lines are packed in another order than they are read in",
     ),
     out_of_bounds(
         "pack: reads past a row",
@@ -296,7 +296,7 @@ SDDMM_MUTANTS = [
         "  if (lane >= count) return;\n",
         "  if (lane > count) return;\n",
         SDDMM_TEST,
-        "one lane too many stores",
+        "one lane too many stores its sum",
     ),
     Mutant(
         "gather: wrong row of a nonzero",
@@ -371,7 +371,7 @@ SPMM_MUTANTS = [
         "  __syncthreads();\n\n  if (cuts > 0) {",
         "  if (cuts > 0) {",
         SPMM_TEST,
-        "results of other warps are read before they are there",
+        "results of other warps are read before they are written",
     ),
     Mutant(
         "spmm gather: wrong tail of a row",
@@ -379,29 +379,29 @@ SPMM_MUTANTS = [
         "if (kFull || entry < count) loaded",
         "if (kFull || entry <= count) loaded",
         SPMM_TEST,
-        "column 0 is read for an entry that there is not: 0 times its Inf is NaN",
+        "column 0 is read for an entry that does not exist: 0 times its Inf is NaN",
     ),
     Mutant(
         "spmm staged: missing barrier after staging",
         SPMM_STAGED,
-        "  __syncthreads();\n\n  // Chunks of equal size.",
-        "  // Chunks of equal size.",
+        "    }\n  }\n  __syncthreads();\n\n  //",
+        "    }\n  }\n\n  //",
         SPMM_TEST,
-        "slots are read before they are there",
+        "slots are read before they are filled",
     ),
     Mutant(
         "spmm staged: missing barrier between chunks",
         SPMM_STAGED,
-        "    __syncthreads();  // the lists and the results give way to the next chunk's\n",
-        "",
+        "store_rows(shared.out, to, rows, tokens);\n    __syncthreads();",
+        "store_rows(shared.out, to, rows, tokens);\n",
         SPMM_TEST,
-        "the next chunk's rows are listed over results that have not left",
+        "the next chunk's rows are listed over results that have not been stored",
     ),
     Mutant(
         "spmm tile: missing barrier in the main loop",
         SPMM_TILE,
-        "the step and the slab before are free.\n    __syncthreads();\n",
-        "the step and the slab before are free.\n",
+        "    __syncthreads();\n    if (step + 1 < 2 * slab_count) load(",
+        "    if (step + 1 < 2 * slab_count) load(",
         SPMM_TEST,
         "a warp reads what another one copies, or refills what another one reads",
     ),
@@ -419,13 +419,13 @@ SPMM_MUTANTS = [
         "    clear_slab(slabs);\n    __syncthreads();\n",
         "    clear_slab(slabs);\n",
         SPMM_TEST,
-        "what one thread wrote into the slab another one clears",
+        "one thread clears what another thread wrote into the slab",
     ),
     Mutant(
         "spmm tile: missing drain",
         SPMM_TILE,
-        "  __syncthreads();  // the sums replace the slabs\n",
-        "",
+        "    }\n  }\n  __syncthreads();",
+        "    }\n  }\n",
         SPMM_TEST,
         "sums overwrite a slab that another warp still reads",
     ),
@@ -435,7 +435,7 @@ SPMM_MUTANTS = [
         "((col % kStepCols / 8) ^ (row % 8))",
         "((col % kStepCols / 8) ^ (row % 4))",
         SPMM_TEST,
-        "half the rows of a slab are not in the order that they are read in",
+        "half of the rows of a slab are stored in another order than they are read in",
     ),
     Mutant(
         "spmm tile: columns that were never packed",
@@ -477,7 +477,7 @@ SPMM_MUTANTS = [
         "    join_pieces(tasks, cuts, partial, out);\n    __syncthreads();\n",
         "    join_pieces(tasks, cuts, partial, out);\n",
         SPMM_TEST,
-        "joined rows leave before they are there",
+        "joined rows are stored before they are complete",
     ),
     Mutant(
         "spmm staged: missing barrier before the tasks",
@@ -493,7 +493,7 @@ SPMM_MUTANTS = [
         "    __syncthreads();\n\n    if (cuts > 0) {",
         "    if (cuts > 0) {",
         SPMM_TEST,
-        "results of other warps are read before they are there",
+        "results of other warps are read before they are written",
     ),
     Mutant(
         "spmm staged: missing barrier after joining",
@@ -501,7 +501,7 @@ SPMM_MUTANTS = [
         "shared.partial, shared.out);\n      __syncthreads();\n",
         "shared.partial, shared.out);\n",
         SPMM_TEST,
-        "joined rows leave before they are there",
+        "joined rows are stored before they are complete",
     ),
     Mutant(
         "spmm tile: missing barrier before the light entries",
@@ -509,7 +509,7 @@ SPMM_MUTANTS = [
         "= 0;\n  __syncthreads();\n  const int32_t begin = args.strip_light",
         "= 0;\n  const int32_t begin = args.strip_light",
         SPMM_TEST,
-        "where a row's light entries begin is cleared after it was found",
+        "the beginning of a row's light entries is cleared after it was found",
     ),
     Mutant(
         "spmm tile: missing barrier before the rows",
@@ -517,7 +517,7 @@ SPMM_MUTANTS = [
         "  __syncthreads();\n  finish_rows<T>",
         "  finish_rows<T>",
         SPMM_TEST,
-        "sums and light entries of other warps are read before they are there",
+        "sums and light entries of other warps are read before they are written",
     ),
     Mutant(
         "spmm unpermute: missing barrier",
@@ -525,7 +525,7 @@ SPMM_MUTANTS = [
         "  __syncthreads();\n  Word* c =",
         "  Word* c =",
         SPMM_TEST,
-        "the tile is transposed before it is there",
+        "the tile is transposed before it is loaded",
     ),
 ]
 
@@ -560,7 +560,7 @@ ENTRY_MUTANTS = [
         "    offsets[item] = args.col[t + item] * args.k;\n  }\n  __syncwarp(mask);\n",
         "    offsets[item] = args.col[t + item] * args.k;\n  }\n",
         BASELINES_TEST,
-        "what other lanes bring is used before it is there",
+        "the values that other lanes load are used before they are loaded",
     ),
     Mutant(
         "sputnik-style sddmm: missing __syncwarp",
@@ -568,13 +568,13 @@ ENTRY_MUTANTS = [
         "  __syncwarp(mask);\n",
         "",
         BASELINES_TEST,
-        "what other lanes bring is used before it is there",
+        "the values that other lanes load are used before they are loaded",
     ),
     Mutant(
         "sputnik-style spmm: missing __syncwarp after a tile",
         SPUTNIK_SPMM,
-        "    __syncwarp(mask);  // the last tile has been used\n",
-        "",
+        "const auto stage = [&] {\n    __syncwarp(mask);",
+        "const auto stage = [&] {\n",
         BASELINES_TEST,
         "a tile is overwritten while other lanes use it",
     ),
@@ -584,7 +584,7 @@ ENTRY_MUTANTS = [
         "    }\n    __syncwarp(mask);\n  };",
         "    }\n  };",
         BASELINES_TEST,
-        "a tile is used before other lanes have brought it",
+        "a tile is used before other lanes have loaded it",
     ),
     Mutant(
         "sputnik-style spmm: missing __syncwarp before the residue",

@@ -2,15 +2,16 @@
 """Plants faults into the CUDA kernels, one at a time, and expects the emulated tests to find each.
 
     python cpp/tests/simt/mutants.py                      # all of mutant_list.py
-    python cpp/tests/simt/mutants.py --only tile          # those whose name contains "tile"
+    python cpp/tests/simt/mutants.py --only tile          # mutants with "tile" in their names
     python cpp/tests/simt/mutants.py --sources cpp --build build/mutants
 
-A test that passes on broken kernels is worth nothing, and with barriers one cannot tell by looking:
-an emulator whose warps advance in step hides nearly every missing one. So each mutant replaces a
-piece of a kernel's text in a copy of its file, everything that includes it is compiled anew with
-the C++ compiler (CXX, or g++), and the named test runs until its first complaint. A mutant that
-survives is a failure; so is one whose text is no longer found exactly once, because its kernel has
-changed and it needs a new look.
+A test that passes on a broken kernel is worth nothing. With missing barriers, one cannot see by
+reading whether a test would fail: if warps advance in step, nearly every missing barrier is hidden.
+So each mutant replaces a piece of a kernel's text in a copy of its file. The C++ compiler (CXX, or
+g++) compiles every source that includes the file, and the mutant's test runs until its first error.
+
+A mutant that survives is a failure. So is a mutant whose text is not found exactly once: its kernel
+has changed, and the mutant must be adapted.
 """
 
 from __future__ import annotations
@@ -43,25 +44,25 @@ LIMIT_S = 600
 
 
 class Outcome(NamedTuple):
-    """What became of one mutant."""
+    """Whether one mutant was killed, and how."""
 
     killed: bool
     what: str
 
 
 class Failed(Exception):
-    """A compiler refused; the text is its message."""
+    """The compiler failed. The text is its message."""
 
 
 def run(command: Iterable[str | Path]) -> None:
-    """Runs a command that must succeed."""
+    """Runs a command, and raises Failed if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0:
         raise Failed(done.stderr[-4000:])
 
 
 class Objects:
-    """Compiled sources, kept from one call to the next, and rebuilt when something changed.
+    """Compiled sources. They are kept between calls, and rebuilt if a dependency has changed.
 
     Args:
         sources: The folder that holds src, include and tests.
@@ -77,7 +78,7 @@ class Objects:
         folder.mkdir(parents=True, exist_ok=True)
 
     def common(self) -> list[Path]:
-        """What every test is linked with: kernels, the emulator, the plan on the CPU."""
+        """The sources that every test is linked with: kernels, emulator, and CPU sources."""
         src, simt = self.sources / "src", self.sources / "tests" / "simt"
         return [
             *sorted((src / "cuda").rglob("*.cu")),
@@ -96,7 +97,7 @@ class Objects:
         return self.folder / ("_".join(source.relative_to(self.sources).parts) + ".o")
 
     def compile(self, source: Path, to: Path, first: Path | None = None) -> None:
-        """Compiles `source` with its dependencies beside it; headers in `first` win."""
+        """Compiles `source` and lists its dependencies. Headers in `first` take precedence."""
         include = [first] if first else []
         include += [self.sources / name for name in ("include", "src", "tests")]
         run(
@@ -109,13 +110,13 @@ class Objects:
         )
 
     def dependencies(self, source: Path) -> list[Path]:
-        """What the object of `source` was made from."""
+        """The files that the object of `source` was made from."""
         text = self.object_of(source).with_suffix(".d").read_text()
         names = text.partition(":")[2].replace("\\\n", " ").split()
         return [Path(name).resolve() for name in names]
 
     def stale(self, source: Path) -> bool:
-        """Whether there is no object, or something is newer."""
+        """Whether the object is missing or older than a dependency."""
         made = self.object_of(source)
         if not made.exists() or not made.with_suffix(".d").exists():
             return True
@@ -125,14 +126,14 @@ class Objects:
         )
 
     def update(self, tests: set[str]) -> None:
-        """Compiles whatever is stale of what these tests need."""
+        """Compiles the stale sources that these tests need."""
         wanted = [*self.common(), *(self.test(name) for name in sorted(tests))]
         stale = [source for source in wanted if self.stale(source)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda source: self.compile(source, self.object_of(source)), stale))
 
     def link(self, mutant: Mutant, scratch: Path) -> Path:
-        """The executable of the mutant's test, with the mutated file's copy in place of it."""
+        """The executable of the mutant's test, built with the mutated copy of its file."""
         original = self.sources / "src" / mutant.file
         copy = scratch / mutant.file
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ class Objects:
 
 
 def first_complaint(executable: Path, pattern: str) -> Outcome:
-    """Runs a test until it complains: what it says on stderr must match `pattern`."""
+    """Runs a test until its stderr matches `pattern`."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as said:
         test = subprocess.Popen([executable], stdout=subprocess.DEVNULL, stderr=said, text=True)
@@ -181,11 +182,11 @@ def first_complaint(executable: Path, pattern: str) -> Outcome:
 
 
 def plant(mutant: Mutant, objects: Objects) -> Outcome:
-    """Builds a mutant and runs its test."""
+    """Builds a mutant, and runs its test."""
     original = (objects.sources / "src" / mutant.file).read_text()
     found = original.count(mutant.original)
     if found != 1:
-        return Outcome(False, f"its text was found {found} times in {mutant.file}, expected once")
+        return Outcome(False, f"expected its text once in {mutant.file}, got it {found} times")
     with tempfile.TemporaryDirectory() as scratch:
         try:
             executable = objects.link(mutant, Path(scratch))

@@ -1,4 +1,4 @@
-// The emulator's version of every function of cuda/ptx.h, which says what each does.
+// The emulator's version of every function of cuda/ptx.h. That header documents the functions.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ inline uint32_t shared_address(const void* pointer, Where where = Where::here())
 }
 inline uint4 load_streaming(const uint4* from) { return *from; }
 
-// Launches never overlap here; but a kernel that was to begin early must wait in every thread.
+// Launches never overlap here. But every thread of a kernel that may begin early must still wait.
 inline void let_next_kernel_begin() {}
 inline void wait_for_kernel_ahead() { simt::wait_for_kernel_ahead(); }
 
@@ -90,7 +90,7 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, Where where = Wher
   simt::mbarrier_wait(barrier, parity, where);
 }
 inline void fence_barrier_init() {}
-// Of what the asynchronous proxy sees, initialised barriers alone are modelled.
+// The emulator models only one effect of this fence: that bulk copies see initialised barriers.
 inline void fence_proxy_async() { simt::fence_proxy_async(); }
 inline void copy_bulk_global_to_shared(void* shared, const void* global, int bytes,
                                        uint64_t* barrier, Where where = Where::here()) {

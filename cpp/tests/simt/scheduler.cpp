@@ -1,4 +1,4 @@
-// Which thread runs next, and what it means to wait and to exit.
+// The schedule: which thread runs next, and what happens when a thread waits or exits.
 #include <utility>
 
 #include "simt/state.h"
@@ -9,7 +9,7 @@ namespace {
 // Thrown through threads of a block that has failed, so that their stacks unwind.
 struct Unwind {};
 
-// A set bit: the first one from a random place on.
+// The first set bit at or after a random one, cyclically.
 int random_bit(uint32_t bits, Random& random) {
   const uint32_t start = random.below(32);
   const uint32_t turned = start == 0 ? bits : bits >> start | bits << (32 - start);
@@ -66,7 +66,7 @@ void Block::fail(Where where, const std::string& what) { throw error_at(*current
 
 void Block::record(const Error& failure) {
   if (!error_) error_ = std::make_exception_ptr(failure);
-  tsan::release(&launch_sync->end);  // whoever ran last may have exited before
+  tsan::release(&launch_sync->end);  // the thread that ran last may have exited already
 }
 
 void Block::check_recorded() const {
@@ -80,7 +80,7 @@ Block::~Block() {
   if (copier != nullptr) tsan::destroy(copier);
 }
 
-// What is the same for every block of these dimensions.
+// Sets up what is the same for every block of these dimensions.
 void Block::set_up() {
   total = static_cast<int>(dim.x * dim.y * dim.z);
   threads.resize(static_cast<size_t>(total));
@@ -101,7 +101,7 @@ void Block::set_up() {
   set_up_for_ = dim;
 }
 
-// What the block before left behind goes.
+// Removes what the previous block left behind.
 void Block::reset(uint64_t linear_index) {
   const tsan::Quiet quiet;
   if (set_up_for_.x != dim.x || set_up_for_.y != dim.y || set_up_for_.z != dim.z) set_up();
@@ -141,8 +141,9 @@ void Block::run(uint64_t linear_index, int64_t shared_bytes, int64_t shared_limi
   reset(linear_index);
   shared.begin_block(shared_bytes, shared_limit);
 
-  // For ThreadSanitizer every thread begins with what this one did before, and ends before what it
-  // does after the launch; none sees what another block did.
+  // For ThreadSanitizer, what this thread did before the launch happens before every emulated
+  // thread. What it does after the launch happens after all of them. Different blocks are not
+  // ordered.
   if (tsan::active()) {
     main_identity_ = tsan::current();
     if (janitor_ == nullptr) janitor_ = tsan::create();
@@ -172,8 +173,8 @@ void Block::run(uint64_t linear_index, int64_t shared_bytes, int64_t shared_limi
   }
 }
 
-// Runs one thread after another, each to its end, for as long as the schedule starts new ones: a
-// kernel without collectives needs no switches.
+// Runs threads one after another, each to its end, as long as the schedule picks threads that have
+// not begun. So a kernel without collectives needs no switches.
 void Block::run_threads(Fiber& fiber) {
   for (;;) {
     Thread* thread = static_cast<Thread*>(fiber.thread);
@@ -279,12 +280,12 @@ void Block::wake(Thread& thread) {
 }
 
 void Block::yield(bool always) {
-  // A thread that sleeps until others act may do so for long, but not for ever.
+  // A thread may sleep for long until others act, but not for ever.
   constexpr int64_t kMostIdleYields = 10'000'000;
   if (!always && (in_order || random.below(4) != 0)) return;
   Thread& thread = *current;
   if (always && ++idle_yields_ > kMostIdleYields) {
-    fail({"__nanosleep", 0}, "sleeps for what never comes");
+    fail({"__nanosleep", 0}, "sleeps, but no other thread makes progress");
   }
   Warp& warp = warps[static_cast<size_t>(thread.warp)];
   warp.runnable &= ~(1u << thread.lane);
@@ -337,7 +338,8 @@ Thread* Block::pick_runnable() {
   return &threads[static_cast<size_t>(warp * 32 + lane)];
 }
 
-// For threads that sleep: in order, a few of them could keep all others from running.
+// Picks any thread after one that sleeps. In order, a few sleeping threads could keep all others
+// from running.
 Thread* Block::pick_any() {
   const int warp = random_bit(runnable_warps_, random);
   const int lane = random_bit(warps[static_cast<size_t>(warp)].runnable, random);
@@ -345,7 +347,8 @@ Thread* Block::pick_any() {
 }
 
 // Warps that take turns never drift further apart than one collective, which hides most missing
-// barriers. Fixed priorities let one warp run as far ahead as it can; where they change is random.
+// barriers. Fixed priorities let one warp run ahead as far as it can. They change at random
+// moments.
 void Block::redraw_policy() {
   policy_ = static_cast<Policy>(random.below(8) / 3);  // 3 : 3 : 2
   picks_left_ = 1 + random.below(1u << random.below(13));
@@ -381,7 +384,7 @@ Error Block::deadlock() const {
   for (const Thread& thread : threads) {
     if (thread.state == State::kExited) continue;
     if (first == nullptr) first = &thread;
-    // One thread for every place.
+    // Name one thread for every place.
     bool known = false;
     for (const Thread* other = first; other != &thread; ++other) {
       known = known || (other->state != State::kExited && other->operation == thread.operation &&

@@ -1,4 +1,4 @@
-// What the tests of the emulated SDDMM share: a problem, its plan, and how a result is judged.
+// Shared by the tests of the emulated SDDMM: a problem, its plan, and the check of a result.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ constexpr Types kCudaTypes[] = {
     {DType::kFloat16, DType::kFloat32},
 };
 
-// A few full rows and columns, a sprinkle elsewhere, as real masks are.
+// A few rows and columns hold most nonzeros, as in real masks.
 inline Pattern skewed_pattern(int64_t rows, int64_t cols, uint64_t seed) {
   Random random(seed);
   return {"skewed " + std::to_string(rows) + "x" + std::to_string(cols), rows, cols,
@@ -92,7 +92,8 @@ struct Problem {
     return out;
   }
 
-  // Right, within its memory, without touching its inputs, and the same bits on any schedule.
+  // Checks that the result is accurate, that nothing else is written, and that another schedule
+  // gives the same bits.
   void check(SddmmVariant variant, const PlanView& plan, const std::string& how,
              int device = 0) const {
     const std::string context = describe(how);

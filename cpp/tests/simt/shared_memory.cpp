@@ -12,9 +12,9 @@
 namespace rosa::simt {
 namespace {
 
-// All ones is NaN in every floating-point type, and -1.
+// All ones is NaN in every floating-point type, and -1 as an integer.
 constexpr unsigned char kPoison = 0xFF;
-// What stands past the end, where AddressSanitizer does not.
+// Fills the bytes past the end, if there is no AddressSanitizer.
 constexpr unsigned char kGuard = 0xA5;
 #if defined(__SANITIZE_ADDRESS__) || __has_feature(address_sanitizer)
 constexpr int64_t kGuardBytes = 0;
@@ -143,9 +143,9 @@ void* static_shared(const void* declaration, int64_t bytes, Where where) {
   Block& block = here();
   void* data = block.shared.declared(declaration, bytes);
   if (data == nullptr) {
-    block.fail(where, "static shared memory beyond " + std::to_string(kDefaultSharedBytes) +
-                          " bytes, or more than the " + std::to_string(block.shared.limit()) +
-                          " bytes of this launch with the dynamic one");
+    block.fail(where, "static shared memory exceeds " + std::to_string(kDefaultSharedBytes) +
+                          " bytes, or with the dynamic part it is more than the " +
+                          std::to_string(block.shared.limit()) + " bytes of this launch");
   }
   return data;
 }

@@ -1,4 +1,4 @@
-// What the emulator knows of a running block. Its parts share it; kernels see emulator.h alone.
+// The state of a running block, which the emulator's parts share. Kernels include only emulator.h.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace rosa::simt {
 
 class Block;
 
-// splitmix64: the same schedules everywhere.
+// splitmix64. It gives the same schedules on every platform.
 class Random {
  public:
   explicit Random(uint64_t seed = 0) : state_(seed) {}
@@ -31,7 +31,7 @@ class Random {
 };
 
 enum class State : uint8_t {
-  kRunnable,  // running, or could be
+  kRunnable,  // running, or ready to run
   kAtWarpCollective,
   kAtBarrier,       // __syncthreads
   kAtNamedBarrier,  // bar.sync
@@ -39,8 +39,8 @@ enum class State : uint8_t {
   kExited,
 };
 
-// What a warp collective does once all its lanes have come: arguments and results are in what
-// `exchange` of each lane points to.
+// Completes a warp collective once all its lanes have come. Each lane's `exchange` points to its
+// arguments and results.
 using Complete = void (*)(void* const (&exchange)[32], uint32_t mask);
 
 struct CopyAsync {
@@ -55,7 +55,7 @@ struct Thread : ThreadIndex {
   State state = State::kRunnable;
   Fiber* fiber = nullptr;  // from its first instruction to its last
 
-  // What it waits for.
+  // What the thread waits for.
   Where where{};
   const char* operation = "";
   uint32_t mask = 0;
@@ -63,14 +63,14 @@ struct Thread : ThreadIndex {
   int named_barrier = 0;
   const uint64_t* mbarrier = nullptr;
 
-  // cp.async: issued copies that have not landed, and how many each open group still has.
+  // cp.async: the issued copies that have not landed, and the number of copies in each group.
   std::vector<CopyAsync> copies;
   std::vector<int> copy_groups;  // committed ones, oldest first
   int uncommitted_copies = 0;
   bool waited_for_kernel_ahead = false;
 };
 
-// One warp's share of a wgmma, 16 rows.
+// One warp's share of a wgmma: 16 rows.
 struct Wgmma {
   int accumulator;  // index into Warp::accumulators
   int rank;         // of the warp in its warpgroup
@@ -80,7 +80,7 @@ struct Wgmma {
   int64_t group;
   bool executed;
 };
-// Registers that wgmmas under way write to. The kernel's own copy is NaN meanwhile.
+// Registers that wgmmas under way write to. The kernel's own copy is NaN until the wait.
 struct Accumulator {
   float* registers[32];       // per lane
   int count;                  // per lane
@@ -89,7 +89,7 @@ struct Accumulator {
   Where where;
 };
 
-// How often lanes came to a collective of this mask.
+// How often lanes came to a collective with this mask.
 struct MaskArrivals {
   uint32_t mask, count;
 };
@@ -105,8 +105,8 @@ struct Warp {
   int64_t wgmma_group = 0;  // being filled
   int64_t wgmma_count = 0;  // issued in all
   bool wgmma_fenced = false;
-  // How soon they are executed: 4 is at once, 0 only by the wait. They go in order, so that with
-  // any chance in between, few would ever be late.
+  // How soon wgmmas are executed: 4 is at once, 2 is at once in half of the cases, 0 only by the
+  // wait. They are executed in order, so without the value 0 few of them would ever be late.
   uint32_t wgmma_eagerness = 0;
 };
 
@@ -130,8 +130,8 @@ struct CopyBulk {
   unsigned number;
 };
 
-// Shared memory of a block: the dynamic part, and every static declaration it has met. Each has its
-// own allocation, ending where it ends, so that AddressSanitizer sees what lies beyond.
+// Shared memory of a block: the dynamic part, and every static declaration that the block has met.
+// Each has an allocation of exactly its size, so that AddressSanitizer reports accesses beyond it.
 class SharedMemory {
  public:
   SharedMemory() = default;
@@ -139,19 +139,19 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // `limit`: of static and dynamic shared memory together.
+  // `limit` bounds static and dynamic shared memory together.
   void begin_block(int64_t dynamic_bytes, int64_t limit);
   int64_t limit() const { return limit_; }
-  // Whether all guards are as they were.
+  // Whether all guards are intact.
   bool intact() const;
   void release();
 
   unsigned char* dynamic() const { return dynamic_.data; }
-  // Null when the declaration does not fit.
+  // The memory of a declaration, or null if it does not fit.
   void* declared(const void* declaration, int64_t bytes);
-  // Whether [pointer, pointer + bytes) is shared memory, and where in its window.
+  // Whether [pointer, pointer + bytes) is shared memory. `address` gets its place in the window.
   bool find(const void* pointer, int64_t bytes, uint32_t* address) const;
-  // The inverse.
+  // The inverse of find.
   unsigned char* at(uint32_t address, int64_t bytes) const;
 
  private:
@@ -166,14 +166,15 @@ class SharedMemory {
   };
   Region dynamic_;
   std::vector<Region> static_;
-  // Under ThreadSanitizer all of it, allocated before any thread runs: it takes an allocation for
-  // a write by the allocating thread.
+  // Under ThreadSanitizer, all static shared memory. It is allocated before any thread runs,
+  // because ThreadSanitizer takes an allocation for a write by the allocating thread.
   Region arena_;
   int64_t static_bytes_ = 0, limit_ = 0;
 };
 
-// Addresses that ThreadSanitizer hangs its happens-before relation on, fresh for every block.
-// Two of each, taken in turns: who leaves a barrier must not inherit from who is at the next one.
+// Addresses for ThreadSanitizer's happens-before relation, new for every block. Each barrier has
+// two, which are used in turns: a thread that leaves a barrier must not be ordered after threads
+// that have arrived at the next one.
 struct SyncPoints {
   uint64_t block_begin, block_end;
   uint64_t barrier[2];
@@ -183,7 +184,7 @@ struct SyncPoints {
   uint64_t bulk_copy[64];
 };
 
-// The same of a launch.
+// The same addresses for a launch.
 struct LaunchSync {
   uint64_t end, fence;
 };
@@ -191,10 +192,10 @@ struct LaunchSync {
 // The fibers of one operating-system thread.
 class FiberPool {
  public:
-  // For ThreadSanitizer fibers are threads, with stacks of their own, and making one takes 0.7 ms.
-  // So the emulated threads of two blocks have one each, and the third block begins with the
-  // first one's again: of races between blocks it sees all but those of the same threads, an even
-  // number of blocks apart.
+  // For ThreadSanitizer, fibers are threads with stacks of their own, and making one takes 0.7 ms.
+  // So only two blocks have fibers of their own, and the third block uses those of the first one
+  // again. ThreadSanitizer then sees all races between blocks, with one exception: races of threads
+  // of the same index, an even number of blocks apart.
   void set_up(Fiber::Main main, int threads);
   void begin_block();
   Fiber* take(Fiber::Main main, int thread);
@@ -206,7 +207,7 @@ class FiberPool {
   int threads_ = 0, turn_ = 0;
 };
 
-// The block that an operating-system thread runs; used again for the next one.
+// The block that an operating-system thread runs. The object is used again for the next block.
 class Block : public BlockIndex {
  public:
   Block() = default;
@@ -214,12 +215,12 @@ class Block : public BlockIndex {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // Of the launch.
+  // Set by the launch.
   KernelCall call{};
   uint64_t seed = 0;
   LaunchSync* launch_sync = nullptr;
 
-  // Runs all threads of block `index`; throws what went wrong.
+  // Runs all threads of block `index`. Throws the first error.
   void run(uint64_t linear_index, int64_t shared_bytes, int64_t shared_limit);
 
   // ---- called by the running thread
@@ -230,7 +231,7 @@ class Block : public BlockIndex {
   [[noreturn]] void fail(Where where, const std::string& what);
 
   Error error_at(const Thread& thread, Where where, const std::string& what) const;
-  // Makes the block fail, from where nothing may be thrown.
+  // Makes the block fail, for code that may not throw.
   void record(const Error& failure);
   // Ends the running thread if the block has failed.
   void check_recorded() const;
@@ -251,12 +252,12 @@ class Block : public BlockIndex {
   void* copier = nullptr;  // for ThreadSanitizer
   NamedBarrier named[16];
   std::vector<CopyBulk> bulk_copies;  // under way
-  // Initialised by a thread that has not fenced since: bulk copies do not see them.
+  // Barriers whose initialising thread has not fenced since. Bulk copies do not see them.
   std::vector<UnfencedBarrier> unfenced_barriers;
   int wgmmas = 0;  // issued by any warp, not executed
 
  private:
-  // kStay: a warp goes on for as long as it can, as it does in order.
+  // kStay: a warp runs as long as it can, as it does in order.
   enum class Policy { kStay, kUniform, kPriority };
 
   static void run_threads(Fiber& fiber);
@@ -276,27 +277,27 @@ class Block : public BlockIndex {
   dim3 set_up_for_{0, 0, 0};
   uint32_t runnable_warps_ = 0;
   Context main_;
-  // For ThreadSanitizer: who runs the block, and who frees what it had.
+  // For ThreadSanitizer: the thread that runs the block, and the one that frees its memory.
   void* main_identity_ = nullptr;
   void* janitor_ = nullptr;
   FiberPool fibers_;
-  std::exception_ptr error_;  // set: every thread unwinds
+  std::exception_ptr error_;  // once it is set, every thread unwinds
 
   Policy policy_ = Policy::kStay;
-  uint32_t picks_left_ = 0;  // under this policy
+  uint32_t picks_left_ = 0;  // left under this policy
   uint8_t priority_[32] = {};
-  uint32_t asynchronous_odds_ = 8;  // one of so many picks advances a copy or wgmma
+  uint32_t asynchronous_odds_ = 8;  // one in so many picks advances a copy or wgmma
   int64_t idle_yields_ = 0;
 };
 
 inline Thread& self() { return *static_cast<Thread*>(running); }
 inline Block& here() { return *self().owner; }
 
-// All lanes of `mask` bring `exchange`; the last one to come runs `complete` for all.
+// A collective of all lanes of `mask`. The last lane to come runs `complete` for all of them.
 void warp_collective(const char* operation, uint32_t mask, void* exchange, Complete complete,
                      Where where);
-// The same, and what lanes did before happens before what they do afterwards. Shuffles, votes and
-// the like do not promise that.
+// The same, with memory ordered: what the lanes did before happens before what they do afterwards.
+// Shuffles and votes do not promise that.
 void ordering_collective(const char* operation, uint32_t mask, void* exchange, Complete complete,
                          Where where);
 constexpr uint32_t kAllLanes = 0xffffffffu;
@@ -307,12 +308,13 @@ std::string describe(Where where);
 // ---- asynchronous work, in copies.cpp and tensor_core.cpp -----------------------------------
 
 void land_bulk_copy(Block& block, size_t index);
-void land_copies(Thread& thread);  // what a thread leaves behind
-// Executes the oldest wgmma of some warp; unless forced, only of one that is not to be late.
+void land_copies(Thread& thread);  // the copies that the thread did not wait for
+// Executes the oldest wgmma of some warp. Unless `forced`, a warp whose eagerness is 0 is left
+// alone.
 void advance_wgmma(Block& block, bool forced);
 // Why `warp` may not end here, or "".
 std::string unfinished_wgmma(const Warp& warp);
-// What is wrong with a block whose warpgroups did not issue their wgmmas together, or "".
+// Why the block may not end, or "": the warps of a warpgroup must issue the same number of wgmmas.
 std::string uneven_wgmma(const Block& block);
 
 }  // namespace rosa::simt

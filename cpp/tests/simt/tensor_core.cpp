@@ -1,5 +1,5 @@
 // Matrix fragments and products, in the layouts of the PTX ISA. Products of 16-bit elements are
-// exact in float32; sums are taken in float32, in the order of the inner index.
+// exact in float32. Sums are taken in float32, in the order of the inner index.
 #include <cstring>
 #include <utility>
 
@@ -70,9 +70,9 @@ struct MmaLane {
   const uint32_t *a, *b;
 };
 
-// Element (row, k) of a is half k % 2 of word row / 8 + k / 8 * 2 of lane row % 8 * 4 + k % 8 / 2;
-// element (k, column) of b is half k % 2 of word k / 8 of lane column * 4 + k % 8 / 2; element
-// (row, column) of d is register row / 8 * 2 + column % 2 of lane row % 8 * 4 + column / 2.
+// a: element (row, k) is half k % 2 of word row / 8 + k / 8 * 2 of lane row % 8 * 4 + k % 8 / 2.
+// b: element (k, column) is half k % 2 of word k / 8 of lane column * 4 + k % 8 / 2.
+// d: element (row, column) is register row / 8 * 2 + column % 2 of lane row % 8 * 4 + column / 2.
 template <bool kBf16>
 void mma(void* const (&exchange)[32], uint32_t) {
   float a[16][16], b[16][8], d[16][8];
@@ -111,8 +111,8 @@ void mma_16x8x16(float* d, const uint32_t* a, const uint32_t* b, bool bf16, Wher
 // ---- wgmma ----------------------------------------------------------------------------------
 //
 // A warp's share of a wgmma, 16 rows, is executed at a random moment between its issue and the wait
-// that covers it. Until that wait the kernel's accumulators hold a signalling NaN: arithmetic makes
-// quiet ones, so writing to them too early shows as much as reading does.
+// that covers it. Until that wait, the kernel's accumulators hold a signalling NaN. Arithmetic
+// makes quiet NaNs, so an early write shows as well as an early read.
 
 namespace {
 
@@ -124,7 +124,7 @@ struct WgmmaLane {
   Where where;
 };
 
-// Where a K-major operand with the 128-byte swizzle keeps 16 elements of `row`, as two segments.
+// A K-major operand with the 128-byte swizzle. It keeps 16 elements of a row in two segments.
 struct Operand {
   uint32_t start, stride;
   // Bits 4 to 6 of an address are XORed with bits 7 to 9.
@@ -181,7 +181,7 @@ void load_rows(const Block& block, uint64_t descriptor, int first, int rows, boo
   }
 }
 
-// This warp's 16 rows of the oldest wgmma that waits to be executed.
+// Executes this warp's 16 rows of its oldest wgmma that has not been executed.
 void execute_oldest(Block& block, Warp& warp) {
   size_t index = 0;
   while (warp.wgmmas[index].executed) ++index;
@@ -237,7 +237,7 @@ void give_registers(const Accumulator& sum) {
 
 Warp& own_warp() { return here().warps[static_cast<size_t>(self().warp)]; }
 
-// The accumulator whose registers the lanes brought; from now on they are in flight.
+// Finds the accumulator with these registers, or adds it. From now on its registers are in flight.
 size_t accumulator_of(Warp& warp, void* const (&exchange)[32], const WgmmaLane& first) {
   for (size_t i = 0; i < warp.accumulators.size(); ++i) {
     if (warp.accumulators[i].registers[0] == first.d) return i;
@@ -282,7 +282,7 @@ void issue(void* const (&exchange)[32], uint32_t) {
   }
 }
 
-// Forgets those whose last wgmma lies in a group before `done`, and numbers the others anew.
+// Drops the accumulators whose last wgmma lies in a group before `done`, and renumbers the others.
 void drop_accumulators(Warp& warp, int64_t done) {
   std::vector<Accumulator> kept;
   std::vector<int> number(warp.accumulators.size(), -1);
@@ -341,7 +341,7 @@ void wgmma_wait(int groups, Where where) {
     Block& block = here();
     Warp& warp = own_warp();
     const Lane& lane = lane_of<Lane>(exchange, 0);
-    const int64_t done = warp.wgmma_group - lane.groups;  // groups before this one
+    const int64_t done = warp.wgmma_group - lane.groups;  // earlier groups must be complete
     size_t count = 0;
     for (; count < warp.wgmmas.size() && warp.wgmmas[count].group < done; ++count) {
       while (!warp.wgmmas[count].executed) execute_oldest(block, warp);
@@ -360,8 +360,8 @@ void wgmma_wait(int groups, Where where) {
     }
     drop_accumulators(warp, done);
   };
-  // What a warp's wgmmas read they read for all its lanes, up to this wait; any lane that waited
-  // may then say so to others.
+  // For ThreadSanitizer, a warp's wgmmas read their operands on behalf of all its lanes, until this
+  // wait. After it, any lane may signal to others that the operands have been read.
   const Warp& warp = own_warp();
   if (self().lane == 0) {
     for (const Wgmma& wgmma : warp.wgmmas) {

@@ -1,5 +1,5 @@
-// The benchmarks' CUDA kernels, launch code included, in the emulator against the oracle: a peer
-// that is wrong is no peer.
+// Compares the benchmark's CUDA kernels and their launch code with the oracle, in the emulator. The
+// time of a wrong peer would mean nothing.
 #include <algorithm>
 #include <numeric>
 #include <stdexcept>
@@ -20,7 +20,7 @@ constexpr Types kOneDType[] = {
     {DType::kFloat16, DType::kFloat16},
 };
 
-// Rows by descending nnz, and what a grid trimmed to the pattern covers.
+// The rows in order of descending nnz, and the extent of a grid that is trimmed to the pattern.
 struct Swizzle {
   std::vector<int32_t> rows;
   int64_t nonempty = 0, longest = 0;
@@ -79,7 +79,7 @@ void test_spmm(const Pattern& pattern, DType dtype, int64_t k, uint64_t turn) {
   const Matrix values = Matrix(dtype, pattern.nnz(), 1, Layout::kRow).fill(random);
   Matrix b(dtype, pattern.cols, k, Layout::kRow);
   spoil_unreferenced(b.fill(random), Referenced(pattern).cols, Layout::kRow);
-  // The columns start on 16 bytes and end where their memory does.
+  // The column indices begin at a multiple of 16 bytes, and end where their memory ends.
   const Buffer columns(pattern.nnz() * 4);
   std::copy(pattern.col.begin(), pattern.col.end(), reinterpret_cast<int32_t*>(columns.data()));
   CsrView view = pattern.view();
@@ -99,8 +99,8 @@ void test_spmm(const Pattern& pattern, DType dtype, int64_t k, uint64_t turn) {
   ROSA_CHECK(c.surroundings_intact(), context);
 }
 
-// Rows that begin on every offset from a multiple of four, and end before, at and after whole tiles
-// of 32: the lengths are 0, 1, 31, 32, 33, ... in turn.
+// Rows begin at every offset from a multiple of four. They end before, at and after whole tiles of
+// 32: the lengths are 0, 1, 31, 32, 33, ... in turn.
 Pattern staggered() {
   static const std::vector<int64_t> lengths = {0, 1, 31, 32, 33, 2, 35, 64, 65, 3, 96, 30, 34, 29};
   return {"staggered", 42, 101, [](int64_t i, int64_t j) {

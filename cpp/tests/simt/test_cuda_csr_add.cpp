@@ -1,4 +1,4 @@
-// The CUDA csr_add_ in the emulator: w[i_t, j_t] += alpha * values[t], and nothing else moves.
+// The CUDA csr_add_ in the emulator: w[i_t, j_t] += alpha * values[t], and nothing else changes.
 #include "csr_problem.h"
 
 namespace rosa::test {

@@ -22,7 +22,7 @@ void test_case(const Pattern& pattern, DType dtype, Layout w_layout, Layout out_
   ROSA_CHECK(w.same_bytes(w_before), context);
 }
 
-// Slabs of rows that lie in a buffer of their own, as a product computed slab by slab does.
+// Slabs of rows, each with an output buffer of its own, as in a product computed slab by slab.
 void test_slabs() {
   for (const Pattern& pattern : {random_pattern(50, 40, 0.3), random_pattern(300, 7, 0.05)}) {
     for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {

@@ -1,5 +1,5 @@
 // The CUDA csr_scatter_ in the emulator: w[i_t, j_t] is values[t] afterwards, and nothing else
-// moves.
+// changes.
 #include "csr_problem.h"
 
 namespace rosa::test {
@@ -25,7 +25,7 @@ void test_case(const Pattern& pattern, Types types, Layout w_layout, Layout valu
   ROSA_CHECK(values.same_bytes(values_before), context);
 }
 
-// What csr_gather took is put back after csr_add_ changed it: every bit, those of NaNs included.
+// After csr_add_, csr_scatter_ restores what csr_gather read: every bit, including those of NaNs.
 void test_restore(const Pattern& pattern, DType dtype, Layout w_layout, int64_t turn) {
   Random random(static_cast<uint64_t>(turn));
   const Matrix before(dtype, pattern.rows, pattern.cols, w_layout);

@@ -1,4 +1,4 @@
-// The CUDA SDDMM, launch code included, in the emulator against the oracle.
+// Compares the CUDA SDDMM and its launch code with the oracle, in the emulator.
 #include <vector>
 
 #include "sddmm_problem.h"
@@ -37,7 +37,8 @@ void test_gather_layouts() {
   }
 }
 
-// Whole chunks of a row in registers, splits of the tokens, more than one chunk of panels.
+// Token counts with whole chunks of a row in registers, with splits of the tokens, and with several
+// chunks of panels.
 void test_gather_many_tokens() {
   int64_t turn = 2000;
   const Pattern small = random_pattern(23, 31, 0.2), wide = random_pattern(160, 900, 0.01);
@@ -63,13 +64,13 @@ void test_tiles() {
   const std::vector<Pattern> all = {
       skewed_pattern(150, 300, 1),
       skewed_pattern(300, 140, 2),
-      random_pattern(128, 256, 0.05, 3),  // edges exactly a tile
-      random_pattern(129, 257, 0.03, 4),  // one more
+      random_pattern(128, 256, 0.05, 3),  // exactly whole tiles
+      random_pattern(129, 257, 0.03, 4),  // one row and column more
       {"last row and column", 200, 300, [](int64_t i, int64_t j) { return i == 199 || j == 299; }},
   };
   for (const Pattern& pattern : all) {
     for (int tile_cols : {128, 256}) {
-      for (double fill : {kHeavyFill, 0.0, 0.2}) {  // a mixture, all heavy, (almost) all light
+      for (double fill : {kHeavyFill, 0.0, 0.2}) {  // mixed, all heavy, (almost) all light
         const Plan plan(pattern, tile_cols, fill);
         for (int64_t k : {1, 65, 200}) {
           ++turn;
@@ -101,14 +102,14 @@ void test_tiles_of_nasty_patterns() {
   }
 }
 
-// More line blocks than there are stages, on schedules by the handful, for what only some show.
+// More line blocks than stages, on several schedules: some errors show on only a few of them.
 void test_schedules() {
   const Pattern pattern = skewed_pattern(150, 300, 5);
   for (int tile_cols : {128, 256}) {
     const Plan plan(pattern, tile_cols, 0.0);
     const Problem problem(pattern, kCudaTypes[2], 700, Layout::kColumn, Layout::kRow, 5000);
     const std::string context = problem.describe("schedules 128x" + std::to_string(tile_cols));
-    constexpr int kLongChunks = 2;  // that device has room for
+    constexpr int kLongChunks = 2;  // the device with room for long chunks
     const Matrix out = problem.run(SddmmVariant::kTile, plan.view(), 0, context, kLongChunks);
     for (int64_t t = 0; t < pattern.nnz(); ++t) {
       ROSA_CHECK(
@@ -123,7 +124,7 @@ void test_schedules() {
   }
 }
 
-// A ring of two stages where that puts more blocks on a multiprocessor, three elsewhere; and tiles
+// The ring has two stages if that puts more blocks on a multiprocessor, and three otherwise. Tiles
 // that a device has no room for are refused before the launch.
 void test_tiles_on_other_devices() {
   const int64_t two = cuda::sddmm_shared_bytes(SddmmVariant::kTile, 128, kLikeA100);
@@ -159,7 +160,7 @@ void test_tiles_on_other_devices() {
              refusal);
 }
 
-// What a nonzero refers to must show; what it does not must not.
+// Inf and NaN must reach the result if a nonzero refers to them, and only then.
 void test_nonfinite_operands_show() {
   const Pattern pattern = random_pattern(130, 140, 0.05, 9);
   const Plan plan(pattern, 128);

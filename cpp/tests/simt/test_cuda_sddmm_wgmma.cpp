@@ -1,4 +1,5 @@
-// The wgmma tiles of SDDMM in the emulator: through the op, and launched alone with any grid.
+// Tests the wgmma tiles of SDDMM in the emulator: through the op, and as single launches with any
+// grid.
 #include <algorithm>
 #include <vector>
 
@@ -10,7 +11,8 @@ namespace {
 
 // ---- through the op -------------------------------------------------------------------------
 
-// Around a line of 64 tokens, the ring's four stages, and what three blocks divide unevenly.
+// Token counts around a line of 64 tokens, around the ring's four stages, and around counts that
+// three blocks divide unevenly.
 const std::vector<int64_t>& token_counts() {
   static const std::vector<int64_t> all = {1, 63, 64, 65, 130, 300};
   return all;
@@ -21,8 +23,8 @@ void test_tiles() {
   const std::vector<Pattern> all = {
       skewed_pattern(150, 300, 1),
       skewed_pattern(300, 140, 2),
-      random_pattern(128, 256, 0.05, 3),  // edges exactly a tile
-      random_pattern(129, 257, 0.03, 4),  // one more
+      random_pattern(128, 256, 0.05, 3),  // exactly whole tiles
+      random_pattern(129, 257, 0.03, 4),  // one row and column more
       {"full tile", 128, 256, [](int64_t, int64_t) { return true; }},
       {"last row and column", 200, 300, [](int64_t i, int64_t j) { return i == 199 || j == 299; }},
   };
@@ -57,7 +59,8 @@ void test_nasty_patterns() {
   }
 }
 
-// What a nonzero refers to must show; what it does not must not, neighbours in its tile included.
+// Inf and NaN must reach the result if a nonzero refers to them. Neighbours in the same tile must
+// not show them.
 void test_nonfinite_operands_show() {
   const Pattern pattern = random_pattern(130, 140, 0.05, 9);
   const Plan plan(pattern, 256);
@@ -74,10 +77,10 @@ void test_nonfinite_operands_show() {
   });
 }
 
-// ---- launched alone -------------------------------------------------------------------------
+// ---- single launches ------------------------------------------------------------------------
 
-// Tokens [first, first + tokens) of the rows that `axis` orders, laid out as lines.h says. What no
-// kernel may rely on, the positions without a row, is NaN.
+// A panel of tokens [first, first + tokens) of the rows that `axis` orders, in the layout of
+// lines.h. No kernel may rely on positions without a row, so these hold NaN.
 Buffer make_panel(const Matrix& x, const PlanAxis& axis, int64_t first, int64_t tokens) {
   constexpr int64_t kLine = 128, kSegment = 16, kTokens = kLine / 2, kPerSegment = kSegment / 2;
   const int64_t lines = (tokens + kTokens - 1) / kTokens;
@@ -146,7 +149,8 @@ struct Launches {
     return partial;
   }
 
-  // Right in every slice, within its memory, and the same bits on any schedule.
+  // Checks that the sum of the slices is accurate, that nothing else is written, and that other
+  // schedules give the same bits.
   void check(std::vector<uint64_t> seeds) const {
     const std::string context = describe();
     const Buffer partial = run(0);
@@ -168,7 +172,7 @@ struct Launches {
   }
 };
 
-// From one block for all to one for each line block, with tiles cut anywhere.
+// Grids from one block for all line blocks to one block for each. Tiles are cut anywhere.
 void test_grids() {
   int64_t turn = 2000;
   const Pattern one = random_pattern(100, 200, 0.05, 5), many = skewed_pattern(300, 700, 6);
@@ -187,7 +191,7 @@ void test_grids() {
   }
 }
 
-// Later chunks add to what earlier ones left, whose tiles were cut elsewhere.
+// Later chunks add to the sums of earlier ones, whose tiles were cut elsewhere.
 void test_chunks() {
   int64_t turn = 3000;
   const Pattern pattern = skewed_pattern(280, 520, 7);
@@ -205,7 +209,7 @@ void test_chunks() {
   }
 }
 
-// More line blocks than the tensor cores may sum up alone, in one piece and in two.
+// More line blocks than the tensor cores may sum in one piece, in one chunk of tokens and in two.
 void test_long_sums() {
   const Pattern pattern = random_pattern(40, 50, 0.02, 8);
   const Plan plan(pattern, 256, 0.0);
@@ -217,7 +221,7 @@ void test_long_sums() {
   Launches(problem, plan.view(), {4160, 340}, 1).check({6});
 }
 
-// Schedules by the dozen of a few tiles in a few line blocks, for what only some of them show.
+// Many schedules of a few tiles in a few line blocks: some errors show on only a few of them.
 void test_schedules() {
   const Pattern pattern = skewed_pattern(150, 700, 10);
   const Plan plan(pattern, 256, 0.0);

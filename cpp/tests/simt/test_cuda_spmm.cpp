@@ -1,4 +1,4 @@
-// The CUDA SpMM, launch code included, in the emulator against the oracle.
+// Compares the CUDA SpMM and its launch code with the oracle, in the emulator.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -13,8 +13,8 @@ namespace {
 
 using cuda::SpmmVariant;
 
-// The emulated devices: 0 keeps b in shared memory where it fits, 1 has too little for that, 3 and
-// 4 have room for less of it.
+// The emulated devices. Device 0 keeps b in shared memory if it fits. Device 1 has too little
+// shared memory for that. Devices 3 and 4 have room for less of b.
 constexpr int kStages = 0, kGathersLines = 1, kLikeA100 = 3, kLikeRtx = 4;
 
 constexpr Types kCudaTypes[] = {
@@ -86,7 +86,8 @@ struct Problem {
     return c;
   }
 
-  // Right, within its memory, without touching its inputs, and the same bits on any schedule.
+  // Checks that the result is accurate, that nothing else is written, and that another schedule
+  // gives the same bits.
   void check(SpmmVariant variant, const PlanView& plan, int device, const std::string& how) const {
     const std::string context = describe(how);
     const Matrix values_before = values, b_before = b;
@@ -106,7 +107,7 @@ struct Problem {
     ROSA_CHECK(c.same_bytes(run(variant, plan, device, seed, context)), context + ", seed");
   }
 
-  // The kernels that never multiply what no nonzero refers to.
+  // Checks the gather kernels, which never multiply a row of b that no nonzero refers to.
   void check_gathers(const PlanView& plan, std::vector<int> devices = {kStages, kGathersLines}) {
     spoil_unreferenced(b, Referenced(pattern).cols, b_layout);
     for (int device : devices) {
@@ -141,7 +142,7 @@ void test_gather_token_counts() {
 
 void test_gather_layouts() {
   int64_t turn = 1000;
-  const Pattern aligned = random_pattern(24, 32, 0.2);  // rows of b aligned in either order
+  const Pattern aligned = random_pattern(24, 32, 0.2);  // rows of b are aligned in either layout
   for (Types types : {kCudaTypes[0], kCudaTypes[1]}) {
     for (int64_t pair = 0; pair < kLayouts * kWritableLayouts; ++pair) {
       ++turn;
@@ -169,7 +170,7 @@ void test_gather_patterns() {
   }
 }
 
-// Rows that one warp, and rows that all warps of a block work on.
+// Rows that one warp computes, and rows that all warps of a block compute.
 void test_gather_long_rows() {
   int64_t turn = 3000;
   const std::vector<Pattern> all = {
@@ -194,7 +195,8 @@ void test_gather_long_rows() {
   }
 }
 
-// Several chunks of rows in a block, several blocks that share them, several chunks of tokens.
+// A block takes several chunks of rows, several blocks share the chunks, and there are several
+// chunks of tokens.
 void test_gather_large() {
   int64_t turn = 4000;
   std::vector<Pattern> all = {
@@ -215,8 +217,8 @@ void test_gather_large() {
   }
 }
 
-// Hidden sizes of models, whose slots and static shared memory are past 48 KiB only together, on
-// devices with room for one, two or many such blocks.
+// Hidden sizes of models. Slots and static shared memory exceed 48 KiB only together. The devices
+// have room for one, two or many such blocks.
 void test_gather_hidden_sizes() {
   int64_t turn = 4500;
   for (int64_t cols : {2048, 3072, 11008}) {
@@ -233,7 +235,7 @@ void test_gather_hidden_sizes() {
   }
 }
 
-// Columns that leave room for narrower slots only, or for none.
+// So many columns that only narrower slots fit, or none.
 void test_gather_wide() {
   int64_t turn = 5000;
   for (int64_t cols : {15000, 30000, 60000}) {
@@ -251,7 +253,7 @@ void test_gather_wide() {
   }
 }
 
-// A few full rows and columns, a sprinkle elsewhere, as real masks are.
+// A few rows and columns hold most nonzeros, as in real masks.
 Pattern skewed_pattern(int64_t rows, int64_t cols, uint64_t seed) {
   Random random(seed);
   return {"skewed " + std::to_string(rows) + "x" + std::to_string(cols), rows, cols,
@@ -270,13 +272,13 @@ void test_tiles() {
   const std::vector<Pattern> all = {
       skewed_pattern(150, 300, 1),
       skewed_pattern(300, 140, 2),
-      random_pattern(128, 256, 0.05, 3),  // edges exactly a tile
-      random_pattern(129, 257, 0.03, 4),  // one more
+      random_pattern(128, 256, 0.05, 3),  // exactly whole tiles
+      random_pattern(129, 257, 0.03, 4),  // one row and column more
       {"last row and column", 200, 300, [](int64_t i, int64_t j) { return i == 199 || j == 299; }},
   };
   for (const Pattern& pattern : all) {
     for (int tile_cols : {128, 256}) {
-      for (double fill : {kHeavyFill, 0.0, 1.0}) {  // a mixture, all heavy, all light
+      for (double fill : {kHeavyFill, 0.0, 1.0}) {  // mixed, all heavy, all light
         const Plan plan(pattern, tile_cols, fill);
         for (int64_t k : {1, 65, 129, 200}) {
           ++turn;
@@ -317,7 +319,7 @@ void test_tiles_in_chunks() {
         .check(SpmmVariant::kTile, plan.view(), kStages, "tile, chunks");
 }
 
-// What a nonzero refers to must show.
+// Inf and NaN must reach the result if a nonzero refers to them.
 void test_nonfinite_operands_show() {
   const Pattern pattern = random_pattern(130, 140, 0.05, 9);
   const Plan plan(pattern, 128);
@@ -332,7 +334,7 @@ void test_nonfinite_operands_show() {
     for (int64_t i = 0; i < pattern.rows; ++i) {
       for (int64_t l = 0; l < problem.k; ++l) {
         const Expected& exact = problem.expected[static_cast<size_t>(i * problem.k + l)];
-        // A tile multiplies zeros too, so there tokens 3 and 19 may be NaN anywhere.
+        // A tile also multiplies zeros, so its tokens 3 and 19 may be NaN in any row.
         if (variant == SpmmVariant::kTile && (l == 3 || l == 19) && std::isnan(c.at(i, l)))
           continue;
         ROSA_CHECK(exact.accepts(c, c.at(i, l), DType::kBFloat16),

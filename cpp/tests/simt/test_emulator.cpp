@@ -1,5 +1,5 @@
-// The emulator's own tests: launches, schedules, barriers, collectives, shared memory, and that
-// what is undefined on a GPU is an error that says where.
+// The emulator's own tests: launches, schedules, barriers, collectives and shared memory. What is
+// undefined on a GPU must be an error that names its place.
 #include <algorithm>
 #include <cstdlib>
 #include <numeric>
@@ -20,7 +20,7 @@ using simt::Where;
 
 constexpr uint32_t kAll = 0xffffffffu;
 
-// Sanitizers cost time.
+// Sanitizers are slow, so their builds test fewer cases.
 #if defined(ROSA_TEST_REDUCED)
 constexpr bool kReduced = true;
 #else
@@ -66,7 +66,8 @@ void test_indices() {
   simt::set_blocks_at_once(0);
 }
 
-// The order in which the threads of a block take numbers, `turns` each with a barrier between.
+// The order in which the threads of a block take numbers. Each takes `turns` numbers, with a
+// barrier in between.
 std::vector<int> order(int threads, int turns) {
   std::vector<int> taken(static_cast<size_t>(threads * turns));
   int next = 0;
@@ -107,7 +108,7 @@ void test_schedules() {
   });
   ROSA_CHECK(furthest > 90, "warps drift " + std::to_string(furthest) + " apart");
 
-  // So must blocks.
+  // Blocks must run out of order, and each block once.
   std::vector<unsigned> blocks(100);
   int next = 0;
   simt::set_blocks_at_once(1);
@@ -145,7 +146,7 @@ void test_callers_at_once() {
 
 // ---- barriers and shared memory -------------------------------------------------------------
 
-// What the block before left there must not be there: NaN is.
+// Shared memory must hold NaN when a block begins, and not what the previous block left.
 void test_shared_memory() {
   for_seeds(3, [](const std::string& context) {
     for (const int64_t bytes : {0, 1, 24, 4096, 227 * 1024 - 256}) {
@@ -212,7 +213,7 @@ void test_barriers() {
         ROSA_CHECK(__syncthreads_and(threadIdx.x != 0) == 0, context);
       });
     }
-    // A flag that another thread raises.
+    // Threads may wait for a flag that another thread raises.
     run(1, 64, [&] {
       ROSA_SHARED(flag, int);
       if (threadIdx.x == 0) flag = 0;
@@ -251,7 +252,7 @@ void test_shuffles() {
       ROSA_CHECK(__shfl_sync(kAll, 0.5 * lane, 7) == 3.5, context);
       ROSA_CHECK(__shfl_sync(kAll, int64_t{lane} << 40, 9) == int64_t{9} << 40, context);
       ROSA_CHECK(__shfl_sync(kAll, static_cast<uint16_t>(lane), 9) == 9, context);
-      // Half a warp on its own, the other one elsewhere.
+      // The two halves of a warp shuffle in different places.
       if (lane < 16) {
         ROSA_CHECK(__shfl_xor_sync(0xffffu, lane, 3) == (lane ^ 3), context);
       } else {
@@ -261,7 +262,8 @@ void test_shuffles() {
   });
 }
 
-// Groups of lanes that meet on their own, as often as they like, and with others in between.
+// Groups of lanes synchronise among themselves, each group a different number of times. In between
+// they synchronise with another group.
 void test_subwarps() {
   for_seeds(8, [](const std::string& context) {
     run(1, 64, [&] {
@@ -370,7 +372,7 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-// Every one must be reported, at its line, under every schedule.
+// Every misuse must be reported with its line, under every schedule.
 void expect_error(const std::string& error, int line, const std::string& part,
                   const std::string& context) {
   ROSA_CHECK(contains(error, part), context + ": expected '" + part + "', got '" + error + "'");
@@ -474,7 +476,7 @@ void test_misuse_of_memory() {
     ROSA_CHECK(error_of(32, all_there_is).empty(), context);
     expect_error(error_of(32, all_there_is, 200 * 1024), line, "static shared memory", context);
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-    // There it is the sanitizer's.
+    // Sanitizers report this themselves.
     for (const int64_t bytes : {1, 16, 1000}) {
       const auto past = [=] {
         ROSA_DYNAMIC_SHARED(dynamic);
@@ -510,8 +512,8 @@ void test_limits() {
   ROSA_CHECK(contains(nested, "cannot launch another"), nested);
 }
 
-// Static and dynamic shared memory count together, as on a device: 48 KiB unless a launch is
-// allowed more, which holds for that launch alone; never more than the device has.
+// Static and dynamic shared memory count together, as on a device. A launch has 48 KiB, unless it
+// is allowed more. The permission is for that launch only, and for no more than the device has.
 void test_permission_for_shared_memory() {
   constexpr int64_t kStatic = 16 * 1024, kDefault = 48 * 1024;
   const auto outcome = [](bool allowed, int64_t dynamic_bytes) -> std::string {
@@ -550,7 +552,7 @@ void test_permission_for_shared_memory() {
   simt::set_shared_bytes(before);
 }
 
-// A kernel that fails leaves nothing behind: the next one runs, on the same stacks, too.
+// A failed kernel leaves nothing behind. The next kernel runs correctly on the same stacks.
 void test_after_failures() {
   for_seeds(20, [](const std::string& context) {
     const std::string error = error_of(256, [] {
@@ -566,7 +568,7 @@ void test_after_failures() {
     });
     ROSA_CHECK(sum == 24, context);
   });
-  // Of several blocks that fail, the report is always about the same one.
+  // If several blocks fail, the error is always that of the same block.
   std::set<std::string> reports;
   for (int i = 0; i < 20; ++i) {
     try {
@@ -583,7 +585,7 @@ void test_after_failures() {
 
 // ---- races ----------------------------------------------------------------------------------
 
-// A block reduction, with each of its three barriers left out in turn.
+// A block reduction without barrier `missing`, 0 or 1. With 2 no barrier is missing.
 bool reduction_is_right(int missing) {
   std::vector<int> sums(6, 0);
   run(3, 256, [&] {
@@ -618,7 +620,7 @@ void test_missing_barriers() {
   ROSA_CHECK(right[2] == kSeeds, "the right kernel fails");
 }
 
-// What only a sanitizer sees ends the process, so a child has to do it.
+// A sanitizer that finds an error ends the process, so a child process commits these misdeeds.
 const Misdeed kMisdeeds[] = {
     {"read past dynamic shared memory", Sanitizer::kAddress,
      [] {
@@ -713,7 +715,7 @@ int main(int argc, char** argv) {
   test_limits();
   test_permission_for_shared_memory();
   test_after_failures();
-  if (kSanitizer != Sanitizer::kThread) test_missing_barriers();  // it would see more
+  if (kSanitizer != Sanitizer::kThread) test_missing_barriers();  // it would report the races
   expect_caught(kMisdeeds, argv[0]);
   return exit_status();
 }

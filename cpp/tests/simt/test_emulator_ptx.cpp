@@ -1,5 +1,5 @@
-// The emulator's versions of cuda/ptx.h and numeric.h: layouts against the PTX ISA's tables,
-// products against float64, and that mistakes with whatever is asynchronous are found.
+// Tests the emulator's versions of cuda/ptx.h and numeric.h. Layouts are compared with the PTX
+// ISA's tables, and products with float64. Mistakes with asynchronous operations must be found.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -45,7 +45,7 @@ std::string error_of(unsigned threads, const Kernel& kernel, int64_t shared_byte
   return "";
 }
 
-// Every misuse is reported, with the place in this file.
+// Every misuse must be reported with its place in this file.
 template <class Kernel>
 void expect_error(const std::string& part, unsigned threads, const Kernel& kernel,
                   int64_t shared_bytes = 0) {
@@ -58,7 +58,7 @@ void expect_error(const std::string& part, unsigned threads, const Kernel& kerne
   });
 }
 
-// How many of `count` seeds a test passes under.
+// The number of seeds, out of `count`, under which a test passes.
 template <class Test>
 int passes(int count, Test test) {
   int passed = 0;
@@ -80,7 +80,7 @@ void test_conversions() {
     const double want = load(kDType<T>, reinterpret_cast<const char*>(&x));
     const float got = cuda::to_float(x);
     ROSA_CHECK(std::isnan(want) ? std::isnan(got) : got == want, std::to_string(bits));
-    // Itself, and what lies halfway to the next one, above and below.
+    // The value itself, a midpoint between values, and values above and below.
     const double next = std::nextafter(std::fabs(want) * 1.001 + 1e-30, 1e300);
     for (const double value : {want, want + (next - want) / 2, want * 1.002, want * 0.998}) {
       const float narrow = static_cast<float>(value);
@@ -102,7 +102,7 @@ void test_conversions() {
 
 // ---- ldmatrix and mma -----------------------------------------------------------------------
 
-// A word holds (row, column) of its element: where it came from.
+// Each element holds its matrix, row and column, so that a word shows where it came from.
 void test_load_matrix() {
   for_seeds(4, [](const std::string& context) {
     for (const bool transposed : {false, true}) {
@@ -186,7 +186,7 @@ struct Operands {
   }
 
  private:
-  // Halves: their products and sums are exact, so that nothing need be tolerated.
+  // Multiples of 1/2. Their products and sums are exact, so no tolerance is needed.
   static float small(Random& random) {
     return static_cast<float>(static_cast<int>(random.bits() % 17) - 8) / 2;
   }
@@ -240,8 +240,8 @@ enum class Mistake {
 
 constexpr int kStages = 3, kTiles = 9, kThreads = 64;
 
-// Sums columns of a matrix through a ring of stages; each thread reads what another one copied.
-// Then the stages are used for something else.
+// Sums columns of a matrix through a ring of stages. Each thread reads what another thread copied.
+// Afterwards the stages are used for something else.
 bool pipeline_is_right(Mistake mistake) {
   std::vector<uint4> from(kTiles * kThreads);
   for (unsigned i = 0; i < from.size(); ++i) from[i] = make_uint4(i, 2 * i, 3 * i, 5 * i);
@@ -299,7 +299,7 @@ void test_copy_async() {
     return passes(kSeeds, [=] { return pipeline_is_right(mistake); });
   };
   ROSA_CHECK(passed(Mistake::kNone) == kSeeds, "the right pipeline fails");
-  if (kSanitizer != Sanitizer::kThread) {  // which has its own opinion of them
+  if (kSanitizer != Sanitizer::kThread) {  // which reports them itself
     for (const Mistake mistake : {Mistake::kNoWait, Mistake::kWaitTooFew, Mistake::kNoBarrier,
                                   Mistake::kEarlyRefill, Mistake::kNoDrain}) {
       const int count = passed(mistake);
@@ -339,7 +339,7 @@ void test_copy_async() {
 
 // ---- named barriers -------------------------------------------------------------------------
 
-// Warps 0 and 1 make what warps 2 and 3 use, one slot, many times.
+// Warps 0 and 1 write one slot, and warps 2 and 3 read it, ten times.
 bool handover_is_right(bool wait_for_empty) {
   bool right = true;
   run(128, [&] {
@@ -396,7 +396,7 @@ enum class BulkMistake {
   kTooFewArrivals,
 };
 
-// One warp copies, two use what comes.
+// One warp copies data, and two warps use it.
 bool bulk_pipeline_is_right(BulkMistake mistake) {
   constexpr unsigned kStageBytes = 1024, kWords = kStageBytes / 4;
   constexpr unsigned kRounds = 8;
@@ -503,7 +503,7 @@ void test_bulk_copies() {
         if (threadIdx.x == 0) cuda::mbarrier_init(&barrier, 1);
         __syncthreads();
         if (threadIdx.x == 0) return;
-        cuda::fence_proxy_async();  // by another thread than the one that wrote
+        cuda::fence_proxy_async();  // not by the thread that initialised the barrier
         cuda::mbarrier_expect_bytes(&barrier, 16);
         cuda::copy_bulk_global_to_shared(shared, source, 16, &barrier);
       },
@@ -535,7 +535,7 @@ void test_bulk_copies() {
   expect_error("not 16-byte aligned", 1, copy(8, 0, 16, true), 4096);
   expect_error("not 16-byte aligned", 1, copy(0, 8, 16, true), 4096);
   expect_error("outside shared memory", 1, copy(16, 0, 4096, true), 4096);
-  // A block that ends before its copy has landed: seen when the copy is late.
+  // It is an error if a block ends before its copy has landed. That shows if the copy is late.
   int reported = 0;
   for_seeds(
       20, [&](const std::string&) { reported += !error_of(1, copy(0, 0, 64, false), 64).empty(); });
@@ -557,8 +557,8 @@ enum class WgmmaMistake {
   kMissingBarrier,
 };
 
-// (64, k) times (columns, k)^T, k in blocks of 64 that pass through two stages of shared memory,
-// the wgmmas of one under way while the next one is filled.
+// Multiplies (64, k) by (columns, k)^T. Blocks of 64 of k pass through two stages of shared memory.
+// With some mistakes, the wgmmas of one stage are under way while the other stage is filled.
 template <class T, int kColumns>
 bool wgmma_is_right(WgmmaMistake mistake) {
   constexpr int kBlocks = 3, kK = 64 * kBlocks;
@@ -602,7 +602,7 @@ bool wgmma_is_right(WgmmaMistake mistake) {
           if (mistake != WgmmaMistake::kNoCommit) cuda::wgmma_commit();
           if (mistake == WgmmaMistake::kReadsEarly) out[0] = sums[0];
           if (mistake == WgmmaMistake::kWritesEarly) sums[1] += 1;
-          // The other stage was read by the wgmmas of the block before.
+          // The wgmmas of the previous block have read the other stage.
           if (mistake == WgmmaMistake::kRefillsBeforeWait) {
             if (block + 1 < kBlocks) fill(block + 1);
             cuda::wgmma_wait<1>();
@@ -692,7 +692,7 @@ void test_misuse_of_wgmma() {
   expect_error("not shared memory", 128,
                multiply([](Address, uint64_t* a, uint64_t*) { *a = cuda::swizzled_descriptor(a); }),
                kBytes);
-  // A warpgroup of which one warp does something else.
+  // One warp of the warpgroup issues no wgmma.
   for_seeds(4, [&](const std::string& context) {
     const std::string error = error_of(
         128,
@@ -704,7 +704,7 @@ void test_misuse_of_wgmma() {
   });
 }
 
-// What the accumulators hold meanwhile is NaN.
+// Accumulators hold NaN until the wait for their wgmma.
 void test_accumulators_in_flight() {
   for_seeds(6, [](const std::string& context) {
     run(

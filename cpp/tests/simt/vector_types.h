@@ -1,4 +1,4 @@
-// CUDA's small vectors, as far as kernels here use them.
+// The CUDA vector types that the kernels use.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Vectors of two and four are as aligned as the one load they stand for needs.
+// A vector of two or four elements is aligned so that one load can read it.
 struct alignas(8) int2 {
   int x, y;
 };

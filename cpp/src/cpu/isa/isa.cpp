@@ -1,4 +1,5 @@
-// Which instruction sets this build and this machine have, and what its caches are.
+// The instruction sets that this build and this machine have, and the size of the second-level
+// cache.
 #include <unistd.h>
 
 #include "cpu/isa/kernels.h"
@@ -13,7 +14,7 @@ bool isa_available(Isa isa) {
       return true;
 #if ROSA_X86
     case Isa::kAvx2:
-      // F16C came before AVX2 everywhere; Clang 14 cannot be asked for it.
+      // F16C is not tested: every CPU with AVX2 has it, and Clang 14 cannot test for it.
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::kAvx512:
       return isa_available(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
@@ -35,7 +36,7 @@ const Kernels& kernels(Isa isa) {
 }
 
 int64_t l2_bytes() {
-  // 0 where the system does not say: containers, other C libraries, most of aarch64.
+  // The result is 0 if the system does not tell: in containers, other C libraries, most of aarch64.
 #ifdef _SC_LEVEL2_CACHE_SIZE
   static const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #else

@@ -1,4 +1,5 @@
-// What one worker of sddmm and spmm does, compiled once per instruction set.
+// The task of one worker of sddmm and of spmm. The code for it is compiled once per instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +9,13 @@
 
 namespace rosa::cpu {
 
-// Rows of the second panel: a chunk stays in the first-level cache between pack and use.
+// Rows of the second panel, called a chunk. It stays in the first-level cache between write and
+// read.
 constexpr int64_t kChunkRows = 128;
-// Tokens per block at most: a block is 16, 32 or 64 tokens wide.
+// Maximum tokens per block. A block is 16, 32 or 64 tokens wide.
 constexpr int kMaxBlock = 64;
 
-// c[row_begin:row_end, token_begin:token_end] of spmm.
+// Computes c[row_begin:row_end, token_begin:token_end] of spmm.
 struct SpmmTask {
   CsrView pattern;
   const void* values;          // (nnz) in the accumulator's type, contiguous
@@ -24,10 +26,11 @@ struct SpmmTask {
   int64_t token_begin, token_end;
   int block;
   void* panel;  // (n, kMaxBlock) of the accumulator's type, 64-byte aligned
-  void* chunk;  // (kChunkRows, kMaxBlock) likewise
+  void* chunk;  // (kChunkRows, kMaxBlock), the same type and alignment
 };
 
-// partial[t] = sum over [token_begin, token_end) for the entries t of [row_begin, row_end).
+// Computes partial[t] = sum over [token_begin, token_end) for the entries t of [row_begin,
+// row_end).
 struct SddmmTask {
   CsrView pattern;
   MatrixView a;  // (m, k)
@@ -52,10 +55,10 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-// The table for `isa`; throws std::invalid_argument where it is not available.
+// The table for `isa`. Throws std::invalid_argument if `isa` is not available.
 const Kernels& kernels(Isa isa);
 
-// Size of one core's second-level cache in bytes.
+// Size of one core's second-level cache in bytes; 512 KiB if the system does not tell.
 int64_t l2_bytes();
 
 }  // namespace rosa::cpu

@@ -1,7 +1,7 @@
-// Panels: a block of tokens of a dense operand, one contiguous run of tokens per row.
+// A panel holds a block of tokens of a dense operand. The tokens of each row are contiguous.
 //
-// panel[i * block + t] = x(i, first + t). Every nonzero then meets a contiguous vector, whatever
-// the strides of the operand were. Rows that nobody reads are not packed.
+// panel[i * block + t] = x(i, first + t). So every nonzero reads a contiguous vector, for any
+// strides of the operand. Rows that nobody reads are not packed.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace rosa::cpu {
 namespace {
 
-// Rows are packed in groups of this many: a 64-byte line of float32 token-major memory.
+// Rows are packed in groups of this many, a 64-byte line of token-major float32 memory.
 constexpr int64_t kGroup = 16;
 
 template <class T>
@@ -27,14 +27,15 @@ inline bool any_active(const uint8_t* active, int64_t begin, int64_t end) {
   return any != 0;
 }
 
-// How far ahead of the transposition token-major memory is fetched; the hardware prefetcher alone
-// takes 1.5x as long, and gives up at the end of a chunk.
+// How far ahead of the transposition token-major memory is prefetched. With only the hardware
+// prefetcher it takes 1.5x as long, and that prefetcher gives up at the end of a chunk.
 constexpr int64_t kPrefetchBytes = 512;
 
 constexpr int64_t kRowsAhead = 16;
 constexpr int64_t kLine = 64;
 
-// Rows [i, i_end) of tokens [t, t_end), one element at a time: the edges, and any other stride.
+// Packs rows [i, i_end) of tokens [t, t_end) one element at a time: the edges, and any other
+// stride.
 template <class T, class A>
 inline void pack_scalar(const MatrixView& x, int64_t i, int64_t i_end, int64_t first, int64_t t,
                         int64_t t_end, int block, A* panel) {
@@ -42,8 +43,9 @@ inline void pack_scalar(const MatrixView& x, int64_t i, int64_t i_end, int64_t f
     for (int64_t u = t; u < t_end; ++u) panel[i * block + u] = widen(*at<T>(x, i, first + u));
 }
 
-// x token-major: rows are contiguous, so 8 x 8 squares are transposed in registers. Eight tokens at
-// a time across all rows, because that many streams of memory are still prefetched.
+// Packs a token-major x. Its rows are adjacent in memory, so 8 x 8 squares are transposed in
+// registers. Eight tokens at a time go across all rows, because the hardware still prefetches that
+// many streams of memory.
 template <class T, class A>
 inline void pack_token_major(const MatrixView& x, const uint8_t* active, int64_t first,
                              int64_t tokens, int block, A* panel) {
@@ -68,7 +70,7 @@ inline void pack_token_major(const MatrixView& x, const uint8_t* active, int64_t
   }
 }
 
-// Packs rows [0, x.rows) of tokens [first, first + tokens); pads the block with zeros.
+// Packs rows [0, x.rows) of tokens [first, first + tokens). Pads the block with zeros.
 template <class T, class A>
 void pack(const MatrixView& x, const uint8_t* active, int64_t first, int64_t tokens, int block,
           A* panel) {
@@ -78,8 +80,8 @@ void pack(const MatrixView& x, const uint8_t* active, int64_t first, int64_t tok
   } else {
     for (int64_t i = 0; i < x.rows; ++i) {
       if (!active[i]) continue;
-      // A row is a short run of tokens, often alone on its page: fetched a few rows ahead, because
-      // no hardware prefetcher crosses pages.
+      // A row is a short run of tokens, often the only one on its page. It is prefetched a few rows
+      // ahead, because no hardware prefetcher crosses pages.
       for (int64_t t = 0; t < tokens; t += kLine / static_cast<int64_t>(sizeof(T)))
         __builtin_prefetch(at<T>(x, i + kRowsAhead, first) + t);
       int64_t t = 0;
@@ -100,11 +102,11 @@ inline void unpack_scalar(const A* panel, int block, const MatrixView& x, int64_
       *at<T>(x, i, first + u) = Narrow<T>::from(panel[i * block + u]);
 }
 
-// The way back: rows [0, x.rows) of tokens [first, first + tokens) of x from the panel.
+// Copies the panel back to rows [0, x.rows) of tokens [first, first + tokens) of x.
 template <class T, class A>
 void unpack(const A* panel, int block, const MatrixView& x, int64_t first, int64_t tokens) {
   const int64_t whole = tokens - tokens % 8;
-  int64_t rows = 0;  // whose whole groups of eight tokens are written as vectors
+  int64_t rows = 0;  // rows whose whole groups of eight tokens are written as vectors
   if (x.row_stride == 1) {
     rows = x.rows - x.rows % 8;
     for (int64_t t = 0; t < whole; t += 8) {

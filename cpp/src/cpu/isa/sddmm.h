@@ -8,7 +8,7 @@
 namespace rosa::cpu {
 namespace {
 
-// <row, x>, not yet summed over lanes.
+// <row, x>, before the sum over lanes.
 template <int kLanes, int kVectors, class A>
 inline Vec<A, kLanes> dot(const Vec<A, kLanes> (&row)[kVectors], const A* x) {
   Vec<A, kLanes> sum = row[0] * load<kLanes>(x);
@@ -16,8 +16,8 @@ inline Vec<A, kLanes> dot(const Vec<A, kLanes> (&row)[kVectors], const A* x) {
   return sum;
 }
 
-// partial[u] += <row, panel[col[u]]> for u < count <= kCount; what is computed past count repeats
-// the last column and is dropped.
+// partial[u] += <row, panel[col[u]]> for u < count <= kCount. The dots past count repeat the last
+// column and are dropped.
 template <int kCount, int kLanes, int kVectors, class A>
 inline void dot_group(const int32_t* col, int count, const A* panel,
                       const Vec<A, kLanes> (&row)[kVectors], A* partial) {

@@ -1,6 +1,7 @@
-// Short vectors on GCC's and Clang's vector extension: one source for SSE2, AVX2, AVX-512 and NEON.
+// Short vectors on the vector extension of GCC and Clang. One source serves SSE2, AVX2, AVX-512 and
+// NEON.
 //
-// Internal linkage throughout, for the reason given in floats.h.
+// Everything has internal linkage, for the reason given in floats.h.
 #pragma once
 
 #include <cstdint>
@@ -86,7 +87,7 @@ inline void store8(Float16* to, Vec<float, 8> x) {
 #endif
 }
 
-// ---- rearrangements, in steps that stay inside 128-bit lanes but for the last ------------------
+// ---- rearrangements; all steps but the last stay inside 128-bit lanes --------------------------
 
 // r[i][j] <-> r[j][i]
 template <class A>
@@ -140,7 +141,7 @@ inline Vec<A, 8> sum_lanes(const Vec<A, 8> (&x)[8]) {
   return add_halves<A>(add_pairs<A>(add_pairs<A>(x[0], x[1]), add_pairs<A>(x[2], x[3])),
                        add_pairs<A>(add_pairs<A>(x[4], x[5]), add_pairs<A>(x[6], x[7])));
 }
-// Likewise; lanes 4 to 7 repeat lanes 0 to 3.
+// The same for four vectors. Lanes 4 to 7 repeat lanes 0 to 3.
 template <class A>
 inline Vec<A, 8> sum_lanes(const Vec<A, 8> (&x)[4]) {
   const Vec<A, 8> four = add_pairs<A>(add_pairs<A>(x[0], x[1]), add_pairs<A>(x[2], x[3]));

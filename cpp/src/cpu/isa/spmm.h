@@ -8,7 +8,7 @@
 namespace rosa::cpu {
 namespace {
 
-// Independent sums per row: two FMA pipes of latency 4 want 8 in flight.
+// Independent sums per row: two FMA pipes of latency 4 need 8 in flight.
 constexpr int kChains = 8;
 
 // sums[v] += values[t] * panel[col[t]] over entries [begin, end) of one row.

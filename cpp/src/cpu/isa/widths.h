@@ -1,9 +1,9 @@
-// From a task's dtype and block to the types and widths that the inner loops are compiled for.
+// Maps a task's dtype and block to the type and vector width of a compiled inner loop.
 //
-// spmm and sddmm both take a block of 16, 32 or 64 tokens, pack the gathered operand into a panel
-// that stays in the second-level cache, and walk the CSR once per block: a nonzero costs kVectors
-// contiguous loads and fused multiply-adds, and no gather. Included by one file per instruction
-// set, which sets the width.
+// spmm and sddmm both take a block of 16, 32 or 64 tokens. They pack the gathered operand into a
+// panel that stays in the second-level cache, and walk the CSR once per block. A nonzero costs
+// kVectors contiguous loads and fused multiply-adds, and no gather. One file per instruction set
+// includes this header and sets the width.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -13,8 +13,8 @@
 namespace rosa::cpu {
 namespace {
 
-// One block of tokens: kVectors vectors of kLanes sums. Not std::integral_constant, whose functions
-// the linker might keep in a form that older machines cannot run.
+// One block of tokens: kVectors vectors of kLanes sums. It is not std::integral_constant: the
+// linker might keep the functions of that type in a form that older machines cannot run.
 template <class T_, int kLanes_, int kVectors_>
 struct Width {
   using T = T_;
@@ -23,14 +23,15 @@ struct Width {
 
 template <class T, int kFloatLanes, class Task, class Body>
 void with_block(const Task& task, const Body& body) {
-  // float sums are kFloatLanes wide; double sums always 8, which is fast enough for what checks.
+  // float sums are kFloatLanes wide. double sums are always 8 wide: float64 serves only for
+  // checking.
   constexpr int kLanes = sizeof(Accumulator<T>) == 8 ? 8 : kFloatLanes;
   if (task.block == 64) return body(Width<T, kLanes, 64 / kLanes>{});
   if (task.block == 32) return body(Width<T, kLanes, 32 / kLanes>{});
   return body(Width<T, kLanes, 16 / kLanes>{});
 }
 
-// body(Width<...>{}) for the dtype of the dense operands and the block of `task`.
+// Calls body(Width<...>{}) for the dtype of the dense operands and the block of `task`.
 template <int kFloatLanes, class Task, class Body>
 void with_width(const Task& task, const Body& body) {
   switch (task.b.dtype) {

@@ -1,4 +1,4 @@
-// What both Sputnik-style kernels share: loads of a few elements, and sub-warps.
+// Helpers of both Sputnik-style kernels: loads and stores of a few elements, sub-warps, checks.
 #pragma once
 
 #include "cuda/numeric.h"
@@ -7,12 +7,13 @@
 
 namespace rosa::cuda::baselines {
 
-// Rows are shared out to sub-warps, which leave the kernel and wait for each other on their own.
+// The lanes of one sub-warp. Each row has a sub-warp, which leaves the kernel and synchronises
+// independently of the others.
 __device__ __forceinline__ uint32_t subwarp_mask(int lanes, int index) {
   return lanes == kWarp ? 0xffffffffu : ((1u << lanes) - 1) << (lanes * index);
 }
 
-// kCount consecutive elements, by one load.
+// Loads kCount consecutive elements with one instruction.
 template <class T, int kCount>
 __device__ __forceinline__ void load_elements(const T* from, float (&to)[kCount]) {
   constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
@@ -40,7 +41,7 @@ __device__ __forceinline__ void load_elements(const T* from, float (&to)[kCount]
   }
 }
 
-// The same the other way, rounded.
+// Rounds kCount elements and stores them with one instruction.
 template <class T, int kCount>
 __device__ __forceinline__ void store_elements(T* to, const float (&from)[kCount]) {
   constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
@@ -60,7 +61,7 @@ __device__ __forceinline__ void store_elements(T* to, const float (&from)[kCount
 
 inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// A row-major operand as the published kernels want it.
+// Checks that an operand is row-major and contiguous, as the published kernels expect.
 inline void check_rows(const MatrixView& x, int64_t rows) {
   check(x.rows == rows, "expected operands of the pattern's shape");
   check(x.rows <= 1 || x.cols == 0 || x.row_stride == x.cols,
@@ -69,7 +70,7 @@ inline void check_rows(const MatrixView& x, int64_t rows) {
   check(aligned(x.data), "expected operands aligned to 16 bytes");
 }
 
-// The blocks along y that cover `count`, which a grid must be able to have.
+// The number of blocks along y that cover `count`. Throws if a grid cannot have that many.
 inline unsigned grid_y(int64_t count, int64_t per_block) {
   const int64_t blocks = (count + per_block - 1) / per_block;
   check(blocks <= 65535, "expected a grid of at most 65535 blocks along y");

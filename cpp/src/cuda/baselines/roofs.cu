@@ -1,4 +1,4 @@
-// What the device can do at most, measured in the run that is judged by it.
+// Measures the limits of the device, in the same run whose results are compared with them.
 #include "cuda/platform.h"
 #include "rosa/baselines.h"
 #include "rosa/check.h"
@@ -9,8 +9,9 @@ namespace {
 constexpr int kReadThreads = 512;
 constexpr int kReadsInFlight = 4;
 
-// Every thread has kReadsInFlight loads of 16 bytes under way. They go past L1, which would serve a
-// second pass over the same lines: 132 of them hold more than the buffer that is to stay in L2.
+// Every thread has kReadsInFlight loads of 16 bytes under way. They go past L1. Otherwise L1 would
+// serve a second pass over the same lines: 132 L1 caches hold more than the buffer that should stay
+// in L2.
 __global__ void __launch_bounds__(kReadThreads)
     read_kernel(const uint4* data, int64_t vectors, int passes, uint32_t* sink) {
   const int64_t threads = int64_t{gridDim.x} * kReadThreads;
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kReadThreads)
         bits ^= loaded[j].x ^ loaded[j].y ^ loaded[j].z ^ loaded[j].w;
     }
   }
-  // Hardly ever true, but the compiler cannot know, and keeps the loads.
+  // This is hardly ever true, but the compiler cannot know that, so it keeps the loads.
   if (bits == 0x9e3779b9u) *sink = bits;
 }
 

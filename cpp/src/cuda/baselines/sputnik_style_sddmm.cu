@@ -1,4 +1,4 @@
-// The Sputnik-style SDDMM: which instance, which grid.
+// The Sputnik-style SDDMM: the choice of the kernel's instance and of its grid.
 #include "cuda/baselines/sputnik_style_sddmm.cuh"
 
 #include "cuda/dispatch.h"

@@ -1,7 +1,7 @@
-// SDDMM one-dimensionally tiled: a sub-warp takes 32 nonzeros of one row.
+// SDDMM with one-dimensional tiles: a sub-warp takes 32 nonzeros of one row.
 //
-// Its lanes divide the reduction between them, each with a sum for every one of the 32 nonzeros.
-// Row i of a is read once for all of them; the rows of b have no reuse at all.
+// The lanes of a sub-warp divide the reduction between them. Each lane has a sum for every one of
+// the 32 nonzeros. Row i of a is read once for all of them. The rows of b have no reuse at all.
 #pragma once
 
 #include "cuda/baselines/common.cuh"
@@ -13,15 +13,15 @@ constexpr int kSddmmItems = 32;  // nonzeros of a block along x
 template <class T>
 struct SddmmArgs {
   const int32_t *crow, *col, *row_swizzle;
-  int64_t rows;  // of the swizzle that the grid covers
+  int64_t rows;  // rows of the swizzle that the grid covers
   int64_t k;
   const T *a, *b;
   T* out;
 };
 
-// Each lane comes with a part of every sum and leaves with kItems / kLanes whole ones, those of
+// Each lane begins with a part of every sum and ends with kItems / kLanes whole sums, those of
 // items lane * kItems / kLanes and on. In every step two lanes exchange the halves that the other
-// one keeps: 28 shuffles for 32 sums of 8 lanes, where reducing them one by one takes 96.
+// one keeps. 32 sums of 8 lanes take 28 shuffles. Reducing them one by one would take 96.
 template <int kItems, int kLanes>
 __device__ __forceinline__ void reduce_transposed(float (&sum)[kItems], int lane, uint32_t mask) {
   int half = kItems / 2;
@@ -38,8 +38,8 @@ __device__ __forceinline__ void reduce_transposed(float (&sum)[kItems], int lane
   }
 }
 
-// Threads: (kLanes, rows of a block), one warp. kVector elements a load; k is a multiple of it, and
-// of kVector * kLanes unless kResidue.
+// Threads: (kLanes, rows of a block), one warp. A load has kVector elements. k is a multiple of
+// kVector, and of kVector * kLanes unless kResidue.
 template <class T, int kVector, int kLanes, bool kResidue>
 __global__ void __launch_bounds__(kWarp) sputnik_style_sddmm_kernel(SddmmArgs<T> args) {
   constexpr int kRows = kWarp / kLanes;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kWarp) sputnik_style_sddmm_kernel(SddmmArgs<T>
   const int count = static_cast<int>(min(args.crow[row + 1] - first, int64_t{kSddmmItems}));
   if (count <= 0) return;
 
-  // Where the rows of b begin. Past the last nonzero, the last one again: its sum is not kept.
+  // Where the rows of b begin. Items past the last nonzero repeat it. Their sums are not kept.
   const int lane = threadIdx.x;
   const uint32_t mask = subwarp_mask(kLanes, threadIdx.y);
   int64_t* offsets = offsets_of_rows[threadIdx.y];

@@ -1,4 +1,4 @@
-// The Sputnik-style SpMM: which instance.
+// The Sputnik-style SpMM: the choice of the kernel's instance.
 #include "cuda/baselines/sputnik_style_spmm.cuh"
 
 #include "cuda/dispatch.h"
@@ -16,7 +16,8 @@ void launch_spmm(const SpmmArgs<T>& args, Stream stream) {
   launch<sputnik_style_spmm_kernel<T, kVector, kLanes, kLoads>>(grid, args);
 }
 
-// Narrow tiles for few columns, else the widest vectors that k allows, two per lane where they fit.
+// Few columns take narrow tiles. Others take the widest vectors that k allows, two per lane if they
+// fit.
 template <class T>
 void choose_spmm(const SpmmArgs<T>& args, Stream stream) {
   constexpr int kWidest = kPerVec16<T>;

@@ -1,8 +1,8 @@
-// SpMM one-dimensionally tiled: a sub-warp computes one row of c, a few columns wide.
+// SpMM with one-dimensional tiles: a sub-warp computes one row of c, a few columns wide.
 //
-// The row's nonzeros pass through shared memory 32 at a time, by vector loads: a row that does not
-// begin on a multiple of four is read from the multiple before it, and what belongs to its
-// neighbour is left out of the first tile (the paper's reverse-offset memory alignment).
+// The row's nonzeros pass through shared memory 32 at a time, by vector loads. If a row does not
+// begin on a multiple of four, it is read from the multiple before. The entries of the previous row
+// are then left out of the first tile (the paper's reverse-offset memory alignment).
 #pragma once
 
 #include "cuda/baselines/common.cuh"
@@ -44,7 +44,7 @@ template <class T, int kVector, int kLanes, int kLoads>
 struct SpmmRow {
   const T* b;  // at this lane's first column
   int64_t k;
-  bool inside[kLoads];  // which of its vectors lie in the matrix
+  bool inside[kLoads];  // which of the lane's vectors lie in the matrix
   const float* values;
   const int64_t* offsets;
   float sum[kLoads][kVector];
@@ -63,12 +63,12 @@ struct SpmmRow {
   }
 };
 
-// Threads: (kLanes, rows of a block), one warp. A block along y is kLanes * kVector * kLoads
-// columns wide; k is a multiple of kVector.
+// Threads: (kLanes, rows of a block), one warp. A block along y covers kLanes * kVector * kLoads
+// columns. k is a multiple of kVector.
 template <class T, int kVector, int kLanes, int kLoads>
 __global__ void __launch_bounds__(kWarp) sputnik_style_spmm_kernel(SpmmArgs<T> args) {
   constexpr int kRows = kWarp / kLanes;
-  constexpr int kStaged = kSpmmItems / kLanes;  // nonzeros that a lane brings
+  constexpr int kStaged = kSpmmItems / kLanes;  // nonzeros that a lane loads
   ROSA_SHARED(values_of_rows, float[kRows][kSpmmItems]);
   ROSA_SHARED(offsets_of_rows, int64_t[kRows][kSpmmItems]);
 
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kWarp) sputnik_style_spmm_kernel(SpmmArgs<T> a
 
   const int64_t end = args.crow[row + 1];
   int64_t t = args.crow[row];
-  int before = static_cast<int>(t % kSpmmAlignment);  // nonzeros of the row before, in the tile
+  int before = static_cast<int>(t % kSpmmAlignment);  // nonzeros of the previous row in the tile
   if (t - before + kSpmmItems > end) before = 0;      // only a residue: element by element
   t -= before;
   const auto stage = [&] {
