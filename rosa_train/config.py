@@ -1,20 +1,42 @@
-"""What a run is told: four dataclasses under Hugging Face's names, checked when they are made.
+"""The options of a run: four dataclasses with Hugging Face's names, checked when they are made.
 
-`transformers.HfArgumentParser` turns them into a command line or reads them from JSON and YAML;
-this module does not need it. Field names are unique across the four: one flat file holds them.
+`transformers.HfArgumentParser` makes a command line of them, or reads them from JSON and YAML.
+Field names are unique across the four dataclasses, so that one flat file can hold them all.
+
+A field's range is in its type, as `Annotated[int, POSITIVE_INTEGER]`. The field's metadata cannot
+hold the range: HfArgumentParser passes all of the metadata to argparse.
 """
 
+# ruff: noqa: RUF009  (`option` makes a dataclass field, not a shared default)
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
-# What a pattern needs to be one: a lone name without these is a list of one, not a regex.
+from rosa_kernels.bounds import (
+    FRACTION_BELOW_1,
+    NON_NEGATIVE,
+    NON_NEGATIVE_INTEGER,
+    OPEN_FRACTION,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    Bound,
+    is_integer,
+)
+
+_TOKENS = Bound("at least 2 tokens", lambda value: is_integer(value) and value >= 2)
+_SCHEDULE = Bound(
+    "wl<N>, default, lora_only or spa_only",
+    lambda value: bool(re.fullmatch(r"wl\d+|default|lora_only|spa_only", str(value))),
+)
+_MAX_STEPS = Bound(
+    "a positive integer, or -1", lambda value: value == -1 or POSITIVE_INTEGER.holds(value)
+)
+# A single name is a regex if it has one of these characters. Otherwise it is a list of one name.
 _REGEX = re.compile(r"[*+?()\[\]|^$\\{]")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -26,24 +48,12 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
 
 
 def unescape(template: str) -> str:
-    """A template with real newlines and tabs: between a shell's quotes, \\n is two characters."""
+    """The template with real newlines and tabs: a shell passes \\n as two characters."""
     return template.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def _is_number(value: object, low: float, high: float = math.inf) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-
-
-def _is_count(value: object, low: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    expect(value in choices, name, f"one of {', '.join(map(str, choices))}", repr(value))
-
-
 def _mapping(name: str, value: Any) -> dict[str, Any]:
-    """A pattern option: a mapping, or on the command line its JSON."""
+    """A pattern option as a dict. It is given as a mapping, or on the command line as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -54,7 +64,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _names(value: Any) -> list[str] | str | None:
-    """A choice of modules: "all-linear" or a regex as str, otherwise a list of names."""
+    """A choice of modules: "all-linear" or a regex as a str, otherwise a list of names."""
     if value is None or isinstance(value, str):
         value = [value] if value else []
     if len(value) == 1 and (value[0] == "all-linear" or _REGEX.search(value[0])):
@@ -62,210 +72,186 @@ def _names(value: Any) -> list[str] | str | None:
     return list(value) or None
 
 
-@dataclass
-class ModelArguments:
-    """The model to fine-tune, and how it is held."""
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with a default, and metadata that HfArgumentParser passes to argparse."""
+    return field(default=default, metadata={"help": help, **metadata})
 
-    model_name_or_path: str = field(
+
+class _Checked:
+    """Checks the range and the choices of each field. None is allowed if the type allows it."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for declared in dataclasses.fields(self):  # type: ignore[arg-type]
+            name, value = declared.name, getattr(self, declared.name)
+            choices = declared.metadata.get("choices", (value,))
+            expect(value in choices, name, f"one of {', '.join(map(str, choices))}", repr(value))
+            for bound in getattr(hints[name], "__metadata__", ()):
+                if value is not None or type(None) not in get_args(hints[name].__origin__):
+                    setattr(self, name, bound.check(f"--{name}", value))
+
+
+@dataclass
+class ModelArguments(_Checked):
+    """The model to fine-tune, and the form in which it is held."""
+
+    model_name_or_path: Annotated[str, Bound("a folder or a name", bool)] = field(
         metadata={"help": "Folder of a Hugging Face causal LM, or its name on the hub."}
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Folder or name of the tokenizer (default: the model's)."}
+    tokenizer_name: str | None = option(
+        None, "Folder or name of the tokenizer (default: the model's)."
     )
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Type of the frozen weights. What trains is float32 whatever this says; with "
-            "--method full it is this type that trains.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
+    dtype: str = option(
+        "float32",
+        "Type of the frozen weights. Adapters train in float32 in any case. With "
+        "--method full, the weights train in this type.",
+        choices=["auto", "float32", "bfloat16", "float16"],
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of transformers: sdpa, eager, ..."}
+    attn_implementation: str | None = option(None, "Attention of transformers: sdpa, eager, ...")
+    gradient_checkpointing: bool = option(
+        False, "Recompute each layer in the backward pass: less memory, more time."
     )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Recompute each layer in the backward pass: less memory, more time."},
-    )
-
-    def __post_init__(self) -> None:
-        expect(bool(self.model_name_or_path), "model_name_or_path", "a folder or a name", "none")
-        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 
 @dataclass
-class DataArguments:
-    """Where examples come from and how a record becomes one."""
+class DataArguments(_Checked):
+    """The data files, and how a record becomes an example."""
 
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSON lines (.jsonl, .json) or .csv to train on."}
+    train_file: str | None = option(None, "JSON lines (.jsonl, .json) or .csv to train on.")
+    eval_file: str | None = option(
+        None, "JSON lines or .csv for the evaluation loss and generation."
     )
-    eval_file: str | None = field(
-        default=None, metadata={"help": "The same for the evaluation loss and for generation."}
+    dataset_name: str | None = option(
+        None,
+        "Instead of --train_file: NAME or NAME:CONFIG of `datasets`, "
+        "and a [SPLIT] if it is not train, such as gsm8k:main[test].",
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of --train_file: NAME or NAME:CONFIG of `datasets`, "
-            "and a [SPLIT] if it is not train, such as gsm8k:main[test]."
-        },
+    eval_dataset_name: str | None = option(
+        None, "NAME or NAME:CONFIG, and [SPLIT], instead of --eval_file."
     )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "The same instead of --eval_file."}
+    prompt_template: str = option(
+        "{prompt}", "The prompt, with {fields} of a record; \\n is a newline."
     )
-    prompt_template: str = field(
-        default="{prompt}",
-        metadata={"help": "The prompt, with {fields} of a record; \\n is a newline."},
+    completion_template: str = option(
+        "{completion}", "What is learned after the prompt, with {fields} of a record."
     )
-    completion_template: str = field(
-        default="{completion}",
-        metadata={"help": "What is learned after the prompt, with {fields} of a record."},
+    chat: bool = option(False, "Wrap prompt and completion in the tokenizer's chat template.")
+    max_length: Annotated[int, _TOKENS] = option(512, "Longest example, in tokens.")
+    on_too_long: str = option(
+        "error",
+        "What happens to an example longer than --max_length.",
+        choices=["error", "truncate", "drop"],
     )
-    chat: bool = field(
-        default=False, metadata={"help": "Wrap both as a turn of the tokenizer's chat template."}
+    packing: bool = option(
+        False, "Put several examples into a row of max_length tokens, not padding."
     )
-    max_length: int = field(default=512, metadata={"help": "Longest example, in tokens."})
-    on_too_long: str = field(
-        default="error",
-        metadata={
-            "help": "What becomes of an example longer than that.",
-            "choices": ["error", "truncate", "drop"],
-        },
+    max_train_examples: Annotated[int | None, POSITIVE_INTEGER] = option(
+        None, "Train on this many examples, the first ones."
     )
-    packing: bool = field(
-        default=False,
-        metadata={"help": "Several examples per row of max_length tokens, instead of padding."},
-    )
-    max_train_examples: int | None = field(
-        default=None, metadata={"help": "Train on the first of the examples only."}
-    )
-    max_eval_examples: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first of the examples only."}
+    max_eval_examples: Annotated[int | None, POSITIVE_INTEGER] = option(
+        None, "Evaluate on this many examples, the first ones."
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.prompt_template = unescape(self.prompt_template)
         self.completion_template = unescape(self.completion_template)
         sources = [bool(self.train_file), bool(self.dataset_name)]
         expect(sum(sources) == 1, "train_file", "it or --dataset_name", f"{sum(sources)} of them")
         both = bool(self.eval_file) and bool(self.eval_dataset_name)
         expect(not both, "eval_file", "it or --eval_dataset_name", "both")
-        expect(_is_count(self.max_length, 2), "max_length", "at least 2 tokens", self.max_length)
-        _one_of("on_too_long", self.on_too_long, ("error", "truncate", "drop"))
-        for name in ("max_train_examples", "max_eval_examples"):
-            value = getattr(self, name)
-            expect(value is None or _is_count(value), name, "a positive integer", value)
-
-    @property
-    def train_source(self) -> str:
-        return str(self.train_file or self.dataset_name)
 
     @property
     def eval_source(self) -> str | None:
+        """The evaluation data's file or name, or None."""
         return self.eval_file or self.eval_dataset_name
 
 
 @dataclass
-class MethodArguments:
-    """What trains: a name of `rosa_train.METHODS`, its size, and its masks."""
+class MethodArguments(_Checked):
+    """The method, a name of `rosa_train.METHODS`, with its size and its masks."""
 
-    method: str = field(default="rosa", metadata={"help": "full, lora, lora+, spa or rosa."})
-    rank: int | None = field(default=None, metadata={"help": "Rank of the low-rank branch."})
-    density: float | None = field(
-        default=None, metadata={"help": "Density of the sparse branch, in (0, 1)."}
+    method: str = option("rosa", "The method: full, lora, lora+, spa or rosa.")
+    rank: Annotated[int | None, NON_NEGATIVE_INTEGER] = option(None, "Rank of the low-rank branch.")
+    density: Annotated[float | None, OPEN_FRACTION] = option(
+        None, "Density of the sparse branch, in (0, 1)."
     )
-    budget: str | None = field(
-        default=None,
-        metadata={
-            "help": "Instead of density (and rank), the parameters to train: a share of the target "
-            "weights (1%) or a number (1.5M)."
-        },
+    budget: str | None = option(
+        None,
+        "Instead of density (and rank), the parameters to train: a share of the target "
+        "weights (1%) or a number (1.5M).",
     )
-    alpha: float = field(default=16.0, metadata={"help": "Low-rank scaling is alpha / rank."})
-    dropout: float = field(
-        default=0.05, metadata={"help": "Dropout on what the low-rank branch reads, in [0, 1)."}
+    alpha: Annotated[float, POSITIVE] = option(
+        16.0, "The low-rank branch is scaled by alpha / rank."
     )
-    target_modules: list[str] = field(
+    dropout: Annotated[float, FRACTION_BELOW_1] = option(
+        0.05, "Dropout on the low-rank branch's input, in [0, 1)."
+    )
+    target_modules: Annotated[list[str], Bound("all-linear, names or a regex", bool)] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "all-linear (without the output head), names, or one regex."},
     )
-    exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names, or one regex, of modules to leave alone."}
+    exclude_modules: list[str] | None = option(
+        None, "Names, or one regex, of modules that get no adapter."
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train fully and to keep in the adapter."}
+    modules_to_save: list[str] | None = option(
+        None, "Modules to train fully and to keep in the adapter."
     )
-    rank_pattern: dict[str, int] | str | None = field(
-        default=None, metadata={"help": "Ranks of single modules, as JSON: name or regex to rank."}
+    rank_pattern: dict[str, int] | str | None = option(
+        None, "Ranks of single modules, as JSON from name or regex to rank."
     )
-    density_pattern: dict[str, float] | str | None = field(
-        default=None, metadata={"help": "Densities of single modules, as JSON."}
+    density_pattern: dict[str, float] | str | None = option(
+        None, "Densities of single modules, as JSON."
     )
-    schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "wl<N>: N steps of the low-rank branch alone, then masks, then both; default: "
-            "wl0; lora_only; spa_only. Without it wl64 for rosa, what fits for the others."
-        },
+    schedule: Annotated[str | None, _SCHEDULE] = option(
+        None,
+        "wl<N> trains the low-rank branch for N steps, chooses the masks, and then "
+        "trains both branches. Others: default (wl0), lora_only, spa_only. If it is not "
+        "given, rosa takes wl64, and the other methods train the branch that they have.",
     )
-    mask_score: str = field(
-        default="grad_mean_squared",
-        metadata={
-            "help": "Score by which a mask is chosen: grad_mean, grad_mean_squared, random, "
-            "magnitude, grasp or rpca."
-        },
+    mask_score: str = option(
+        "grad_mean_squared",
+        "Score by which a mask is chosen: grad_mean, grad_mean_squared, random, "
+        "magnitude, grasp or rpca.",
     )
-    mask_steps: int = field(default=1, metadata={"help": "Optimizer-step batches scored."})
-    mask_scope: str = field(
-        default="layer",
-        metadata={"help": "Top entries of each weight, or of all.", "choices": ["layer", "global"]},
+    mask_steps: Annotated[int, POSITIVE_INTEGER] = option(
+        1, "Optimizer steps' worth of batches on which masks are scored."
     )
-    mask_memory: str | None = field(
-        default=None, metadata={"help": "Bytes that scores may take at a time: 512M, 2G, ..."}
+    mask_scope: str = option(
+        "layer",
+        "Masks take the top scores of each weight (layer), or of all (global).",
+        choices=["layer", "global"],
+    )
+    mask_memory: str | None = option(
+        None, "Memory that scores may take at a time, such as 512M or 2G."
     )
 
     def __post_init__(self) -> None:
-        expect(self.rank is None or _is_count(self.rank, 0), "rank", "an integer >= 0", self.rank)
-        in_range = self.density is None or (_is_number(self.density, 0) and 0 < self.density < 1)
-        expect(in_range, "density", "a number in (0, 1)", self.density)
+        super().__post_init__()
         if self.budget is not None:
             self.budget = str(self.budget)
-        expect(_is_number(self.alpha, 0) and self.alpha > 0, "alpha", "a number > 0", self.alpha)
-        expect(
-            _is_number(self.dropout, 0) and self.dropout < 1,
-            "dropout", "a number in [0, 1)", self.dropout,
-        )  # fmt: skip
-        self.rank_pattern = _mapping("rank_pattern", self.rank_pattern)
-        self.density_pattern = _mapping("density_pattern", self.density_pattern)
-        for name, rank in self.rank_pattern.items():
-            expect(_is_count(rank, 0), "rank_pattern", "integers >= 0", f"{name}: {rank!r}")
-        for name, density in self.density_pattern.items():
-            expect(
-                _is_number(density, 0) and density < 1,
-                "density_pattern", "numbers in [0, 1)", f"{name}: {density!r}",
-            )  # fmt: skip
-        expect(bool(self.target_modules), "target_modules", "all-linear, names or a regex", "none")
-        if self.schedule is not None:
-            known = re.fullmatch(r"wl\d+|default|lora_only|spa_only", self.schedule)
-            expect(
-                bool(known), "schedule", "wl<N>, default, lora_only or spa_only",
-                repr(self.schedule),
-            )  # fmt: skip
-        expect(_is_count(self.mask_steps), "mask_steps", "a positive integer", self.mask_steps)
-        _one_of("mask_scope", self.mask_scope, ("layer", "global"))
+        for option, words, bound in (
+            ("rank_pattern", "integers >= 0", NON_NEGATIVE_INTEGER),
+            ("density_pattern", "numbers in [0, 1)", FRACTION_BELOW_1),
+        ):
+            pattern = _mapping(option, getattr(self, option))
+            setattr(self, option, pattern)
+            for name, value in pattern.items():
+                expect(bound.holds(value), option, words, f"{name}: {value!r}")
         self.mask_bytes()
 
     @property
     def targets(self) -> list[str] | str:
-        """`target_modules` as `find_targets` wants it: "all-linear", a regex, or a list."""
+        """`target_modules` as `find_targets` takes it: "all-linear", a regex, or a list."""
         return _names(self.target_modules) or "all-linear"
 
     @property
     def excluded(self) -> list[str] | str | None:
+        """`exclude_modules` as `find_targets` takes it: a regex, a list, or None."""
         return _names(self.exclude_modules)
 
     def mask_bytes(self) -> int | None:
-        """`mask_memory` in bytes; the units are binary."""
+        """`mask_memory` in bytes. The units are binary: 1K is 1024."""
         if self.mask_memory is None:
             return None
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)i?B?", str(self.mask_memory).strip())
@@ -276,119 +262,81 @@ class MethodArguments:
 
 
 @dataclass
-class TrainArguments:
-    """How a run goes: batches, learning rates, when it reports and when it saves."""
+class TrainArguments(_Checked):
+    """Batches and learning rates, and when a run evaluates, logs and saves."""
 
-    output_dir: str = field(metadata={"help": "Everything that a run writes is in this folder."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the run that is in output_dir."}
+    output_dir: Annotated[str, Bound("a folder", bool)] = field(
+        metadata={"help": "The folder into which a run writes everything."}
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the examples."})
-    max_steps: int = field(
-        default=-1, metadata={"help": "Optimizer steps, if positive; overrides the epochs."}
+    overwrite_output_dir: bool = option(False, "Replace the run that is in output_dir.")
+    num_train_epochs: Annotated[float, POSITIVE] = option(
+        1.0, "Number of passes over the examples."
     )
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Rows per process and micro-batch."}
+    max_steps: Annotated[int, _MAX_STEPS] = option(
+        -1, "Number of optimizer steps. If positive, it overrides the epochs."
     )
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "The same in evaluation."})
-    gradient_accumulation_steps: int = field(
-        default=4, metadata={"help": "Micro-batches per optimizer step."}
+    per_device_train_batch_size: Annotated[int, POSITIVE_INTEGER] = option(
+        8, "Rows per process and micro-batch."
     )
-    learning_rate: float = field(
-        default=7e-4, metadata={"help": "Peak learning rate of the low-rank branch."}
+    per_device_eval_batch_size: Annotated[int, POSITIVE_INTEGER] = option(
+        8, "Rows per process and batch in evaluation."
     )
-    sparse_learning_rate: float = field(
-        default=2e-4, metadata={"help": "Peak learning rate of the sparse branch."}
+    gradient_accumulation_steps: Annotated[int, POSITIVE_INTEGER] = option(
+        4, "Micro-batches per optimizer step."
     )
-    full_learning_rate: float = field(
-        default=5e-5,
-        metadata={"help": "Peak learning rate of whole weights: full, modules_to_save."},
+    learning_rate: Annotated[float, NON_NEGATIVE] = option(
+        7e-4, "Peak learning rate of the low-rank branch."
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
-    lr_scheduler_type: str = field(
-        default="linear",
-        metadata={"help": "Decay after the warm-up.", "choices": ["linear", "cosine", "constant"]},
+    sparse_learning_rate: Annotated[float, NON_NEGATIVE] = option(
+        2e-4, "Peak learning rate of the sparse branch."
     )
-    warmup_steps: int = field(default=20, metadata={"help": "Steps of linear warm-up."})
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Gradients are clipped to this norm; 0: never."}
+    full_learning_rate: Annotated[float, NON_NEGATIVE] = option(
+        5e-5, "Peak learning rate of whole weights (full, modules_to_save)."
     )
-    mixed_precision: str = field(
-        default="no", metadata={"help": "Autocast.", "choices": ["no", "bf16", "fp16"]}
+    weight_decay: Annotated[float, NON_NEGATIVE] = option(0.0, "AdamW's decoupled weight decay.")
+    adam_beta1: Annotated[float, FRACTION_BELOW_1] = option(0.9, "AdamW's beta1.")
+    adam_beta2: Annotated[float, FRACTION_BELOW_1] = option(0.999, "AdamW's beta2.")
+    adam_epsilon: Annotated[float, NON_NEGATIVE] = option(1e-8, "AdamW's epsilon.")
+    lr_scheduler_type: str = option(
+        "linear", "Decay after the warm-up.", choices=["linear", "cosine", "constant"]
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay off the GPU."})
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Evaluate every so many steps (always at the end)."}
+    warmup_steps: Annotated[int, NON_NEGATIVE_INTEGER] = option(20, "Steps of linear warm-up.")
+    max_grad_norm: Annotated[float, NON_NEGATIVE] = option(
+        1.0, "Gradients are clipped to this norm. With 0 they are not clipped."
     )
-    generate_examples: int = field(
-        default=0, metadata={"help": "Evaluation examples completed at the end, for exact match."}
+    mixed_precision: str = option("no", "Type of autocast.", choices=["no", "bf16", "fp16"])
+    use_cpu: bool = option(False, "Do not use a GPU.")
+    eval_steps: Annotated[int | None, POSITIVE_INTEGER] = option(
+        None, "Steps between evaluations. There always is one at the end, too."
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest completion."})
-    save_steps: int | None = field(
-        default=None,
-        metadata={"help": "Save a checkpoint every so many steps, and around the mask phase."},
+    generate_examples: Annotated[int, NON_NEGATIVE_INTEGER] = option(
+        0, "Evaluation examples to complete at the end, for exact match."
     )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept; the newest are."}
+    max_new_tokens: Annotated[int, POSITIVE_INTEGER] = option(128, "Longest completion, in tokens.")
+    save_steps: Annotated[int | None, POSITIVE_INTEGER] = option(
+        None, "Steps between checkpoints. The mask phase is saved before and after, too."
     )
-    logging_steps: int = field(
-        default=1, metadata={"help": "Steps between points of TensorBoard; metrics.jsonl has all."}
+    save_total_limit: Annotated[int | None, POSITIVE_INTEGER] = option(
+        2, "Number of checkpoints to keep, the newest ones."
     )
-    seed: int = field(default=42, metadata={"help": "Of initialisation, order, masks, dropout."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint folder, or `last`: the newest in output_dir, from the beginning "
-            "if there is none."
-        },
+    logging_steps: Annotated[int, POSITIVE_INTEGER] = option(
+        1, "Steps between TensorBoard points. metrics.jsonl has every step."
     )
-    report_to: str = field(
-        default="none",
-        metadata={"help": "Beside metrics.jsonl.", "choices": ["none", "tensorboard"]},
+    seed: Annotated[int, NON_NEGATIVE_INTEGER] = option(
+        42, "Seed of initialisation, data order, masks and dropout."
     )
-    disable_tqdm: bool = field(
-        default=False, metadata={"help": "No progress bar (never one outside a terminal)."}
+    resume_from_checkpoint: str | None = option(
+        None,
+        "A checkpoint folder, or `last` for the newest one in output_dir. With `last` "
+        "and no checkpoint, the run starts from the beginning.",
     )
+    report_to: str = option(
+        "none", "Where to log beside metrics.jsonl.", choices=["none", "tensorboard"]
+    )
+    disable_tqdm: bool = option(False, "No progress bar. Outside a terminal there never is one.")
 
     def __post_init__(self) -> None:
-        expect(bool(self.output_dir), "output_dir", "a folder", repr(self.output_dir))
-        steps = _is_count(self.max_steps, 1) or self.max_steps == -1
-        expect(steps, "max_steps", "a positive integer, or -1", self.max_steps)
-        expect(
-            _is_number(self.num_train_epochs, 0) and self.num_train_epochs > 0,
-            "num_train_epochs", "a number > 0", self.num_train_epochs,
-        )  # fmt: skip
-        for name in (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "max_new_tokens",
-            "logging_steps",
-        ):
-            expect(_is_count(getattr(self, name)), name, "a positive integer", getattr(self, name))
-        for name in ("eval_steps", "save_steps", "save_total_limit"):
-            value = getattr(self, name)
-            expect(value is None or _is_count(value), name, "a positive integer", value)
-        for name in ("warmup_steps", "generate_examples", "seed"):
-            expect(_is_count(getattr(self, name), 0), name, "an integer >= 0", getattr(self, name))
-        for name in (
-            "learning_rate",
-            "sparse_learning_rate",
-            "full_learning_rate",
-            "weight_decay",
-            "adam_epsilon",
-            "max_grad_norm",
-        ):
-            expect(_is_number(getattr(self, name), 0), name, "a number >= 0", getattr(self, name))
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            expect(_is_number(value, 0) and value < 1, name, "a number in [0, 1)", value)
-        _one_of("lr_scheduler_type", self.lr_scheduler_type, ("linear", "cosine", "constant"))
-        _one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        _one_of("report_to", self.report_to, ("none", "tensorboard"))
+        super().__post_init__()
         if self.resume_from_checkpoint in ("True", "true"):  # what Hugging Face users write
             self.resume_from_checkpoint = "last"
         if self.resume_from_checkpoint in ("False", "false", ""):
@@ -400,9 +348,10 @@ class TrainArguments:
 
 
 ARGUMENTS = (ModelArguments, DataArguments, MethodArguments, TrainArguments)
+Arguments = tuple[ModelArguments, DataArguments, MethodArguments, TrainArguments]
 
-# What may change between a run and its resumption without changing a weight: where things are
-# written, how often, what is measured, and batch sizes of evaluation.
+# Options that may differ when a run is resumed, because they change no weight. They say what is
+# measured, where and how often things are written, and how large evaluation batches are.
 _FREE = {
     "output_dir",
     "overwrite_output_dir",
@@ -421,7 +370,7 @@ _FREE = {
     "report_to",
     "disable_tqdm",
     "mask_memory",
-    "train_file",  # a folder may move: what the data is, is told by its hash
+    "train_file",  # a folder may move; the checkpoint has a hash of the data
     "dataset_name",
     "model_name_or_path",
     "tokenizer_name",
@@ -429,10 +378,10 @@ _FREE = {
 
 
 def flat(*arguments: Any) -> dict[str, Any]:
-    """All fields of the dataclasses in one JSON object, which HfArgumentParser reads back."""
+    """All fields of the dataclasses as one dict. HfArgumentParser reads its JSON back."""
     return {name: value for one in arguments for name, value in dataclasses.asdict(one).items()}
 
 
 def fingerprint(*arguments: Any) -> dict[str, Any]:
-    """The fields that decide the weights: a checkpoint resumes only under the same."""
+    """The fields that decide the weights. A run resumes a checkpoint only if they are equal."""
     return {name: value for name, value in flat(*arguments).items() if name not in _FREE}

@@ -1,4 +1,4 @@
-"""Folders of files, and text files, that are replaced as a whole or not at all."""
+"""Writes folders and text files so that they are replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from rosa_kernels.files import fsync, replacing_file
 def replacing(
     directory: str | os.PathLike[str], last: str, stale: str | None = None
 ) -> Iterator[Path]:
-    """A new folder to write files into, which become those of `directory` when all went well.
+    """A new folder to write into. If the block succeeds, its files move to `directory`.
 
-    The files are flushed to the disk first. A directory that is not there yet appears complete. In
-    one that is, each file or folder is replaced by a rename, and others stay, but for files that
-    match the pattern `stale`. `last` is the file without which the others count for nothing: the
-    old one goes before any other is replaced, and the new one comes after them, so that no mixture
-    of old and new ever looks whole. If anything fails before the renames (a full disk), the
-    directory is as it was.
+    The files are flushed to the disk first. A `directory` that does not exist appears complete, by
+    one rename. In a `directory` that exists, each new file or folder replaces its old one by a
+    rename. Other files stay, except those that match the pattern `stale`.
+
+    `last` is the file that makes the others valid. The old `last` is deleted before any file is
+    replaced, and the new one is moved last. So a mixture of old and new files has no `last`. If
+    something fails before the renames, such as a full disk, the directory does not change.
     """
     directory = Path(directory).absolute()
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: expected a directory, got the file {directory}")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # A process killed here leaves it behind: ".<name>.<8 hexadecimal digits>".
+    # A process that is killed here leaves this folder: ".<name>.<8 hexadecimal digits>".
     folder = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     folder.mkdir()
     try:
         yield folder
         for path in folder.rglob("*"):
-            if path.is_file():  # safetensors makes files that only their owner may read
+            if path.is_file():  # safetensors makes files that only the owner may read
                 path.chmod(folder.stat().st_mode & 0o666)
             fsync(path)
         fsync(folder)
@@ -49,7 +50,7 @@ def replacing(
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half written."""
+    """Writes a text file. Readers see the old file or the whole new one."""
     with replacing_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
@@ -57,12 +58,12 @@ def write_file(path: Path, text: str) -> None:
 def _replace_files(folder: Path, directory: Path, last: str, stale: str | None) -> None:
     new = sorted(path.name for path in folder.iterdir() if path.name != last)
     old = directory / last
-    # One file beside an equal `last` is replaced in one rename: there is no mixture.
+    # A single new file beside an equal `last` needs only one rename, so no mixture can arise.
     if old.exists() and (len(new) > 1 or old.read_bytes() != (folder / last).read_bytes()):
         old.unlink()
         fsync(directory)
     for name in new:
-        if (directory / name).is_dir():  # which no rename replaces unless it is empty
+        if (directory / name).is_dir():  # a rename replaces only an empty folder
             shutil.rmtree(directory / name)
         (folder / name).replace(directory / name)
     for path in directory.glob(stale) if stale else ():

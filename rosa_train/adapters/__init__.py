@@ -1,1 +1,1 @@
-"""Adapters on a model: attached, switched, merged, and kept in files."""
+"""Attaches, switches and merges adapters, and reads and writes their files."""

@@ -1,4 +1,4 @@
-"""An adapter given to a model. All is checked first, and what fails is taken back."""
+"""Attaches adapters to a model. Checks come first, and a failure is rolled back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
+from rosa_kernels.bounds import FRACTION_BELOW_1, POSITIVE
 from rosa_kernels.masks.targets import ALL_LINEAR, is_layer, layer_shape, pattern_key, saved_modules
 from rosa_kernels.nn import RosaLinear
 from rosa_train.adapters.state import (
@@ -47,29 +48,32 @@ def attach(
 ) -> None:
     """Give the target layers of a model an adapter, make it the active one and freeze the rest.
 
-    In place: each target becomes a :class:`rosa_kernels.RosaLinear` that keeps its weight and bias.
-    A is Kaiming-uniform like PEFT's, from a generator seeded with `seed` and the module's name, so
-    that it depends on no other module; B is zero. The sparse branch comes with :func:`set_masks`.
+    The model is changed in place: each target becomes a :class:`rosa_kernels.RosaLinear` that
+    keeps its weight and bias. A is Kaiming-uniform like PEFT's. Its generator is seeded with `seed`
+    and the module's name, so that A depends on no other module. B is zero. :func:`set_masks` adds
+    the sparse branch later.
 
-    The method ``full`` adds no adapter: every parameter of the model trains.
+    With the method ``full`` no adapter is added, and every parameter of the model trains.
 
     Args:
         model: the model.
         method: a method or its name.
-        allocation: ranks and nonzeros of exactly these targets.
+        allocation: the ranks and nonzeros of exactly these targets.
         targets: layers of the model, from :func:`find_targets`.
         alpha: the low-rank branch is scaled by alpha / rank.
-        dropout: on the input of the low-rank branch.
-        alpha_pattern: another alpha for the layers whose name ends in a match of the key.
-        adapter_name: what to call it; no dots.
-        modules_to_save: names of modules that train in full. Of tied weights, both ends train.
-        target_modules, exclude_modules: recorded for ``adapter_config.json``.
-        seed: of A.
-        trainable: False for an adapter that is only used.
+        dropout: the dropout probability on the input of the low-rank branch, in [0, 1).
+        alpha_pattern: another alpha for layers. The key must match the end of a layer's name.
+        adapter_name: the adapter's name, without dots.
+        modules_to_save: names of modules that train in full. If their weights are tied to another
+            module's, that one trains too.
+        target_modules, exclude_modules: the rule to record in ``adapter_config.json``.
+        seed: the seed of A.
+        trainable: False for an adapter that is used and does not train.
 
     Raises:
-        ValueError: an adapter of that name is there, targets that are not the model's or not the
-            allocation's, a module to save that is missing or also a target, numbers out of range.
+        ValueError: the model has an adapter of that name. The targets are not layers of the model,
+            or not those of the allocation. A module to save is missing, or is a target too. A
+            number is out of range.
         RuntimeError: an adapter is merged.
     """
     method = method_named(method)
@@ -82,15 +86,18 @@ def attach(
         model.requires_grad_(True)
         return
     alpha_pattern = alpha_pattern or {}
-    keys = {name: pattern_key(alpha_pattern, name) for name in targets}
-    alphas = {n: float(alpha if key is None else alpha_pattern[key]) for n, key in keys.items()}
+    alphas = {}
+    for name in targets:
+        key = pattern_key(alpha_pattern, name)
+        given = alpha if key is None else alpha_pattern[key]
+        alphas[name] = float(POSITIVE.check("attach", given, f"alpha of {name}"))
     spec = AdapterSpec(
         name=adapter_name,
         method=method,
         ranks=dict(allocation.ranks),
         alphas=alphas,
         nnz=dict(allocation.nnz),
-        dropout=float(dropout),
+        dropout=float(FRACTION_BELOW_1.check("attach", dropout, "dropout")),
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         modules_to_save=tuple(saved_modules(model, modules_to_save)),
@@ -106,13 +113,13 @@ def attach(
 def set_masks(
     model: nn.Module, masks: Mapping[str, CsrPattern], adapter_name: str | None = None
 ) -> None:
-    """Give an adapter its sparse branch: the mask of each of its layers, and values of zero.
+    """Give an adapter its sparse branch: a mask for each of its layers, with values of zero.
 
-    The values are new Parameters; an optimizer has to be told of them.
+    The values are new Parameters, which must be given to the optimizer.
 
     Raises:
-        ValueError: a method without a sparse branch, masks that are not of exactly the adapter's
-            layers, or of other shapes. Nothing is changed then.
+        ValueError: the method has no sparse branch, or the masks are not those of the adapter's
+            layers, or a shape differs. Nothing is changed then.
         RuntimeError: an adapter is merged.
     """
     check_not_merged(model, "set_masks")
@@ -142,9 +149,9 @@ def set_masks(
 
 
 def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module]) -> None:
-    """Add the adapter of a spec, with the values it is born with, and make it the active one.
+    """Add the adapter of a spec, with its initial values, and make it the active one.
 
-    Raises what :func:`attach` does, and leaves the model as it was then.
+    Raises the errors of :func:`attach`. The model is then unchanged.
     """
     check_installable(model, spec, targets)
     state = adapter_state(model)
@@ -152,7 +159,7 @@ def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module
     replaced: dict[str, RosaLinear] = {}
     added: list[RosaLinear] = []
     try:
-        # A's first values come from the global generator, whose state is none of an adapter's.
+        # A's first values come from the global generator. An adapter must not change its state.
         with torch.random.fork_rng(devices=[]):
             for name, layer in targets.items():
                 options: dict[str, Any] = {
@@ -188,7 +195,7 @@ def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module
 def check_installable(
     model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module]
 ) -> None:
-    """Raise what :func:`attach` raises for a spec that the model cannot take."""
+    """Raise the errors of :func:`attach` for a spec that does not fit the model."""
     check_not_merged(model, "attach")
     if not spec.name or "." in spec.name:
         raise ValueError(f"attach: expected an adapter name without dots, got {spec.name!r}")
@@ -212,11 +219,6 @@ def check_installable(
             raise ValueError(
                 f"attach: expected layers of this model, got {type(layer).__name__} as {name!r}"
             )
-    if not 0 <= spec.dropout < 1:
-        raise ValueError(f"attach: expected dropout in [0, 1), got {spec.dropout}")
-    for name, alpha in spec.alphas.items():
-        if not (alpha > 0 and math.isfinite(alpha)):
-            raise ValueError(f"attach: expected a positive alpha, got {alpha} for {name}")
     adapted = {*targets, *rosa_modules(model)}
     specs = (spec, *adapter_state(model).specs.values())
     for module in (saved for spec in specs for saved in spec.modules_to_save):
@@ -229,10 +231,13 @@ def check_installable(
 
 
 def init_lora_a_(lora_a: Tensor, name: str, seed: int) -> None:
-    """Fill A as PEFT does, uniform in +-1/sqrt(n) (Kaiming with a = sqrt(5)), seeded by name."""
+    """Fill A as PEFT does, uniform in +-1/sqrt(n) (Kaiming with a = sqrt(5)).
+
+    The generator is seeded with `seed` and the layer's name.
+    """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    # Drawn on the host: the same numbers whatever the device.
+    # The numbers are drawn on the host, so that they are the same on every device.
     drawn = torch.empty(lora_a.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""adapter_config.json: PEFT's fields, and what RoSA adds to them."""
+"""Reads and writes adapter_config.json: PEFT's fields, and the fields that RoSA adds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rosa_kernels.bounds import (
+    FRACTION,
+    FRACTION_BELOW_1,
+    NON_NEGATIVE_INTEGER,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    Bound,
+)
 from rosa_kernels.masks.targets import pattern_key
 from rosa_train.adapters.state import AdapterSpec
 from rosa_train.methods.method import METHODS
@@ -21,7 +29,7 @@ LORA, ROSA = "LORA", "ROSA"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of an adapter_config.json that count; PEFT's names and meanings."""
+    """The fields of adapter_config.json that are used, with PEFT's names and meanings."""
 
     peft_type: str
     target_modules: str | Sequence[str]
@@ -42,11 +50,11 @@ class AdapterConfig:
         return self.r if key is None else self.rank_pattern[key]
 
     def alpha(self, name: str) -> float:
-        """The alpha of a layer, such that alpha / rank is its scaling."""
+        """The alpha of a layer. Its scaling is alpha / rank."""
         key = pattern_key(self.alpha_pattern, name)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
-        # rsLoRA scales by alpha / sqrt(rank).
-        return float(alpha) * math.sqrt(self.rank(name)) if self.use_rslora else float(alpha)
+        # rsLoRA scales by alpha / sqrt(rank). Nothing is scaled at rank 0, where alpha stays > 0.
+        return float(alpha) * math.sqrt(self.rank(name) or 1) if self.use_rslora else float(alpha)
 
 
 def to_json(
@@ -60,7 +68,7 @@ def to_json(
 ) -> dict[str, Any]:
     """The contents of adapter_config.json for an adapter.
 
-    A LORA file holds nothing that PEFT does not know, as PEFT warns of it.
+    A LORA file holds only fields that PEFT knows, because PEFT warns of others.
     """
     ranks = {name: rank for name, rank in spec.ranks.items() if peft_type == ROSA or rank}
     r = Counter(ranks.values()).most_common(1)[0][0]
@@ -94,8 +102,8 @@ def read_config(path: Path) -> AdapterConfig:
     """Read and check an adapter_config.json.
 
     Raises:
-        ValueError: not JSON, a field that is missing or of another type, a format that is newer, a
-            kind of adapter or an option of PEFT that changes the formula and is not supported.
+        ValueError: the file is not JSON, a field is missing or has another type, or the format is
+            newer. The adapter is of another kind, or uses an unsupported option of PEFT.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -111,8 +119,8 @@ def read_config(path: Path) -> AdapterConfig:
     if fields.get("peft_type") not in (LORA, ROSA):
         raise wrong("peft_type", f"{LORA!r} or {ROSA!r}")
     if fields["peft_type"] == ROSA:
-        version = fields.get("rosa_format_version")
-        if version is None or not _is_int(version) or version < 1:
+        version: Any = fields.get("rosa_format_version")
+        if not POSITIVE_INTEGER.holds(version):
             raise wrong("rosa_format_version", f"an integer from 1 to {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise wrong(
@@ -120,10 +128,10 @@ def read_config(path: Path) -> AdapterConfig:
             )
     for name in ("peft_type", "r", "target_modules"):
         if fields.get(name) is None:
-            raise wrong(name, _CHECKS[name][0])
-    for name, (expected, check) in _CHECKS.items():
-        if fields.get(name) is not None and not check(fields[name]):
-            raise wrong(name, expected)
+            raise wrong(name, _BOUNDS[name].words)
+    for name, bound in _BOUNDS.items():
+        if fields.get(name) is not None and not bound.holds(fields[name]):
+            raise wrong(name, bound.words)
     if fields["peft_type"] == LORA and fields["r"] < 1:
         raise wrong("r", "at least 1")
     for name, (neutral, why) in _UNSUPPORTED.items():
@@ -131,25 +139,6 @@ def read_config(path: Path) -> AdapterConfig:
             raise wrong(name, f"unset ({why})")
     known = AdapterConfig.__dataclass_fields__
     return AdapterConfig(**{k: v for k, v in fields.items() if k in known and v is not None})
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    # An integer of more than 308 digits has no float.
-    return (_is_int(value) and abs(value) < 2**63) or (
-        isinstance(value, float) and math.isfinite(value)
-    )
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_int(value) and 0 <= value < 2**31
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
 
 
 def _are_names(value: Any) -> bool:
@@ -168,34 +157,41 @@ def _is_regex(value: str) -> bool:
     return bool(value)
 
 
-def _is_pattern(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, dict)
-        and all(_is_regex(key) and check(item) for key, item in value.items())
+def _pattern_of(bound: Bound) -> Bound:
+    return Bound(
+        f"a mapping from patterns, each to {bound.words}",
+        lambda value: (
+            isinstance(value, dict)
+            and all(_is_regex(key) and bound.holds(item) for key, item in value.items())
+        ),
     )
 
 
+_TEXT = Bound("a string", lambda value: isinstance(value, str))
+_SWITCH = Bound("true or false", lambda value: isinstance(value, bool))
 _RULE = "'all-linear', a regular expression or a list of names"
 
-# Field -> what it has to be, and the test of it; null is for fields that may be unset.
-_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "peft_type": ("a string", lambda value: isinstance(value, str)),
-    "r": ("an integer >= 0", _is_rank),
-    "target_modules": (_RULE, _is_rule),
-    "exclude_modules": (_RULE, lambda value: value == [] or _is_rule(value)),
-    "modules_to_save": ("a list of names", lambda value: value == [] or _are_names(value)),
-    "lora_alpha": ("a positive number", _is_positive),
-    "lora_dropout": ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
-    "rank_pattern": ("a mapping from patterns to integers >= 0", _is_pattern(_is_rank)),
-    "alpha_pattern": ("a mapping from patterns to positive numbers", _is_pattern(_is_positive)),
-    "fan_in_fan_out": ("true or false", lambda value: isinstance(value, bool)),
-    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
-    "base_model_name_or_path": ("a string", lambda value: isinstance(value, str)),
-    "method": (f"one of {', '.join(METHODS)}", lambda v: isinstance(v, str) and v in METHODS),
-    "density": ("a share from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1),
+# What each field must be. Fields other than the required ones may also be null.
+_BOUNDS = {
+    "peft_type": _TEXT,
+    "r": NON_NEGATIVE_INTEGER,
+    "target_modules": Bound(_RULE, _is_rule),
+    "exclude_modules": Bound(_RULE, lambda value: value == [] or _is_rule(value)),
+    "modules_to_save": Bound("a list of names", lambda value: value == [] or _are_names(value)),
+    "lora_alpha": POSITIVE,
+    "lora_dropout": FRACTION_BELOW_1,
+    "rank_pattern": _pattern_of(NON_NEGATIVE_INTEGER),
+    "alpha_pattern": _pattern_of(POSITIVE),
+    "fan_in_fan_out": _SWITCH,
+    "use_rslora": _SWITCH,
+    "base_model_name_or_path": _TEXT,
+    "method": Bound(
+        f"one of {', '.join(METHODS)}", lambda value: isinstance(value, str) and value in METHODS
+    ),
+    "density": FRACTION,
 }
 
-# Options of PEFT that change the formula: the values that leave it alone, and why others do not.
+# Options of PEFT that may change the formula: the values that keep it, and what others change.
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bias": (("none",), "biases do not train"),
     "lora_bias": ((), "the low-rank branch has no bias"),

@@ -1,4 +1,4 @@
-"""An adapter read from files. All of it is checked before it touches the model."""
+"""Reads an adapter from files. Everything is checked before the model is changed."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def load_adapter(
 ) -> AdapterSpec:
     """Read an adapter that :func:`save_adapter` or PEFT wrote, and make it the active one.
 
-    All of it is checked before the model is touched: an error leaves the model as it was.
+    Everything is checked before the model is changed. An error leaves the model unchanged.
 
     Args:
-        model: the model it was trained on; it may have other adapters.
-        directory: where adapter_config.json and adapter_model.safetensors are.
-        adapter_name: what to call it.
-        trainable: whether it shall train on.
+        model: the model on which the adapter was trained. It may have other adapters.
+        directory: the folder with adapter_config.json and adapter_model.safetensors.
+        adapter_name: the adapter's name in this model.
+        trainable: whether the adapter continues to train.
 
     Raises:
-        FileNotFoundError: no such files.
-        ValueError: files that are malformed, an adapter of another model (with a table of shapes),
-            missing or unexpected tensors, wrong dtypes, indices that are no CSR pattern, numbers
-            that are not finite, a name that is taken.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is malformed, or the adapter is of another model (the message has a
+            table of shapes). Tensors are missing or unexpected, or have a wrong dtype. Indices
+            are not a CSR pattern, or numbers are not finite. The name is taken.
         RuntimeError: an adapter is merged.
     """
     folder = Path(directory)
@@ -55,7 +55,7 @@ def load_adapter(
             raise FileNotFoundError(f"load_adapter: expected {name} in {folder}, got {found}")
     config = read_config(folder / CONFIG_NAME)
     file = AdapterFile.read(folder / WEIGHTS_NAME, config)
-    # PEFT adds the names that heads of other models have.
+    # PEFT also lists names of heads that only other models have.
     names = [key for key, _ in model.named_modules()]
     saved = saved_modules(
         model, [s for s in config.modules_to_save if any(name.endswith(s) for name in names)]

@@ -1,4 +1,4 @@
-"""Adapters merged into the weights, taken out again, and exported as a plain model."""
+"""Merges adapters into the weights, unmerges and removes them, and exports plain models."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _SAFETENSORS_DTYPES = {
 def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> None:
     """Merge the active adapter into every weight: W <- round(W + S + (alpha / rank) B A).
 
-    All layers or none: all is checked first, and what still fails midway (memory) is taken back, if
-    the base is kept.
+    Either all layers are merged or none. Checks come first. If a layer still fails, for example
+    for lack of memory, the others are unmerged, provided that `keep_base` is set.
 
     Args:
         model: a model with an active adapter.
-        safe: refuse, before any weight changes, merged weights that are not finite.
-        keep_base: keep a copy of each W on the host, from which :func:`unmerge` restores it bit by
-            bit. Without it the base model is gone for good.
+        safe: raise an error, before any weight changes, if a merged weight is not finite.
+        keep_base: keep a copy of each W on the host, so that :func:`unmerge` can restore it bit by
+            bit. Without the copies, the base model is lost.
 
     Raises:
-        ValueError: no active adapter, or with `safe` a merged weight with NaN or Inf (which layer).
+        ValueError: no adapter is active, or with `safe` a layer's merged weight has NaN or Inf.
         RuntimeError: an adapter is merged already, or a weight cannot be written to.
     """
     check_not_merged(model, "merge")
@@ -53,7 +53,7 @@ def merge(model: nn.Module, *, safe: bool = False, keep_base: bool = True) -> No
     for name, layer in layers.items():
         path, reason = layer.path()
         if path == SEPARATE:
-            raise RuntimeError(f"merge: expected weights it may change, but of {name} {reason}")
+            raise RuntimeError(f"merge: expected weights that may change, got {name}: {reason}")
         if safe:
             _check_finite(name, layer.merged_weight())
     done: list[RosaLinear] = []
@@ -73,7 +73,7 @@ def unmerge(model: nn.Module) -> None:
     """Restore every W bit by bit from the copies that :func:`merge` kept.
 
     Raises:
-        RuntimeError: nothing is merged, or the copies were not kept; nothing is changed then.
+        RuntimeError: nothing is merged, or the copies were not kept. Nothing is changed then.
     """
     layers = {name: layer for name, layer in rosa_modules(model).items() if layer.merged}
     if not layers:
@@ -88,10 +88,13 @@ def merged_adapter(model: nn.Module) -> str | None:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Remove all adapters, in place: plain layers with the base weights, which train as before.
+    """Remove all adapters in place, and return the model.
+
+    Plain layers with the base weights remain. The parameters that trained before the first adapter
+    train again.
 
     Raises:
-        RuntimeError: an adapter is merged; unmerge first.
+        RuntimeError: an adapter is merged. Unmerge it first.
     """
     check_not_merged(model, "unload")
     activate(model, None)
@@ -115,20 +118,19 @@ def export_merged(
 ) -> None:
     """Save the model with its active adapter merged, as an ordinary Hugging Face folder.
 
-    The folder is written with the base weights first; then each layer's merged weight is computed
-    and written over its base weight in the file. So there is one layer more in memory, never a
-    second model, and the model itself stays as it is, bit by bit. The folder appears complete or
-    not at all.
+    The folder is first written with the base weights. Then each layer's merged weight is computed
+    and written over its base weight in the file. So the peak memory is that of the model and one
+    layer, and the model itself does not change by a bit. The folder appears complete or not at all.
 
     Args:
         model: a transformers model with an active adapter.
-        tokenizer: saved along with it; None for none.
-        directory: where to.
-        safe: refuse merged weights that are not finite.
+        tokenizer: the tokenizer to save too, or None.
+        directory: the folder to write.
+        safe: raise an error if a merged weight is not finite.
 
     Raises:
-        TypeError: not a transformers model.
-        ValueError: no active adapter, or with `safe` a merged weight with NaN or Inf (which layer).
+        TypeError: the model is not of transformers.
+        ValueError: no adapter is active, or with `safe` a layer's merged weight has NaN or Inf.
         RuntimeError: the model's class saves its weights under other names or in other shapes.
     """
     if not hasattr(model, "save_pretrained"):
@@ -153,7 +155,7 @@ def _check_finite(name: str, weight: Tensor) -> None:
 
 
 def _plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors as they are now, less the adapters'; no copies."""
+    """The model's present tensors without those of adapters. Nothing is copied."""
     tensors: dict[str, Tensor] = {}
     adapters = tuple(f"{name}.adapters." for name in rosa_modules(model))
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -171,7 +173,7 @@ def _unsaved_buffers(module: nn.Module) -> set[str]:
 
 
 def _overwrite(folder: Path, weights: Iterator[tuple[str, Tensor]], safe: bool) -> None:
-    """Write tensors over those of the same names in a folder of safetensors files."""
+    """Write each tensor over the one of the same name in a folder of safetensors files."""
     with _open_safetensors(folder) as places:
         for name, weight in weights:
             if safe:
@@ -197,7 +199,7 @@ def _overwrite(folder: Path, weights: Iterator[tuple[str, Tensor]], safe: bool) 
 def _open_safetensors(
     folder: Path,
 ) -> Iterator[Mapping[str, tuple[BinaryIO, int, dict[str, Any]]]]:
-    """Of each tensor in a folder: its file, where the file's data begin, its header entry."""
+    """By tensor name in a folder: the file, the offset of the file's data, the header entry."""
     places: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}
     with ExitStack() as stack:
         for path in sorted(folder.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""An adapter written to files, under PEFT's names; nothing is pickled."""
+"""Writes an adapter to files with PEFT's names. Nothing is pickled."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def save_adapter(
 ) -> None:
     """Write an adapter to `directory` as adapter_config.json and adapter_model.safetensors.
 
-    An adapter of nothing but low-rank branches is a LoRA that PEFT loads. Atomic: if writing fails,
-    an adapter that was there before is there still.
+    An adapter with only low-rank branches is saved as a LoRA that PEFT can load. Writing is atomic:
+    if it fails, an earlier adapter in the folder is unchanged.
 
     Args:
         model: a model with adapters.
-        directory: where to.
-        adapter_name: which adapter; by default the active one.
-        base_model_name_or_path: recorded; by default what the model's config says.
+        directory: the folder to write.
+        adapter_name: the adapter's name. By default it is the active adapter.
+        base_model_name_or_path: the base model to record. By default the model's config has it.
 
     Raises:
-        ValueError: no such adapter, or one that has no branches yet.
+        ValueError: there is no such adapter, or it has no branches yet.
         OSError: the files cannot be written.
     """
     from safetensors import SafetensorError
@@ -86,19 +86,19 @@ def save_adapter(
         "format": "pt",
         "rosa_format_version": str(FORMAT_VERSION),
         "method": spec.method.name,
-        # The sparse branch's tensors tell m, but not n.
+        # The tensors of the sparse branch determine m, but not n.
         "shapes": json.dumps(shapes),
     }
     with replacing(directory, last=CONFIG_NAME) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         try:
             _write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
-        except SafetensorError as error:  # what safetensors makes of a full disk
+        except SafetensorError as error:  # safetensors raises it for a full disk
             raise OSError(f"save_adapter: {error}, writing to {directory}") from error
 
 
 def _saved_values(model: nn.Module, spec: AdapterSpec) -> dict[str, Tensor]:
-    """The values of an adapter's modules to save, by the names their modules give them."""
+    """The values of an adapter's modules to save, by module and parameter name."""
     state = adapter_state(model)
     live = state.active == spec.name
     aside = state.base | state.saved.get(spec.name, {})
@@ -111,7 +111,7 @@ def _saved_values(model: nn.Module, spec: AdapterSpec) -> dict[str, Tensor]:
 
 
 def _rule(model: nn.Module, spec: AdapterSpec, layers: Mapping[str, RosaLinear]) -> str | list[str]:
-    """What chose the layers, or their names where the caller chose others than the rule does."""
+    """The rule that chose the layers, or the layers' names if the rule gives other layers."""
     rule = spec.target_modules
     try:
         found = find_targets(model, rule, spec.exclude_modules, spec.modules_to_save)
@@ -125,14 +125,17 @@ def _rule(model: nn.Module, spec: AdapterSpec, layers: Mapping[str, RosaLinear])
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
-    # Cloned: safetensors refuses tensors that share memory.
+    # The tensors are cloned because safetensors refuses those that share memory.
     plain = {PREFIX + name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     save_file(plain, path, metadata=metadata)
     _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
-    """Make equal adapters equal files: safetensors writes its metadata in a random order."""
+    """Sort the metadata, which safetensors writes in random order.
+
+    Equal adapters then have equal files.
+    """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -1,4 +1,4 @@
-"""What a model with adapters knows of them, and how one of them becomes the active one."""
+"""The state of a model's adapters, and the switch from one active adapter to another."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _ATTRIBUTE = "_rosa_adapter_state"
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What an adapter is, less its tensors.
+    """The description of an adapter, without its tensors.
 
     Attributes:
         name: the adapter's name.
-        method: its method.
-        ranks, alphas, nnz: of each layer that has the adapter, by module name; nnz as allocated
-            until there is a mask, then the mask's.
-        dropout: on the input of the low-rank branch.
+        method: the adapter's method.
+        ranks, alphas, nnz: a number for each layer with the adapter, by module name. `nnz` is the
+            allocation until there is a mask, and then the mask's number of nonzeros.
+        dropout: the dropout probability on the input of the low-rank branch.
         target_modules, exclude_modules: the rule that chose the layers.
         modules_to_save: names of the modules that train in full.
-        trainable: whether its parameters train while it is active.
+        trainable: whether the adapter's parameters train while it is active.
     """
 
     name: str
@@ -46,18 +46,18 @@ class AdapterSpec:
 class AdapterState:
     """The adapters of one model, kept on the model.
 
-    A module to save is one module for all adapters: its parameters hold the values of the active
-    one, `base` those they had at first, and `saved` those of the adapters that are not active, both
-    on the host. So switching is exact, costs no device memory, and an optimizer's parameters stay
-    the same objects.
+    All adapters share one copy of a module to save. Its parameters hold the active adapter's
+    values. `base` holds the values without any adapter, and `saved` those of inactive adapters,
+    both on the host. So a switch is exact and needs no device memory, and an optimizer's
+    parameters stay the same objects.
 
     Attributes:
         specs: every adapter by its name, the oldest first.
-        active: the name of the one in use.
-        trained_before: the names of the parameters that trained before the first adapter; None
-            before there is one.
-        base: values of parameters of modules to save, without any adapter.
-        saved: the same under each adapter that is not active.
+        active: the name of the active adapter, or None.
+        trained_before: the names of the parameters that trained before the first adapter, or None
+            if there was no adapter yet.
+        base: values of the parameters of modules to save, without any adapter.
+        saved: values of the same parameters for each inactive adapter.
     """
 
     specs: dict[str, AdapterSpec] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class AdapterState:
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def spec(self, name: str | None) -> AdapterSpec:
-        """The spec of an adapter, the active one for None."""
+        """The spec of an adapter. None stands for the active adapter."""
         if name is None:
             name = self.active
         if name is None:
@@ -78,7 +78,7 @@ class AdapterState:
 
 
 def adapter_state(model: nn.Module) -> AdapterState:
-    """The state of a model's adapters, an empty one if it never had any."""
+    """The state of a model's adapters. It is empty if the model never had an adapter."""
     state = getattr(model, _ATTRIBUTE, None)
     if state is None:
         state = AdapterState()
@@ -87,20 +87,20 @@ def adapter_state(model: nn.Module) -> AdapterState:
 
 
 def forget(model: nn.Module) -> None:
-    """Drop the state of a model that has no adapters any more."""
+    """Delete the adapter state of a model whose adapters are removed."""
     if hasattr(model, _ATTRIBUTE):
         delattr(model, _ATTRIBUTE)
 
 
 def rosa_modules(model: nn.Module) -> dict[str, RosaLinear]:
-    """Every layer that has been given an adapter, by its name, in the model's order."""
+    """Every RosaLinear of a model by its name, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, RosaLinear)}
 
 
 def saved_parameters(model: nn.Module, spec: AdapterSpec | None) -> dict[str, nn.Parameter]:
-    """The parameters of an adapter's modules to save, by the name that ``named_parameters`` uses.
+    """The parameters of an adapter's modules to save, by the names of ``named_parameters``.
 
-    A parameter of two modules (a tied head) is there once, under one name.
+    A parameter that two modules share, such as a tied head's, appears once, under one name.
     """
     wanted = {
         id(parameter)
@@ -111,7 +111,7 @@ def saved_parameters(model: nn.Module, spec: AdapterSpec | None) -> dict[str, nn
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Make an adapter, or none, the one in use: its branches, saved modules and requires_grad."""
+    """Make an adapter the active one, or none: its branches, saved modules and requires_grad."""
     state = adapter_state(model)
     if state.active != name:
         before = saved_parameters(model, state.specs.get(state.active or ""))
@@ -129,7 +129,7 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 
 def set_requires_grad(model: nn.Module) -> None:
-    """Let the active adapter's parameters train, if its spec says so, and no others."""
+    """Let only the active adapter's parameters train, and only if its spec says so."""
     state = adapter_state(model)
     for layer in rosa_modules(model).values():
         for name, adapter in layer.adapters.items():

@@ -1,4 +1,4 @@
-"""Adapters on a model: which there are, which one is in use, and how many parameters train."""
+"""Lists, switches, disables and deletes a model's adapters, and counts what trains."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The name of the adapter in use, None while there is none or it is disabled."""
+    """The name of the active adapter. None means that there is none, or it is disabled."""
     return adapter_state(model).active
 
 
 def adapter_spec(model: nn.Module, adapter_name: str | None = None) -> AdapterSpec:
-    """What an adapter (the active one by default) is.
+    """The description of an adapter, by default the active one.
 
     Raises:
-        ValueError: there is none of that name, or none is active.
+        ValueError: there is no adapter of that name, or no adapter is active.
     """
     return adapter_state(model).spec(adapter_name)
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Make another adapter the active one, with its modules to save; only it trains.
+    """Make another adapter the active one, with its modules to save. Only that adapter trains.
 
     Raises:
-        ValueError: no adapter of that name.
+        ValueError: there is no adapter of that name.
         RuntimeError: an adapter is merged.
     """
     check_not_merged(model, "set_adapter")
@@ -56,7 +56,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """The base model, exactly, for the length of a ``with`` block; nothing trains inside it.
+    """Restore the exact base model for a ``with`` block, inside which no adapter trains.
 
     Raises:
         RuntimeError: an adapter is merged.
@@ -77,10 +77,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter and free its tensors. If it was the active one, none is afterwards.
+    """Remove an adapter and free its tensors. If it was active, no adapter is active afterwards.
 
     Raises:
-        ValueError: no adapter of that name.
+        ValueError: there is no adapter of that name.
         RuntimeError: an adapter is merged.
     """
     check_not_merged(model, "delete_adapter")
@@ -97,7 +97,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """The number of parameters that train, and of all of them, as PEFT counts."""
+    """The number of parameters that train, and of all parameters, as PEFT counts them."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())
 

@@ -1,4 +1,4 @@
-"""The tensors of an adapter file: read, and checked before anything is done with them."""
+"""Reads and checks the tensors of an adapter file."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ PREFIX = "base_model.model."
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
 VALUES, CROW, COL = "rosa_S.values", "rosa_S.crow_indices", "rosa_S.col_indices"
 _SPARSE = {VALUES, CROW, COL}
-# dtypes as a safetensors header spells them.
+# The names of dtypes in a safetensors header.
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _DTYPES = {LORA_A: _FLOATS, LORA_B: _FLOATS, VALUES: ("F32", "F64"), CROW: ("I32",), COL: ("I32",)}
-# Rows of the table that tells an adapter of another model.
+# The number of rows in the table of differing shapes.
 _ROWS_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """The tensors of an adapter file, each of them well-formed by itself."""
+    """The tensors of an adapter file. Each layer's tensors fit each other and the config."""
 
     path: Path
     method: Method
@@ -42,6 +42,7 @@ class AdapterFile:
 
     @classmethod
     def read(cls, path: Path, config: AdapterConfig) -> AdapterFile:
+        """Read the file, and raise ValueError if it is malformed or does not fit the config."""
         tensors, metadata = _read_tensors(path)
         layers: dict[str, dict[str, Tensor]] = {}
         saved: dict[str, Tensor] = {}
@@ -80,7 +81,7 @@ class AdapterFile:
         return cls(path, method, shapes, layers, patterns, saved)
 
     def check_model(self, model: nn.Module, live: Mapping[str, Tensor]) -> None:
-        """Raise if a tensor is of another model than this."""
+        """Raise ValueError if a tensor does not fit the model."""
         modules = dict(model.named_modules())
         rows: list[tuple[str, str, str]] = []
         for name, shape in self.shapes.items():
@@ -110,10 +111,10 @@ class AdapterFile:
     def check_targets(
         self, targets: Mapping[str, nn.Module], config: AdapterConfig
     ) -> dict[str, nn.Module]:
-        """The targets that the file has tensors of, which are all that the config names."""
+        """The targets. Raise ValueError if the file lacks tensors of one, or has others."""
         if config.layers_to_transform is not None:
             targets = {name: module for name, module in targets.items() if name in self.layers}
-        # A layer may have no rank, and no nonzeros either.
+        # A layer may have rank 0 and no nonzeros. It then has no tensors.
         bare = {name for name in targets if not config.rank(name)}
         self._same_names("layers", self.layers, {n: 0 for n in targets if n not in bare}, bare)
         for name in bare - set(self.layers):
@@ -167,7 +168,7 @@ def _noted_shapes(path: Path, metadata: Mapping[str, str]) -> dict[str, tuple[in
         shapes = json.loads(metadata.get("shapes", ""))
         noted = {str(name): (m, n) for name, (m, n) in shapes.items()}
         if not all(type(size) is int and size >= 0 for shape in noted.values() for size in shape):
-            raise ValueError("sizes that are no integers >= 0")
+            raise ValueError("sizes that are not integers >= 0")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _bad(path, f"expected the layers' shapes in the metadata, got: {error}") from error
     return noted

@@ -1,1 +1,1 @@
-"""The command line: its options, and the tables that it prints."""
+"""The options of the command line, and the tables that it prints."""

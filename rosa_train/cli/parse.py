@@ -1,4 +1,4 @@
-"""Arguments of a run from a command line, a JSON or a YAML file, or a file and then options."""
+"""Reads a run's arguments from options, or from a JSON or YAML file followed by options."""
 
 from __future__ import annotations
 
@@ -10,22 +10,16 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from rosa_train.config import (
-    ARGUMENTS,
-    DataArguments,
-    MethodArguments,
-    ModelArguments,
-    TrainArguments,
-)
+if TYPE_CHECKING:
+    from rosa_train.config import Arguments
 
-Arguments = tuple[ModelArguments, DataArguments, MethodArguments, TrainArguments]
 _FILES = (".json", ".yaml", ".yml")
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that raises `ValueError` where others print their usage and exit."""
+    """An `ArgumentParser` that raises `ValueError` on an error, instead of exiting."""
 
     def __init__(self, command: str, description: str, **options: Any) -> None:
         super().__init__(
@@ -45,16 +39,18 @@ def parse_run(
     argv: Sequence[str],
     extend: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[Arguments, argparse.Namespace]:
-    """The four dataclasses of a run, and what `extend` added to the options beside them.
+    """Parses the four dataclasses of a run, and the options that `extend` adds to the parser.
 
-    `argv` is options alone, or a .json, .yaml or .yml file of them (such as the args.json of
-    another run) and then options, which go before those of the file.
+    `argv` may begin with a .json, .yaml or .yml file of options, such as the args.json of another
+    run. The options after the file override those in it.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: unknown options, values out of their range, a file that is not an object.
+        FileNotFoundError: there is no such file.
+        ValueError: an option is unknown, a value is out of range, or the file holds no object.
     """
     from transformers import HfArgumentParser
+
+    from rosa_train.config import ARGUMENTS  # this imports torch, which takes seconds
 
     parser: Any = HfArgumentParser(
         ARGUMENTS,  # type: ignore[arg-type]
@@ -64,7 +60,7 @@ def parse_run(
         allow_abbrev=False,
     )
     for action in parser._actions:
-        # To argparse a percent sign begins a format.
+        # argparse takes a percent sign as the start of a format.
         action.help = (action.help or "").replace("%", "%%")
     extend(parser)
     parser.error = partial(Parser.error, parser)
@@ -81,9 +77,9 @@ def parse_run(
 
 
 def process(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of `python -m rosa_train` in a new process.
+    """The command line and environment that run `python -m rosa_train` in a new process.
 
-    It finds this package also where that is not installed and the folder is another.
+    The process finds this package from any folder, even if the package is not installed.
     """
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -91,7 +87,7 @@ def process(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def no_bars_in_files() -> None:
-    """transformers draws progress bars wherever stderr goes; from here on, on terminals only."""
+    """Switches off the progress bars of transformers, unless stderr is a terminal."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
 
@@ -99,7 +95,7 @@ def no_bars_in_files() -> None:
 
 
 def _take_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
-    """The fields of a file become the parser's defaults."""
+    """Makes the fields of a file the parser's defaults."""
     values = _read(path)
     known = {action.dest: action for action in parser._actions}
     for name in values:

@@ -1,4 +1,4 @@
-"""Tables for people: rich on a terminal, plain lines elsewhere, Markdown in files."""
+"""Tables: with rich on a terminal, as plain text elsewhere, as Markdown in files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of strings; the first `texts` columns are text, the others are numbers."""
+    """A titled table of strings. The first `texts` columns are text, the others numbers."""
 
     title: str
     columns: list[str]
@@ -17,7 +17,7 @@ class Table:
     texts: int = 1
 
     def text(self) -> str:
-        """Plain text, columns aligned."""
+        """The table as plain text with aligned columns."""
         lines = [self.columns, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
         body = [
@@ -37,7 +37,7 @@ class Table:
 
 
 def on_terminal() -> bool:
-    """Whether rich is installed and somebody looks."""
+    """Whether stdout is a terminal and rich is installed."""
     return sys.stdout.isatty() and importlib.util.find_spec("rich") is not None
 
 

@@ -1,1 +1,1 @@
-"""From a file of records to the batches of a step."""
+"""Reads a file of records, and makes the batches of each step from it."""

@@ -1,7 +1,7 @@
-"""How examples become tensors.
+"""Makes tensors of examples.
 
-Call a model on these batches as ``model(**batch, use_cache=False)``: transformers looks for packed
-rows only where there is no cache to fill, and by default there is one.
+Call a model as ``model(**batch, use_cache=False)``. transformers detects packed rows only if there
+is no cache to fill, and by default there is one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from rosa_train.data.examples import Example
 
-# What torch's cross entropy, and with it every loss of transformers, leaves out.
+# torch's cross entropy, and so every loss of transformers, ignores labels of this value.
 IGNORED = -100
 
 
 def pad(examples: Sequence[Example], pad_id: int, pad_to: int | None = None) -> dict[str, Tensor]:
-    """A row per example, filled up on the right.
+    """One row per example, padded on the right.
 
-    Shapes: ``input_ids``, ``attention_mask`` (1 on tokens) and ``labels`` (-100 wherever there is
-    no loss), each (batch, longest) int64, or (batch, pad_to).
+    Shapes: ``input_ids``, ``attention_mask`` (1 on tokens) and ``labels`` (-100 on positions
+    without a loss), each int64 of (batch, longest), or of (batch, pad_to).
 
     Raises:
-        ValueError: no examples, or one longer than pad_to.
+        ValueError: there are no examples, or one is longer than pad_to.
     """
     length = _row_length("pad", [len(example) for example in examples], pad_to)
     input_ids = torch.full((len(examples), length), pad_id)
@@ -38,13 +38,13 @@ def pad(examples: Sequence[Example], pad_id: int, pad_to: int | None = None) -> 
 
 
 def pad_prompts(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Prompts alone, filled up on the left, so that what ``generate`` appends follows them.
+    """Only the prompts, padded on the left, so that ``generate`` appends right after them.
 
-    Shapes: ``input_ids`` and ``attention_mask``, (batch, longest) int64; what was generated is
-    ``output[:, input_ids.shape[1]:]``.
+    Shapes: ``input_ids`` and ``attention_mask``, int64 of (batch, longest). The generated tokens
+    are ``output[:, input_ids.shape[1]:]``.
 
     Raises:
-        ValueError: no examples, or one whose prompt is empty.
+        ValueError: there are no examples, or a prompt is empty.
     """
     lengths = [len(example.prompt_ids) for example in examples]
     length = _row_length("pad_prompts", lengths, None)
@@ -59,18 +59,20 @@ def pad_prompts(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
-    """Rows of whole examples, ``max_length`` tokens at most: best fit, in the order given.
+    """Packs whole examples into rows of at most ``max_length`` tokens, by best fit.
 
-    An example goes into the fullest row that still has room for it, else into a new one; which
-    examples share a row depends on their lengths and order alone. Rows of ViGGO (256 tokens) and of
-    GSM8K (1,024) are 97 % tokens; padded batches of 8 are 72 % and 63 %.
+    In the given order, each example goes into the fullest row with room for it, or into a new row.
+    So only lengths and order decide which examples share a row. Rows of ViGGO (256 tokens) and of
+    GSM8K (1,024) are 97 % tokens. Padded batches of 8 examples are 72 % and 63 %.
 
     Raises:
-        ValueError: no examples, or one longer than max_length.
+        ValueError: there are no examples, or one is longer than max_length.
     """
     _row_length("pack", [len(example) for example in examples], max_length)
     rows: list[list[Example]] = []
-    free: list[tuple[int, int]] = []  # sorted: (room left, -row); of equal rooms the latest row
+    free: list[
+        tuple[int, int]
+    ] = []  # sorted by (room left, -row): of equal rooms, the latest row is first
     for example in examples:
         at = bisect_left(free, (len(example), -len(rows)))
         if at == len(free):
@@ -88,18 +90,18 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
 def collate_packed(
     rows: Sequence[Sequence[Example]], pad_id: int, pad_to: int | None = None
 ) -> dict[str, Tensor]:
-    """Packed rows, filled up on the right, whose examples do not see each other.
+    """Packed rows, padded on the right. Examples do not attend to each other.
 
-    ``position_ids`` start again at 0 with every example, and there is no attention_mask: that is
-    how transformers recognises a packed row and keeps attention block-diagonal. The filling counts
-    as one more example without labels. Loss and logits equal those of the examples alone.
+    ``position_ids`` restart at 0 with every example, and there is no attention_mask. By this,
+    transformers recognises a packed row and keeps attention block-diagonal. The padding counts as
+    one more example, without labels. Loss and logits equal those of the examples by themselves.
 
-    Shapes: ``input_ids``, ``position_ids`` and ``labels`` (-100 wherever there is no loss, and on
-    every example's first token, which the last one of the example before must not predict), each
-    (rows, longest) int64, or (rows, pad_to).
+    Shapes: ``input_ids``, ``position_ids`` and ``labels``, each int64 of (rows, longest), or of
+    (rows, pad_to). Labels are -100 on positions without a loss, and on each example's first token:
+    the last token of the example before must not predict it.
 
     Raises:
-        ValueError: no rows, or one longer than pad_to.
+        ValueError: there are no rows, or one is longer than pad_to.
     """
     length = _row_length("collate_packed", [sum(map(len, row)) for row in rows], pad_to)
     input_ids = torch.full((len(rows), length), pad_id)
@@ -118,7 +120,7 @@ def collate_packed(
 
 def _labels(example: Example) -> list[int]:
     labels = [IGNORED] * len(example.prompt_ids) + example.completion_ids
-    labels[0] = IGNORED  # nothing comes before it
+    labels[0] = IGNORED  # no token comes before it, from which to predict it
     return labels
 
 

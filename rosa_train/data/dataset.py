@@ -1,4 +1,4 @@
-"""What batches are made of: examples, or packed rows of several."""
+"""The rows of a data set: one example each, or several packed examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from rosa_train.data.records import read_records
 
 
 class Dataset:
-    """Rows of one example each or, packed, of several; `targets[i]` tokens of row i have a loss."""
+    """Rows of one example each or, if packed, of several.
+
+    Attributes:
+        examples: the examples of all rows.
+        lengths: the number of tokens of each row.
+        targets: the number of tokens with a loss of each row.
+    """
 
     def __init__(
         self, examples: Sequence[Example], pad_id: int, pack_to: int | None = None
@@ -31,31 +37,33 @@ class Dataset:
         return len(self._rows)
 
     def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of some rows, as `pad` or `collate_packed` makes them."""
         rows = [self._rows[i] for i in indices]
         if self._packed:
             return collate_packed(rows, self._pad_id)
         return pad([row[0] for row in rows], self._pad_id)
 
     def share(self, indices: Sequence[int], size: int, rank: int, world: int) -> list[list[int]]:
-        """This process's micro-batches of an optimizer step: at most `size` rows each.
+        """This process's micro-batches of an optimizer step, of at most `size` rows each.
 
-        Rows of one length come together, which saves padding, and are dealt out in turn, so that
-        no process waits for one with all the long rows. The step's gradient is that of its rows
-        whatever the order. A short last batch may leave a process without any.
+        Rows are sorted by length, which saves padding, and dealt to the processes in turn. So no
+        process gets all the long rows, for which the others would wait. The order does not change
+        the step's gradient. A process may get no micro-batch of a short last batch.
         """
         ordered = sorted(indices, key=lambda i: (self.lengths[i], i))[rank::world]
         shares = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         return [share for share in shares if any(self.targets[i] for i in share)]
 
     def where(self, indices: Sequence[int]) -> str:
-        """The records in rows, as their file and line."""
+        """The places of the records in some rows, as file and line."""
         return ", ".join(example.where for i in indices for example in self._rows[i])
 
     def largest_id(self) -> int:
+        """The largest token id of all examples."""
         return max(max(e.prompt_ids + e.completion_ids) for e in self.examples)
 
     def digest(self) -> str:
-        """What tells one data set from another: all its tokens."""
+        """A hash of all tokens, by which a resumed run recognises its data."""
         state = hashlib.sha256()
         for example in self.examples:
             state.update(repr((example.prompt_ids, example.completion_ids)).encode())
@@ -65,7 +73,7 @@ class Dataset:
 def read_dataset(args: DataArguments, tokenizer: Any, *, training: bool) -> Dataset:
     """Reads and encodes the training or the evaluation data of a run.
 
-    Only training rows are packed: an evaluation loss does not depend on how rows are laid out.
+    Only training rows are packed. The evaluation loss does not depend on the layout of rows.
     """
     source = args.train_file if training else args.eval_file
     split = None
@@ -89,14 +97,14 @@ def read_dataset(args: DataArguments, tokenizer: Any, *, training: bool) -> Data
     name = "train_file" if training else "eval_file"
     expect(bool(examples), name, "at least one example that fits", f"none in {source}")
     packed = args.max_length if training and args.packing else None
-    # Any token fills a row. Not the one for it: attention masks are left out (see target_loss), and
-    # some models of transformers warn of padding without one.
+    # Any token can fill a row. The pad token is avoided: attention masks are left out (see
+    # target_loss), and some models of transformers warn of pad tokens without a mask.
     special = (pad_token_id(tokenizer), tokenizer.eos_token_id)
     return Dataset(examples, next(i for i in range(3) if i not in special), packed)
 
 
 def split_of(name: str) -> tuple[str, str | None]:
-    """NAME and SPLIT of `NAME[SPLIT]`, so that NAME may have a colon for its configuration."""
+    """NAME and SPLIT of `NAME[SPLIT]`. NAME may have a colon and a configuration."""
     if name.endswith("]") and "[" in name:
         name, _, split = name[:-1].partition("[")
         return name, split

@@ -1,9 +1,9 @@
-"""Records to token ids: a prompt, and the completion that the loss is taken on.
+"""Turns records into token ids: a prompt, and the completion that has a loss.
 
-The two are tokenised apart and joined as ids. In one piece, a tokenizer may merge the end of the
-prompt with the start of the completion into a token that no prompt alone ever ends with; then the
-model would be trained behind other ids than it has to generate behind. Apart, the prompt's ids are
-the same in training and in generation, whatever the tokenizer does.
+Prompt and completion are tokenised separately, and joined as ids. If they were tokenised together,
+a tokenizer might merge the prompt's end and the completion's start into one token. The model would
+then train after other ids than it generates after. Tokenised separately, the prompt's ids are the
+same in training and in generation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from rosa_train.data.records import Record
 
@@ -27,7 +27,7 @@ OnTooLong = Literal["error", "truncate", "drop"]
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one record, the text that is expected after its prompt, and its place."""
+    """The token ids of one record, the text of its completion, and its place."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -39,7 +39,7 @@ class Example:
 
     @property
     def targets(self) -> int:
-        """Tokens with a loss: the completion's, less a first one that nothing comes before."""
+        """The number of tokens with a loss: those of the completion that have a token before."""
         return len(self.completion_ids) - (not self.prompt_ids and bool(self.completion_ids))
 
 
@@ -55,35 +55,30 @@ def encode(
 ) -> list[Example]:
     """Fill the templates with each record and tokenise: ``prompt_ids + completion_ids``.
 
-    A template holds fields in braces, ``"Utterance: {ref}\\nMeaning:"`` and ``" {mr}"``; ``{{`` is
-    a brace. A string is put in as it is, any other value as JSON. The beginning-of-text token
-    comes first if the tokenizer adds it, and once; the end-of-text token ends the completion,
-    once.
+    A template holds fields in braces, such as ``"Utterance: {ref}\\nMeaning:"`` and ``" {mr}"``.
+    ``{{`` stands for a brace. A string is inserted unchanged, any other value as JSON. The
+    beginning-of-text token comes first, once, if the tokenizer adds it. The end-of-text token ends
+    the completion, once.
 
     Args:
-        max_length: tokens of prompt and completion together, at most what the model takes.
-        chat: the prompt is a user's turn and the completion the assistant's, both as the
-            tokenizer's chat template writes them; the loss is on the assistant's words and the end
-            of its turn.
-        on_too_long: "error"; or "drop" such records; or "truncate" them at max_length, which cuts
-            the completion's end first, its end-of-text token included, and drops what has no
-            completion left. The last two say how many through `logging`.
+        max_length: the most tokens of prompt and completion together. The model must take as many.
+        chat: the tokenizer's chat template writes the prompt as a user's turn, and the completion
+            as the assistant's. The loss is on the assistant's words and the end of its turn.
+        on_too_long: what to do with a record that is longer than max_length. "error" raises an
+            error, and "drop" leaves the record out. "truncate" cuts the end of the completion, its
+            end-of-text token included, and drops the record if no completion is left. The last
+            two log how many records are concerned.
 
     Raises:
-        ValueError: a malformed template, a field that a record lacks or has no value for, a record
-            longer than max_length (all with the record's place), or nothing left to train on.
+        ValueError: a template is malformed, or no examples are left. A record lacks a field or its
+            value, or is longer than max_length. The message then names the record's place.
     """
-    if on_too_long not in get_args(OnTooLong):
-        raise ValueError(
-            f"encode: expected on_too_long one of {', '.join(get_args(OnTooLong))}, "
-            f"got {on_too_long!r}"
-        )
     if max_length < 2:
         raise ValueError(f"encode: expected max_length >= 2, got {max_length}")
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "encode: expected a tokenizer with an eos token, got none: without one at the end of "
-            "the completions, generation would never learn to stop"
+            "encode: expected a tokenizer with an eos token, got none; a completion must end with "
+            "it, or the model does not learn to stop"
         )
     prompt_of = parse_template(prompt_template, "prompt_template")
     completion_of = parse_template(completion_template, "completion_template")
@@ -93,7 +88,7 @@ def encode(
     if chat:
         pairs = list(map(_chat_writer(tokenizer), prompts, completions, records))
         heads, tails = [head for head, _ in pairs], [tail for _, tail in pairs]
-    # What a chat template writes holds its special tokens already.
+    # A chat template writes the special tokens itself.
     bos = [] if chat else _bos(tokenizer)
     examples = [
         Example(
@@ -117,10 +112,10 @@ def encode(
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What to fill rows with: the pad token, else the eos token, else 0.
+    """The id that fills rows: the pad token, else the eos token, else 0.
 
-    Any id will do: masks and labels are made from lengths, never by comparing ids. That the eos
-    token often doubles as pad token therefore does not take it out of the loss.
+    Any id would do, because masks and labels are made from lengths and not from ids. So the eos
+    token stays in the loss even if it is the pad token too.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -131,12 +126,12 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def parse_template(template: str, name: str = "template") -> Callable[[Record], str]:
     """A function that fills ``template`` with a record's fields.
 
-    Only whole fields: a template comes from a command line, and str.format would follow
-    ``{a.__class__}`` or ``{a[0]}`` into the objects behind them.
+    Only whole fields are allowed. A template comes from a command line, and str.format would
+    evaluate ``{a.__class__}`` or ``{a[0]}``.
 
     Raises:
-        ValueError: unbalanced or empty braces, attributes, indices, conversions, format
-            specifications; and, when called, a field that a record lacks.
+        ValueError: braces are unbalanced or empty, or hold an attribute, an index, a conversion or
+            a format specification. The function raises it for a field that a record lacks.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -176,7 +171,7 @@ def _as_text(value: Any, field: str, where: str) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell halves of surrogate pairs
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise ValueError(
             f"encode: {where}: expected text in field {field!r}, "
             f"got the lone surrogate {text[error.start]!r}"
@@ -201,8 +196,8 @@ def _chat_writer(
         assert isinstance(both, str)
         if not both.startswith(head):
             raise ValueError(
-                f"encode: {record.where}: expected a chat template that writes the answer after "
-                "the generation prompt, got another text before it; write the turns into "
+                f"encode: {record.where}: expected a chat template that writes the answer right "
+                "after the generation prompt, got text between them; write the turns into "
                 "prompt_template and completion_template instead"
             )
         return head, both[len(head) :]
@@ -211,13 +206,13 @@ def _chat_writer(
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-text token as a list, empty if this tokenizer does not add one."""
+    """The beginning-of-text token in a list. It is empty if the tokenizer does not add one."""
     added: list[int] = tokenizer("").input_ids
     return added[:1] if added and added[0] == tokenizer.bos_token_id else []
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: it would warn about lengths, which are checked here and with better words.
+    # verbose=False: the tokenizer would warn about lengths, which `_fit` checks.
     ids: list[list[int]] = (
         tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
     )
@@ -225,9 +220,9 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 
 def _ended(ids: list[int], eos: int, *, turn: bool) -> list[int]:
-    """``ids`` with an eos at the end; of a turn, up to the eos in it.
+    """``ids`` with an eos at the end. A turn is cut after its last eos.
 
-    Chat templates write a line feed after the eos that ends a turn; generation stops before it.
+    Chat templates write a line feed after that eos, but generation stops at the eos.
     """
     if turn and eos in ids:
         return ids[: len(ids) - ids[::-1].index(eos)]

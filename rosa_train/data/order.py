@@ -1,4 +1,4 @@
-"""Which examples a step sees."""
+"""The order of examples: which of them each step takes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Which of ``count`` examples are in which batch, as a function of the step alone.
+    """The batches of ``count`` examples, as a function of seed and step.
 
-    Every epoch is a fresh shuffle by (seed, epoch) and nothing else, no state is carried, so that
-    a run resumes at any step. Step ``s`` of an epoch takes the next ``batch_size * world`` of the
-    shuffle and deals them out to the ranks in turn. The last step of an epoch takes what is left,
-    in equal numbers: short of a multiple of ``world``, the epoch's first examples fill it up,
-    ``world - 1`` at most. So every example comes once an epoch, exactly once if ``world`` divides
-    ``count`` (as 1 does), and no rank waits for another.
+    Every epoch is shuffled by (seed, epoch). There is no other state, so a run can resume at any
+    step. Each step takes the next ``batch_size * world`` examples of the shuffle, and deals them to
+    the ranks in turn. The last step of an epoch takes the rest. If ``world`` does not divide the
+    rest, at most ``world - 1`` of the epoch's first examples fill it up. So all ranks get equal
+    numbers, and no rank waits for another. Every example comes once per epoch, and exactly once if
+    ``world`` divides ``count``.
 
     Raises:
-        ValueError: count, batch_size or world below 1, or a rank outside [0, world).
+        ValueError: count, batch_size or world is below 1, or the rank is outside [0, world).
     """
 
     count: int
@@ -37,14 +37,15 @@ class BatchOrder:
 
     @property
     def steps_per_epoch(self) -> int:
+        """The number of steps in an epoch."""
         return -(-self.count // (self.batch_size * self.world))
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, that a step of the whole run falls into."""
+        """The epoch of a step. Both are counted from 0 over the whole run."""
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> list[int]:
-        """This rank's examples at ``step``, counted from 0 over all epochs."""
+        """This rank's examples at ``step``. Steps are counted from 0 over all epochs."""
         if step < 0:
             raise ValueError(f"BatchOrder: expected step >= 0, got {step}")
         epoch, step = divmod(step, self.steps_per_epoch)
@@ -56,12 +57,12 @@ class BatchOrder:
         return [order[position % self.count] for position in dealt]
 
 
-# Two: the epoch at hand, and the one a caller looks ahead to. 100,000 indices take 30 ms to
-# shuffle, too long for every step.
+# The cache holds the present epoch and the next one. A shuffle of 100,000 indices takes 30 ms,
+# which is too long for every step.
 @lru_cache(maxsize=2)
 def _shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    # random.Random, not torch.randperm: no other generator is touched, and a run resumed under
-    # another release of torch goes on in the same order.
+    # random.Random instead of torch.randperm: no global generator changes, and the order is the
+    # same under every release of torch.
     order = list(range(count))
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)

@@ -1,7 +1,7 @@
-"""Records of a data set: JSON lines, a JSON array, CSV, or a data set by name.
+"""Reads the records of JSON lines, a JSON array, CSV, or a data set by name.
 
-Every record knows where it came from, because what is wrong with it often shows much later: a
-missing field when a template is filled, a length when its text is tokenised.
+Every record knows its place, because its errors often show much later. A missing field shows when
+a template is filled, and a text that is too long when it is tokenised.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 _FORMATS = ".jsonl, .json or .csv"
-# owner/name, either part as the hub allows it, and optionally a configuration.
+# owner/name or name, with the characters that the hub allows, and an optional configuration.
 _NAME = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.-]+))?")
 
 
 @dataclass(frozen=True)
 class Record:
-    """Named values of one example, and their place for messages: ``train.jsonl:12``."""
+    """The named values of one record, and its place for messages, such as ``train.jsonl:12``."""
 
     fields: Mapping[str, Any]
     where: str
@@ -33,20 +33,21 @@ def read_records(
 ) -> list[Record]:
     """Read a local file, or a data set of the package `datasets` by its name.
 
-    ``*.jsonl`` and ``*.json`` hold one object a line, or one array of objects; ``*.csv`` has a
-    header. Files are UTF-8, with or without a byte order mark; blank lines are skipped. Anything
-    else is a name, ``name`` or ``name:configuration``: only then is `datasets` imported, and only
-    then may the network be asked.
+    ``*.jsonl`` and ``*.json`` hold one object per line. ``*.json`` may instead hold one array of
+    objects. ``*.csv`` has a header. Files are UTF-8, with or without a byte order mark. Blank lines
+    are skipped. Any other source is a name, ``name`` or ``name:configuration``. Only a name imports
+    `datasets`, and only a name may use the network.
 
     Args:
-        split: of a data set by name, "train" unless told; slices such as ``train[:100]`` work.
-        limit: read no further than so many records, the first ones.
+        split: the split of a data set by name, by default "train". A slice such as
+            ``train[:100]`` works too.
+        limit: the number of records to read, from the first on.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that cannot be read as what it claims to be (path, line, reason), no
-            records at all, or a name that `datasets` cannot load.
-        ImportError: a name, but no package `datasets`.
+        FileNotFoundError: there is no such file.
+        ValueError: a file is malformed (the message has path, line and reason), there are no
+            records, or `datasets` cannot load the name.
+        ImportError: the source is a name, and the package `datasets` is missing.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"read_records: expected limit >= 1, got {limit}")
@@ -75,10 +76,10 @@ def read_records(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Decoded lines and their numbers from 1.
+    """Decoded lines and their numbers, from 1.
 
-    Split at line feeds alone: str.splitlines would also cut at U+2028 and U+0085, which JSON
-    strings and CSV fields may hold. Decoded one by one so that an error knows its line.
+    Lines end only at line feeds. str.splitlines would also split at U+2028 and U+0085, which JSON
+    strings and CSV fields may hold. Lines are decoded one by one, so that an error knows its line.
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -118,7 +119,10 @@ def _parse(text: str, where: str, *, whole_file: bool = False) -> Any:
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if whole_file else ""
         reason = f"{error.msg} at column {error.colno}"
-    except (RecursionError, ValueError) as error:  # nested thousands deep; a number too long
+    except (
+        RecursionError,
+        ValueError,
+    ) as error:  # nested too deep, or a number with too many digits
         line, reason = "", str(error)
     raise ValueError(f"read_records: {where}{line}: expected JSON, got {reason}")
 
@@ -152,7 +156,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, with the line each starts at: a quoted field may span lines."""
+    """Rows that are not blank, and their first lines. A quoted field may span several lines."""
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     start = 1
     while True:
@@ -173,15 +177,15 @@ def _read_named(name: str, config: str | None, split: str, limit: int | None) ->
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(
-            f"read_records: {full!r} is no {_FORMATS} file, and a data set by name needs the "
-            "package datasets: pip install 'rosa-kernels[train]'"
+            f"read_records: expected the package datasets for the data set {full!r}, got none: "
+            "pip install 'rosa-kernels[train]'"
         ) from error
     try:
         rows: Iterable[Any] = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # of its many kinds each means the same to the caller
+    except Exception as error:  # it has many kinds, which mean the same to the caller
         raise ValueError(
-            f"read_records: expected a {_FORMATS} file or the name of a data set, got {full!r}, "
-            f"whose split {split!r} datasets did not load: {type(error).__name__}: {error}"
+            f"read_records: expected a {_FORMATS} file or the name of a data set, got {full!r}; "
+            f"datasets did not load its split {split!r}: {type(error).__name__}: {error}"
         ) from error
     return [
         Record(dict(row), f"{full}[{split}]:{index}")

@@ -1,1 +1,1 @@
-"""RoSA on a real model and data made up here."""
+"""The demo: RoSA on a real model, with generated data."""

@@ -1,9 +1,9 @@
-"""A small data set to show training on: requests to a front desk, and what they mean.
+"""Generates a small data set for the demo: requests to a front desk, and their meanings.
 
-Made up here, word by word, by a grammar; nothing of it is from elsewhere. The meaning is written in
-a language that no model has seen, times are asked for in words and meant on a clock, and what is
-said comes in any order, what is meant in one; so nothing comes out right before training. And
-reciting does not help: no meaning of the evaluation occurs in training.
+A grammar makes up every word, and nothing is copied from elsewhere. No model has seen the language
+of the meanings, so an untrained model gets none right. Requests name times in words, in any order,
+and meanings have clock times in a fixed order. No meaning of the evaluation occurs in training, so
+memorising does not help.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 _NUMBERS = _names("zero, one, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve")
 _WEEK = _names("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
-# As said, and as meant.
+# From the words of a request to the meaning.
 _DAYS = {"today": "today", "tomorrow": "tomorrow"} | {f"on {d}": d[:3].lower() for d in _WEEK}
 _TOWNS = _names(
     "Alderby, Brightwater, Coldbrook, Dunmere, Eastfold, Farrow, Gullhaven, Hazelton, Ironbridge, "
@@ -67,18 +67,18 @@ _END = (".", ".", ".", ", please.", ", thanks.")
 def generate(
     count: int, seed: int = 0, *, exclude: Container[str] = frozenset()
 ) -> list[dict[str, str]]:
-    """``count`` requests: ``{"utterance": ..., "meaning": ...}``, the same ones for a seed.
+    """``count`` records ``{"utterance": ..., "meaning": ...}``. Equal seeds give equal records.
 
-    A meaning is a kind of booking and its slots in a fixed order, a wish in every second one:
+    A meaning has a kind of booking, and its slots in a fixed order. Half of them have a wish:
     ``table(at=Blue Heron; for=4; when=fri 19:30; wish=window)``,
     ``train(from=Farrow; to=Dunmere; when=today 08:15)``,
     ``room(at=Maple Lodge; for=2; when=mon; nights=3; wish=sea)``.
 
     Args:
-        exclude: meanings that must not come up.
+        exclude: meanings that must not occur.
 
     Raises:
-        ValueError: a negative count.
+        ValueError: the count is negative.
     """
     if count < 0:
         raise ValueError(f"generate: expected count >= 0, got {count}")
@@ -94,7 +94,7 @@ def generate(
 def write(
     directory: str | Path, *, train: int = 2000, eval: int = 200, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and ``eval.jsonl``, which share no meaning; returns their paths."""
+    """Writes ``train.jsonl`` and ``eval.jsonl``, which share no meaning. Returns their paths."""
     held_out = generate(eval, 2 * seed)
     learnt = generate(train, 2 * seed + 1, exclude={row["meaning"] for row in held_out})
     folder = Path(directory)
@@ -160,7 +160,7 @@ def _row(
 
 
 def _when(rng: random.Random) -> tuple[str, str, str]:
-    """Day and time as said, and both as meant: half past seven in the evening is 19:30."""
+    """The words for a day and for a time, and the meaning of both, such as ``fri 19:30``."""
     hour, minute = rng.randint(7, 21), rng.choice((0, 15, 30, 45))
     twelve, following = (_NUMBERS[(h - 1) % 12 + 1] for h in (hour, hour + 1))
     words = {

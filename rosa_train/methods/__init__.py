@@ -1,1 +1,1 @@
-"""What a method is, what it may cost, and when which part of it trains."""
+"""The methods, their budgets of parameters, and their schedules."""

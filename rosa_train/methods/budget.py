@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
+from rosa_kernels.bounds import FRACTION_BELOW_1, NON_NEGATIVE_INTEGER, OPEN_FRACTION
 from rosa_kernels.masks.targets import pattern_key
 from rosa_train.methods.method import METHODS, Method, method_named
 
-# LoRA's rank in the first line of the paper's table of equal budgets.
+# The rank of LoRA in the first row of the paper's table of equal budgets.
 DEFAULT_RANK = 16
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -23,12 +24,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Allocation:
-    """What each layer gets.
+    """The rank and the number of nonzeros of each layer.
 
     Attributes:
-        ranks: the rank of each layer's low-rank branch, 0 where it has none.
-        nnz: the nonzeros of each layer's sparse branch, 0 where it has none.
-        trainable: the trainable parameters of all of them.
+        ranks: the rank of each layer's low-rank branch, or 0 if the layer has none.
+        nnz: the number of nonzeros of each layer's sparse branch, or 0 if the layer has none.
+        trainable: the number of trainable parameters in all layers together.
     """
 
     ranks: dict[str, int]
@@ -46,36 +47,37 @@ def allocate(
     rank_pattern: Mapping[str, int] | None = None,
     density_pattern: Mapping[str, float] | None = None,
 ) -> Allocation:
-    """Ranks and nonzeros of each layer, from a rank and a density or from a budget.
+    """The rank and nonzeros of each layer, from a rank and a density, or from a budget.
 
     With a density d, an (m, n) layer gets floor(d m n) nonzeros (Algorithm 1 of the paper). With a
-    budget of trainable parameters every layer gets the same rank and, but for rounding, the same
-    density:
+    budget of trainable parameters, every layer gets the same rank and, except for rounding, the
+    same density:
 
-    - a method with a low-rank branch alone gets the whole rank whose count is nearest to the
-      budget, from 1 up; ``trainable`` says what it came to;
-    - a method with a sparse branch alone meets the budget exactly, by largest remainders;
-    - one with both gets the rank that fills half the budget, rounded down, but at least 1 (as in
-      the paper), or the `rank` that is given too, and nonzeros for exactly the rest.
+    - A method with only a low-rank branch gets the rank, at least 1, whose parameter count is
+      nearest to the budget. ``trainable`` is the count that results.
+    - A method with only a sparse branch meets the budget exactly, by largest remainders.
+    - A method with both gets the `rank` that is given. Without one, it gets the rank that fills
+      half of the budget, rounded down, but at least 1 (as in the paper). Nonzeros fill exactly
+      the rest.
 
-    With neither, the budget is that of LoRA at rank 16. The method ``full`` trains what it trains,
-    whatever the budget; its ``trainable`` is the elements of `shapes`.
+    With none of the three, the budget is that of LoRA at rank 16. The method ``full`` ignores the
+    budget, and its ``trainable`` is the number of elements of `shapes`.
 
     Args:
         method: a method or its name.
-        shapes: (m, n) of each layer, by its name.
+        shapes: the shape (m, n) of each layer, by the layer's name.
         rank: the rank of every layer.
-        density: the share of each layer's elements that train, in (0, 1).
+        density: the share of each layer's elements that train in S, in (0, 1).
         budget: a number of parameters (``1500000``, ``"1.5M"``), or a share of the elements of
             `shapes` (``"1%"``).
-        rank_pattern, density_pattern: another rank or density for the layers whose name ends in
-            a match of the key, a regular expression; the first key that matches counts. A density
-            may be 0 here. They come out of the budget first.
+        rank_pattern, density_pattern: another rank or density for some layers. The key is a
+            regular expression that must match the end of a layer's name, and the first such key
+            is taken. A density may be 0 here. These layers are paid from the budget first.
 
     Raises:
-        ValueError: an unknown method, a rank or density out of range or of a branch that the
-            method lacks, layers with neither branch, a pattern that matches no layer, a budget
-            that is malformed or cannot be met (and the smallest or largest that can be).
+        ValueError: the method is unknown. A rank or density is out of range, or the method lacks
+            its branch. Layers have neither branch. A pattern matches no layer. A budget is
+            malformed, or cannot be met; the message has the smallest or largest that can.
     """
     method = method_named(method)
     rank_pattern, density_pattern = dict(rank_pattern or {}), dict(density_pattern or {})
@@ -98,8 +100,8 @@ def allocate(
     else:
         left = parse_budget(budget, sum(map(_elements, shapes.values())))
         _spend(method, shapes, left, rank, ranks, nnz)
-    ranks = {name: ranks.get(name, 0) for name in shapes}
-    nnz = {name: nnz.get(name, 0) for name in shapes}
+    ranks = {name: int(ranks.get(name, 0)) for name in shapes}
+    nnz = {name: int(nnz.get(name, 0)) for name in shapes}
     _check_something(method, ranks, nnz)
     trainable = _low_rank_count(method, shapes, ranks) + sum(nnz.values())
     return Allocation(ranks, nnz, trainable)
@@ -109,7 +111,7 @@ def parse_budget(budget: int | str, total: int) -> int:
     """A budget as a number of parameters: ``"1%"`` of `total`, ``"1.5M"``, ``"200K"`` or 12345.
 
     Raises:
-        ValueError: anything else, or less than one parameter.
+        ValueError: the budget has another form, or is less than one parameter.
     """
     expected = "expected a budget like '1%', '1.5M' or 200000"
     if isinstance(budget, bool) or not isinstance(budget, int | str):
@@ -130,9 +132,9 @@ def parse_budget(budget: int | str, total: int) -> int:
 
 
 def spread(total: int, weights: Mapping[str, int]) -> dict[str, int]:
-    """Integers that sum to `total`, as near as can be to its parts in proportion to `weights`.
+    """Splits `total` into integers in proportion to `weights`, by largest remainders.
 
-    Largest remainders: each part is rounded down, and the largest remainders get one more, ties in
+    Each part is rounded down, and the parts with the largest remainders get one more. Ties go in
     the order of `weights`.
     """
     whole = sum(weights.values())
@@ -151,7 +153,7 @@ def _spend(
     ranks: dict[str, int],
     nnz: dict[str, int],
 ) -> None:
-    """Add to `ranks` and `nnz` what they lack, so that all together cost `budget`."""
+    """Add the missing layers to `ranks` and `nnz`, so that all layers together cost `budget`."""
     fixed_low_rank = _low_rank_count(method, shapes, ranks)
     fixed = fixed_low_rank + sum(nnz.values())
     free_ranks = [name for name in shapes if method.low_rank and name not in ranks]
@@ -171,7 +173,7 @@ def _spend(
     largest = fixed + highest_rank * per_rank + max(most_nnz, 0)
     left = budget - fixed
     if per_rank and rank is None and not free_nnz:
-        # Half a rank per layer below the smallest still rounds up to it.
+        # A budget of half of rank 1 still rounds up to rank 1.
         reachable = 2 * left >= per_rank and budget <= largest + per_rank // 2
     elif not free_nnz:
         reachable = budget == smallest
@@ -188,7 +190,7 @@ def _spend(
     if per_rank and rank is None:
         if free_nnz:
             rank = min(max(budget // 2 - fixed_low_rank, 0) // per_rank, top_rank)
-            # The rest has to fit into the mask, too.
+            # The mask must have room for the rest.
             rank = max(rank, 1, -(-(left - most_nnz) // per_rank))
         else:
             rank = min(max((2 * left + per_rank) // (2 * per_rank), 1), top_rank)
@@ -207,10 +209,8 @@ def _check_arguments(
 ) -> None:
     named = {"rank": rank, **{f"rank_pattern[{k!r}]": r for k, r in rank_pattern.items()}}
     for what, value in named.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{what}: expected an integer >= 0, got {value!r}")
+        if value is not None:
+            NON_NEGATIVE_INTEGER.check(what, value)
         if value and not method.low_rank:
             raise ValueError(f"{what}: expected none for {method.name}, got {value}")
     shares = {"density": density}
@@ -218,9 +218,7 @@ def _check_arguments(
     for what, share in shares.items():
         if share is None:
             continue
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not number or not (0 < share < 1 or (share == 0 and what != "density")):
-            raise ValueError(f"{what}: expected a share between 0 and 1, got {share!r}")
+        (OPEN_FRACTION if what == "density" else FRACTION_BELOW_1).check(what, share)
         if not method.sparse:
             raise ValueError(f"{what}: expected none for {method.name}, got {share}")
     if density is not None and budget is not None:
@@ -245,7 +243,7 @@ def _check_arguments(
 
 def _check_something(method: Method, ranks: Mapping[str, int], nnz: Mapping[str, int]) -> None:
     bare = [name for name in ranks if not ranks[name] and not nnz[name]]
-    # A layer too small for a nonzero at this density goes without; all of them is a mistake.
+    # A layer may be too small for a nonzero at this density. If all layers are, it is a mistake.
     if len(bare) == len(ranks) or (bare and not method.sparse):
         raise ValueError(
             f"{method.name}: expected a rank or nonzeros, got rank 0 and no nonzeros in "
@@ -274,7 +272,7 @@ def _from_pattern(pattern: Mapping[str, T], shapes: Shapes, what: str) -> dict[s
 
 
 def _nnz_at(density: float, shape: tuple[int, int]) -> int:
-    # The decimal that was written: floor(0.29 * 100) is 28 in binary and 29 on paper.
+    # Exact decimal arithmetic: floor(0.29 * 100) is 28 in floating point, but 29 in decimal.
     return math.floor(Fraction(repr(float(density))) * _elements(shape))
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning methods, each a small frozen description of one parametrisation."""
+"""The fine-tuning methods. Each is a small frozen record of its parametrisation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Method:
-    """What a method adds to a frozen linear layer, and which parts of it train.
+    """The branches that a method adds to a frozen linear layer, and which parts train.
 
-    Every method is one layer, y = x (W + S)^T + (alpha / rank) x A^T B^T + bias, with branches
-    left out: B A is the low-rank branch, S the sparse one.
+    Formula: y = x (W + S)^T + (alpha / rank) x A^T B^T + bias.
+
+    S is the sparse branch, and B A is the low-rank branch. A method has one, both or none.
 
     Attributes:
-        name: what a user calls it.
+        name: the name that users give.
         summary: one line for a table.
-        source: the paper it is from.
-        full: every parameter of the model trains and no branch is added.
+        source: the paper that introduced the method.
+        full: every parameter of the model trains, and no branch is added.
         low_rank: the layer has A (rank, n) and B (m, rank).
-        sparse: the layer has S, of a fixed mask.
-        train_a: A trains; where it does not, it stays as it was drawn.
-        lr_b_ratio: B's learning rate over A's.
+        sparse: the layer has S with a fixed mask.
+        train_a: whether A trains. Otherwise A keeps its initial values.
+        lr_b_ratio: B's learning rate divided by A's.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Method:
         return self.low_rank and self.train_a
 
     def rank_cost(self, m: int, n: int) -> int:
-        """Trainable parameters that one rank costs in an (m, n) layer: m for B, n for A."""
+        """Trainable parameters per rank in an (m, n) layer: m for B, and n for A if it trains."""
         return m + n if self.trains_a else m
 
 
@@ -86,10 +87,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 def method_named(method: str | Method) -> Method:
-    """The :class:`Method` of a name; a Method is handed back as it is.
+    """The :class:`Method` of a name. A Method is returned unchanged.
 
     Raises:
-        ValueError: a name that is not in :data:`METHODS`.
+        ValueError: the name is not in :data:`METHODS`.
     """
     if isinstance(method, Method):
         return method

@@ -1,6 +1,6 @@
-"""When what trains: learning rates and phases, both as functions of the step.
+"""Learning rates and phases as functions of the step.
 
-Nothing here has state, so a resumed run needs no state of a scheduler.
+Nothing here has state, so a resumed run has no scheduler state to restore.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rosa_train.methods.method import Method
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, kind: str = "linear") -> float:
-    """What the peak learning rate is multiplied by at a step, in (0, 1].
+    """The factor of the peak learning rate at a step, in (0, 1].
 
     With t = (step - warmup) / (total - warmup):
 
@@ -22,11 +22,11 @@ def learning_rate_factor(step: int, total: int, warmup: int, kind: str = "linear
         cosine           (1 + cos(pi t)) / 2
         constant         1
 
-    `step` counts optimizer steps from 0, `total` is their number. The first step is not at zero, as
-    it is with Hugging Face's schedules, which compute a whole batch to change nothing.
+    `step` counts optimizer steps from 0, and `total` is the number of steps. The factor of the
+    first step is not 0. Hugging Face's schedules begin with 0, and so waste a batch.
 
     Raises:
-        ValueError: for another `kind`.
+        ValueError: `kind` is another one.
     """
     if kind not in ("linear", "cosine", "constant"):
         raise ValueError(f"learning_rate_factor: expected linear, cosine or constant, got {kind!r}")
@@ -39,14 +39,14 @@ def learning_rate_factor(step: int, total: int, warmup: int, kind: str = "linear
 
 
 def plan(method: Method, schedule: str | None, steps: int) -> tuple[Method, int | None]:
-    """What trains in the end, and after which step the masks are built (None: no masks).
+    """The method with the branches that train, and the step at which masks are built (or None).
 
-    `wl<N>` trains the low-rank branch alone for N steps, builds the masks there, and then trains
-    both; `default` is wl0. `lora_only` and `spa_only` leave out the other branch of a method that
-    has both. Without a schedule a method with both gets wl64, the authors' choice.
+    `wl<N>` trains only the low-rank branch for N steps, then builds the masks, and then trains
+    both branches. `default` is wl0. `lora_only` and `spa_only` drop the other branch of a method
+    with both. Without a schedule, a method with both branches gets wl64, the authors' choice.
 
     Raises:
-        ValueError: for a schedule that does not fit the method, or that would never build masks.
+        ValueError: the schedule does not fit the method, or would never build masks.
 
     Source: RoSA, arXiv 2401.04679, section 4.
     """

@@ -1,1 +1,1 @@
-"""What runs came to: their figures, and several methods compared."""
+"""Draws the figures of runs, and compares several methods."""

@@ -1,8 +1,8 @@
-"""Several methods at one budget, each in a process of its own; a table and figures of what it cost.
+"""Trains several methods at one budget, each in its own process, and writes a table and figures.
 
-The budget is what LoRA can have: its rank is whole, so it comes first, to the rank nearest to what
-was asked; the others then get exactly that many trainable parameters. Full fine-tuning trains all.
-Seed, data and their order are the same for all.
+LoRA decides the budget, because its rank is an integer. LoRA gets the rank nearest to the budget
+that was asked for. The other methods get exactly as many trainable parameters as LoRA then has.
+Full fine-tuning trains all parameters. Seed, data and order are the same for all methods.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rosa_kernels.masks.targets import find_targets, target_shapes
-from rosa_train.cli.parse import Arguments, parse_run, process
+from rosa_train.cli.parse import parse_run, process
 from rosa_train.cli.tables import show
-from rosa_train.config import MethodArguments, ModelArguments, flat
+from rosa_train.config import Arguments, MethodArguments, ModelArguments, flat
 from rosa_train.files import write_file
 from rosa_train.methods.budget import allocate
 from rosa_train.methods.method import Method, method_named
@@ -34,24 +34,24 @@ from rosa_train.run.signals import Interrupted, Signals
 
 # Options that a comparison decides itself.
 _DECIDED = ("density", "rank_pattern", "density_pattern")
-# What may differ between a finished run and the same one asked for again.
+# Options that may differ between a finished run and a repetition of it.
 _PLACES = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns 1 if a method failed."""
+    """Runs the command. Returns 1 if a method failed, otherwise 0."""
 
     def extend(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--methods",
             default="lora,spa,rosa,full",
             metavar="NAME,NAME,...",
-            help="What to compare (instead of --method).",
+            help="The methods to compare, instead of --method.",
         )
         parser.description = (
-            f"{parser.description} Arguments are those of train. OUTPUT_DIR/compare gets the table "
-            "and the figures, OUTPUT_DIR/METHOD the run of each. The same command again goes on "
-            "where it was interrupted, and tries what failed once more."
+            f"{parser.description} It takes the options of train. OUTPUT_DIR/compare gets the "
+            "table and the figures, and OUTPUT_DIR/METHOD gets each run. If the command is "
+            "repeated, it resumes an interrupted run, and tries failed runs again."
         )
 
     text = "Fine-tune a model with several methods at equal trainable parameters."
@@ -68,19 +68,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compare(methods: Sequence[str], arguments: Arguments) -> list[dict[str, Any]]:
-    """Train each method, and write results.jsonl, results.md and figures; returns the rows.
+    """Trains each method, and writes results.jsonl, results.md and figures. Returns the rows.
 
-    A method that fails has a row that says why, and the others go on. Runs of an earlier call that
-    are complete are kept; one that was interrupted goes on from its last checkpoint.
+    If a method fails, its row has the reason, and the other methods continue. Complete runs of an
+    earlier call are kept. An interrupted run resumes from its last checkpoint.
 
     Args:
         methods: names of `rosa_train.METHODS`.
-        arguments: those of a run; `method` is not looked at, `budget` (or `rank`, of LoRA) is for
-            all, `output_dir` is where everything goes.
+        arguments: the arguments of a run. `method` is ignored. `budget`, or LoRA's `rank`, is for
+            all methods. Everything is written into `output_dir`.
 
     Raises:
-        ValueError: bad input that is not one method's alone, before anything is trained.
-        Interrupted: SIGINT or SIGTERM, when the run of the moment has saved and ended.
+        ValueError: the input is bad for the comparison as a whole. Nothing is trained then.
+        Interrupted: SIGINT or SIGTERM came. The present run has been saved and has ended.
     """
     model_args, _, method_args, train_args = arguments
     kinds = _checked(methods, method_args)
@@ -88,7 +88,7 @@ def compare(methods: Sequence[str], arguments: Arguments) -> list[dict[str, Any]
     out = Path(train_args.output_dir)
     runs = {kind.name: _run_arguments(kind, budget, arguments) for kind in kinds}
     for kind in kinds:
-        if train_args.max_steps > 0:  # otherwise the data tell how many there are
+        if train_args.max_steps > 0:  # otherwise the number of steps depends on the data
             plan(kind, runs[kind.name]["schedule"], train_args.max_steps)
     done = [name for name in runs if not train_args.overwrite_output_dir and _is_done(runs[name])]
     folder = out / "compare"
@@ -96,7 +96,7 @@ def compare(methods: Sequence[str], arguments: Arguments) -> list[dict[str, Any]
     rows: list[dict[str, Any]] = []
     for name, values in runs.items():
         if name in done:
-            print(f"{name}: is there already", file=sys.stderr)
+            print(f"{name}: the run is complete already", file=sys.stderr)
             code = 0
         else:
             code = _train(values, folder, fresh=train_args.overwrite_output_dir)
@@ -113,7 +113,7 @@ def matched_budget(model_args: ModelArguments, method_args: MethodArguments) -> 
     """The trainable parameters of LoRA at `budget` (or at `rank`), from the model's config alone.
 
     Raises:
-        ValueError: targets that match nothing, a budget that LoRA cannot meet.
+        ValueError: the targets match nothing, or LoRA cannot meet the budget.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -134,7 +134,7 @@ def _checked(methods: Sequence[str], args: MethodArguments) -> list[Method]:
         raise ValueError(f"--methods: expected different names, got {','.join(methods) or 'none'}")
     for name in _DECIDED:
         if getattr(args, name):
-            raise ValueError(f"--{name}: expected --budget or --rank in a comparison, got it")
+            raise ValueError(f"--{name}: expected --budget or --rank in a comparison, got --{name}")
     return kinds
 
 
@@ -145,7 +145,7 @@ def _run_arguments(kind: Method, budget: int, arguments: Arguments) -> dict[str,
         "method": kind.name,
         "rank": None,
         "budget": None if kind.full else str(budget),
-        # A schedule is about two branches: a method with one has no choice.
+        # Only a method with both branches has a choice of schedule.
         "schedule": arguments[2].schedule if kind.low_rank and kind.sparse else None,
         "output_dir": str(out / kind.name),
         "resume_from_checkpoint": "last",
@@ -157,10 +157,10 @@ def _run_arguments(kind: Method, budget: int, arguments: Arguments) -> dict[str,
 def _is_done(values: dict[str, Any]) -> bool:
     """Whether the run is complete.
 
-    One that is not goes on, if the trainer finds that its checkpoint fits, or begins anew.
+    An incomplete run resumes from its checkpoint, or starts again if it has none.
 
     Raises:
-        ValueError: it is complete, but of other arguments.
+        ValueError: the run is complete, but has other arguments.
     """
     out = Path(values["output_dir"])
     if not (out / "result.json").is_file():
@@ -169,17 +169,16 @@ def _is_done(values: dict[str, Any]) -> bool:
     for name, value in values.items():
         if name not in _PLACES and there.get(name) != value:
             raise ValueError(
-                f"compare: expected the arguments of the run in {out}, of --{name} "
-                f"{there.get(name)}, got {value}: choose another --output_dir, or "
-                "--overwrite_output_dir"
+                f"compare: expected --{name} {there.get(name)} as in the run in {out}, got "
+                f"{value}; choose another --output_dir, or --overwrite_output_dir"
             )
     return True
 
 
 def _train(values: dict[str, Any], folder: Path, *, fresh: bool) -> int:
-    """Run `train` in a new process, its output in a log; returns its exit status.
+    """Runs `train` in a new process that writes into a log. Returns the exit status.
 
-    A fresh process has a fresh allocator: no peak is raised by what a method before it left.
+    A new process has a new allocator, so that memory of earlier methods does not raise the peak.
     """
     name, out = values["method"], Path(values["output_dir"])
     if fresh:
@@ -197,7 +196,7 @@ def _train(values: dict[str, Any], folder: Path, *, fresh: bool) -> int:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # a signal reaches it once, from here
+            start_new_session=True,  # so that a signal reaches the process only once, from here
         )
         try:
             with _progress(name, values["max_steps"]) as advance:
@@ -223,7 +222,7 @@ def _train(values: dict[str, Any], folder: Path, *, fresh: bool) -> int:
 
 
 class _progress:
-    """A bar of a run's steps, read off its metrics.jsonl; on a terminal only."""
+    """A progress bar of a run's steps, from its metrics.jsonl. It is drawn only on a terminal."""
 
     def __init__(self, name: str, total: int) -> None:
         self._bar: Any = None

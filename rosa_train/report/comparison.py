@@ -1,4 +1,4 @@
-"""What a comparison came to: rows from the runs' results, their table, Markdown and figures."""
+"""The results of a comparison: rows from the runs' results, a table, Markdown and figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REFERENCE = "lora"
 
 
 def row_of(values: dict[str, Any], budget: int, code: int, log: Path) -> dict[str, Any]:
-    """One flat row of a method, failed or not."""
+    """One flat row for a method. If its run failed, the row has the reason."""
     row: dict[str, Any] = {"method": values["method"], "status": "ok", "budget": budget}
     path = Path(values["output_dir"]) / "result.json"
     if code != 0 or not path.is_file():
@@ -42,7 +42,7 @@ def row_of(values: dict[str, Any], budget: int, code: int, log: Path) -> dict[st
 
 
 def _reason(code: int, log: Path) -> str:
-    """The last words of a run that failed."""
+    """The reason why a run failed: the signal, or the last error in the log."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}; see {log}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -52,7 +52,7 @@ def _reason(code: int, log: Path) -> str:
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """Above 1: more than LoRA's."""
+    """Adds to each row the ratios of tokens/s, seconds and peak memory to LoRA's."""
     reference = next(
         (row for row in rows if row["method"] == _REFERENCE and row["status"] == "ok"), None
     )
@@ -63,7 +63,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A line per method; `vs lora` is the ratio of the column before, where that was among them."""
+    """A line per method. `vs lora` is the ratio to LoRA of the column before, if LoRA was run."""
     shown = Table(
         "Comparison",
         [
@@ -101,7 +101,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
-    """The figures, if a run has something to draw."""
+    """Draws the figures of the runs that succeeded. Returns their file names."""
     from rosa_train.report import plot
 
     drawn = [row for row in rows if row["status"] == "ok"]
@@ -120,6 +120,7 @@ def markdown(
     budget: int,
     figures: Sequence[str],
 ) -> str:
+    """The comparison as a Markdown page."""
     values = next(iter(runs.values()))
     import torch
 

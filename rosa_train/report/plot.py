@@ -1,4 +1,4 @@
-"""Figures of runs, drawn from their metrics.jsonl alone. matplotlib is imported when drawing."""
+"""Draws figures of runs from metrics.jsonl. matplotlib is imported only to draw."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-# One strong colour for RoSA, muted colour-blind-safe ones (Paul Tol) for the others; markers tell
-# them apart in grey, too.
+# RoSA has a strong colour, and the other methods have muted colours of Paul Tol's colour-blind-safe
+# palettes. The markers differ too, for print in grey.
 _LOOKS = {
     "rosa": ("#D55E00", "o"),
     "lora": ("#6699CC", "^"),
@@ -55,11 +55,16 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Curves:
-    """What the lines of a metrics.jsonl come to, as lists to draw.
+    """The numbers of a metrics.jsonl as lists to draw.
 
-    `seconds[i]` is the time spent in warm-up, masks and training when step `steps[i]` was done:
-    evaluation is not counted, or runs would look slower for being watched more closely. `masks`:
-    (step, seconds before, seconds after) of each mask phase. `peaks`: bytes by phase.
+    Attributes:
+        steps, losses, tokens_per_s: the optimizer steps, and their numbers.
+        seconds: the time in warm-up, masks and training up to the end of each step. Evaluation is
+            not counted, because runs that are evaluated more often would look slower.
+        rates: by name, the steps and learning rates.
+        eval_steps, eval_seconds, eval_losses: the same for evaluations.
+        masks: (step, seconds before, seconds after) of each mask phase.
+        peaks: the peak memory in bytes, by phase.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -75,7 +80,7 @@ class Curves:
 
 
 def curves(rows: Sequence[Row]) -> Curves:
-    """The lists of a run's lines."""
+    """The curves of a run's lines."""
     found, clock = Curves(), 0.0
     for row in rows:
         phase, step = row["phase"], row["step"]
@@ -104,7 +109,7 @@ def curves(rows: Sequence[Row]) -> Curves:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean of each value and those before it, over a twentieth of them all."""
+    """The running mean over each value and those before it. The window is 5 % of all values."""
     window = max(len(values) // 20, 1)
     sums = [0.0, *accumulate(values)]
     starts = [max(i - window, 0) for i in range(1, len(values) + 1)]
@@ -115,7 +120,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def look(name: str, index: int = 0) -> dict[str, Any]:
-    """Colour and marker of a method, or of the run of another name at a place in a list."""
+    """The colour and marker of a method. Other names take theirs by `index`."""
     color, marker = _LOOKS.get(name) or _OTHERS[index % len(_OTHERS)]
     return {"color": color, "marker": marker}
 
@@ -124,8 +129,8 @@ def read_run(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl.
 
     Raises:
-        FileNotFoundError: no run in the folder.
-        ValueError: a run without a step.
+        FileNotFoundError: the folder has no run.
+        ValueError: the run has no step.
     """
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
@@ -137,7 +142,7 @@ def read_run(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def draw_runs(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Draw one run, or several on top of each other; returns the PNG (curves.png in the first)."""
+    """Draws runs into one figure. Returns the PNG, by default curves.png in the first folder."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for folder in map(Path, folders):
         name = _method(folder)
@@ -209,7 +214,7 @@ def loss_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
 
 
 def tradeoff_figure(results: Sequence[Row]) -> Figure:
-    """Evaluation loss and exact match against peak memory and training time, a point per method."""
+    """Evaluation loss and exact match over peak memory and training time, a point per method."""
     heights = {"eval_loss": "evaluation loss", "exact_match": "exact match"}
     heights = {k: v for k, v in heights.items() if any(row.get(k) is not None for row in results)}
     fig = figure(10, max(3.6 * len(heights), 3.6))
@@ -230,7 +235,7 @@ def tradeoff_figure(results: Sequence[Row]) -> Figure:
                 axis.plot([x], [y], linestyle="none", markersize=8, **look(row["method"], index))
                 offset = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
                 axis.annotate(row["method"], (x, y), **offset)
-            # From 0: a percent of memory must not look like a multiple of it.
+            # The axis starts at 0, so that a difference of 1 % does not look like a multiple.
             axis.set_xlim(0, axis.dataLim.x1 * 1.15 if axis.has_data() else 1)
     return fig
 
@@ -247,10 +252,12 @@ def figure(width: float, height: float) -> Figure:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures are made and saved inside it; nothing of matplotlib's settings leaks in or out.
+    """A context with this module's settings of matplotlib. They are restored afterwards.
+
+    Figures must be both made and saved inside it.
 
     Raises:
-        ImportError: no matplotlib.
+        ImportError: matplotlib is missing.
     """
     try:
         import matplotlib as mpl

@@ -1,1 +1,1 @@
-"""One run, from a model and a file of examples to an adapter."""
+"""One training run, from a model and a file of examples to an adapter."""

@@ -1,15 +1,14 @@
-"""Training state on the disk: atomic, without pickle, and complete.
+"""Training state on the disk. It is written atomically and without pickle.
 
     checkpoint-<step>/            after that many optimizer steps
-    checkpoint-<step>-masked/     the same, with the masks just built
-        adapter/                  as `save_adapter` writes it: a usable adapter of its own
-        model.safetensors         instead, for full fine-tuning: what trains, by name
+    checkpoint-<step>-masked/     the same, right after the masks were built
+        adapter/                  a complete adapter, from `save_adapter`
+        model.safetensors         instead of adapter/ in full fine-tuning: weights by name
         optimizer.safetensors     <parameter>.exp_avg, .exp_avg_sq, .step
-        state.json                where the run stands, and under which arguments
+        state.json                the step, and the arguments that decide the weights
 
-No state of random generators is kept, because none is carried: data order, dropout, learning rate
-and masks are functions of the seed and the step. A resumed run then has nothing to restore wrongly,
-and evaluating, or saving, disturbs nothing.
+No state of random generators is saved, because a run carries none. Data order, dropout, learning
+rate and masks are functions of the seed and the step. So evaluating or saving changes nothing.
 """
 
 from __future__ import annotations
@@ -36,18 +35,23 @@ from rosa_train.files import replacing
 FORMAT_VERSION = 1
 
 _NAME = re.compile(r"checkpoint-(\d+)(-masked)?")
-# What `replacing`, `remove` and `metrics.cut` name what is not finished: ".<name>.<random>".
+# The names that `replacing`, `remove` and `metrics.cut` use before they finish: ".<name>.<random>".
 _LEFTOVER = re.compile(r"\.(checkpoint-\d+(-masked)?|adapter|model|[a-z]+\.jsonl?)\.[a-z0-9_]{8}")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands.
+    """The state of a run at a checkpoint.
 
-    `step`: optimizer steps done. `masked`: the sparse branch is there. `tokens`: read so far.
-    `metrics_lines`: how much of metrics.jsonl had been written. `arguments`: what decides the
-    weights; a resumed run must have the same. `scaler`: of the gradient scaler of fp16.
+    Attributes:
+        step: the number of optimizer steps done.
+        masked: whether the masks are chosen.
+        tokens: the number of tokens read so far.
+        metrics_lines: the number of lines of metrics.jsonl.
+        arguments: the arguments that decide the weights. A resumed run must have the same.
+        scaler: the state of fp16's gradient scaler.
+        format_version: the version of this format.
     """
 
     step: int
@@ -60,7 +64,7 @@ class State:
 
 
 def clean(output_dir: Path) -> None:
-    """Deletes what a killed process left half written, or half deleted."""
+    """Deletes files and folders that a killed process left half written or half deleted."""
     for leftover in output_dir.iterdir():
         if _LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
             shutil.rmtree(leftover)
@@ -69,7 +73,7 @@ def clean(output_dir: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder so that it is never seen half empty: it loses its name first."""
+    """Deletes a folder. It is renamed first, so that no reader sees it half empty."""
     doomed = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     folder.rename(doomed)
     shutil.rmtree(doomed)
@@ -98,11 +102,11 @@ def save(
     """Writes a checkpoint, then deletes the oldest beyond `limit`. Returns its folder.
 
     Raises:
-        OSError: it could not be written, for one because the disk is full; the checkpoints that
-            were there are untouched and named in the message.
+        OSError: the checkpoint could not be written, for example because the disk is full. The
+            earlier ones are intact, and the message names the last of them.
     """
     final = output_dir / f"checkpoint-{state.step}{'-masked' if just_masked else ''}"
-    if final in checkpoints(output_dir):  # interrupted right after the same step was saved
+    if final in checkpoints(output_dir):  # a signal came right after this step was saved
         return final
     try:
         with replacing(final, last="state.json") as folder:
@@ -131,7 +135,7 @@ def read_state(folder: Path) -> State:
     """The state of a checkpoint.
 
     Raises:
-        ValueError: not a checkpoint, not readable, or of another format version.
+        ValueError: the folder is not a checkpoint, or is unreadable or of another version.
     """
     path = folder / "state.json"
     if not path.is_file():
@@ -154,8 +158,8 @@ def read_state(folder: Path) -> State:
 
 
 def check_arguments(folder: Path, state: State, arguments: Mapping[str, Any]) -> None:
-    """Raises `ValueError`, with a table of what differs, unless a run may go on from a state."""
-    # Through JSON, as the saved ones went: tuples are lists there, and keys strings.
+    """Raises `ValueError` with a table of differences, unless the arguments equal the state's."""
+    # The saved arguments went through JSON, which makes lists of tuples, and strings of keys.
     now = json.loads(json.dumps(arguments))
     differing = sorted(
         name
@@ -173,7 +177,7 @@ def check_arguments(folder: Path, state: State, arguments: Mapping[str, Any]) ->
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Puts the trained weights of a full fine-tuning checkpoint into the model, in place."""
+    """Loads the weights of a full fine-tuning checkpoint into the model, in place."""
     path = folder / "model.safetensors"
     saved = _load(path)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -186,7 +190,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Gives the optimizer back its moments, by the names of the parameters."""
+    """Restores the optimizer's moments, by the names of the parameters."""
     path = folder / "optimizer.safetensors"
     saved = _load(path)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -199,7 +203,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: P
     for key, tensor in saved.items():
         name, _, moment = key.rpartition(".")
         states.setdefault(name, {})[moment] = tensor
-    # A parameter that never had a gradient has no moments; a foreign one has no place.
+    # A parameter without a gradient so far has no moments. An unknown name is an error.
     _same_names(path, states, {name: parameters[name] for name in states if name in parameters})
     for name, moments in states.items():
         _same_names(path, moments, dict.fromkeys(_MOMENTS))
@@ -243,9 +247,9 @@ def _same_shape(path: Path, name: str, saved: Tensor, expected: Tensor) -> None:
 
 
 def digest(model: nn.Module) -> str:
-    """What tells one base model from another: names, shapes and the first weights of each tensor.
+    """A hash of names, shapes and the first 64 weights of each tensor, to recognise the base model.
 
-    Not all of the weights, which would cost a pass over gigabytes at every start.
+    A hash of all weights would read gigabytes at every start.
     """
     state = hashlib.sha256()
     for name, parameter in model.named_parameters():

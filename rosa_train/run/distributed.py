@@ -1,4 +1,4 @@
-"""The collectives of a run on several processes; on one they do nothing."""
+"""The collectives of a run on several processes. With one process they do nothing."""
 
 from __future__ import annotations
 
@@ -8,45 +8,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Gradients travel in flat buffers of this size: for adapters all of them in one. It bounds what
-# full fine-tuning pays in memory for its copy.
+# Gradients are copied into flat buffers of this size. Those of adapters fit into one buffer. The
+# size limits the memory for these copies in full fine-tuning.
 _BUCKET_BYTES = 256 * 2**20
 
 
 def is_parallel() -> bool:
+    """Whether the run has several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over processes, in place."""
+    """Sums the tensor over all processes, in place, and returns it."""
     if is_parallel():
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """The first process's tensor, in place."""
+    """Copies the first process's tensor into the others', in place, and returns it."""
     if is_parallel():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def barrier() -> None:
+    """Waits until all processes are here."""
     if is_parallel():
         dist.barrier()
 
 
 def reduce_gradients(parameters: Sequence[Tensor]) -> None:
-    """Sums the gradients over the processes, in place.
+    """Sums the gradients over all processes, in place.
 
-    Not `DistributedDataParallel`: what trains changes when the masks are built, and DDP fixes its
-    parameters at construction. Overlap with the backward pass is what this gives up; gradients
-    are about 1 % of the model here, one collective per optimizer step.
+    `DistributedDataParallel` is not used, because it fixes its parameters when it is made, and the
+    masks add parameters later. Its overlap with the backward pass is lost. That costs little: an
+    adapter's gradients are about 1 % of the model, in one collective per optimizer step.
     """
     if not is_parallel():
         return
     for bucket in _buckets(parameters):
-        # A process whose share of a short batch is empty has no gradients: it adds zeros.
+        # A process without rows of a short batch has no gradients. It contributes zeros.
         for parameter in bucket:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""How good a model is: the loss on its targets, and how often it generates the reference."""
+"""Measures a model: the loss on targets, and the share of generations equal to references."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ from rosa_train.run import distributed
 
 
 def target_count(batch: dict[str, Tensor]) -> int:
-    """The tokens of a batch that a loss is taken on: labels of a first token predict nothing."""
+    """The number of a batch's tokens with a loss. A row's first token is not predicted."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def target_loss(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     """The cross entropy of a causal LM, summed over the targets of a batch.
 
-    `batch`: of `pad` or `collate_packed`, on the CPU, with at least one target. The sum and not
-    the mean, so that losses of micro-batches add up to that of the whole batch whatever their
-    sizes.
+    `batch` is from `pad` or `collate_packed`, on the CPU, with at least one target. Sums of
+    micro-batches add up to the whole batch's sum. Means would not, because sizes differ.
 
-    Logits are computed in the columns where some row has a target, if the model can leave some out
-    (`logits_to_keep`): with a vocabulary of 49,152 and short completions the output head is
-    otherwise the largest product and the largest tensor of all.
+    If the model takes `logits_to_keep`, logits are computed only in columns where a row has a
+    target. Otherwise, with a vocabulary of 49,152 and short completions, the output head would be
+    the largest product and the largest tensor of all.
     """
     following = batch["labels"][:, 1:]
     columns = (following != IGNORED).any(dim=0).nonzero().squeeze(1)
     targets = following[:, columns].to(device)
-    # `attention_mask` is left out: rows are padded on the right, where causal attention never
-    # looks, and without one the fused causal kernels are taken. No cache: with one, transformers
-    # does not see the boundaries of packed examples.
+    # `attention_mask` is left out. Rows are padded on the right, which causal attention does not
+    # read, and without a mask torch takes its fused causal kernels. There is no cache, because with
+    # one transformers does not see the boundaries of packed examples.
     inputs = {
         name: batch[name].to(device) for name in ("input_ids", "position_ids") if name in batch
     }
@@ -63,7 +62,7 @@ def _keeps_logits(forward: Callable[..., Any]) -> bool:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the mode as before outside."""
+    """Switches dropout and gradients off, and restores the model's mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -79,9 +78,9 @@ def evaluate_loss(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[float, int]:
-    """The loss summed over the targets of all batches, and their number.
+    """The loss summed over the targets of all batches, and the number of targets.
 
-    Batches are added up in double precision, so that a large evaluation set costs no digits.
+    Batches are added in double precision, so that a large evaluation set loses no digits.
     """
     total, count = 0.0, 0
     with eval_mode(model):
@@ -103,13 +102,13 @@ def generate_exact_match(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """Completes prompts greedily; the share that equal their reference, and all of them.
+    """Completes prompts greedily, and compares the completions with their references.
 
-    White space at both ends does not count, everything else does. Batches are padded on the left.
+    White space at both ends is ignored. Batches are padded on the left.
 
     Returns:
-        The share in [0, 1] (0 without examples), and per example, in order, `where`, `prompt`,
-        `expected`, `predicted`, `match`.
+        The share of completions that equal their reference, in [0, 1] (0 without examples). For
+        each example, in order, a dict of `where`, `prompt`, `expected`, `predicted`, `match`.
     """
     from transformers import GenerationConfig
 
@@ -120,7 +119,7 @@ def generate_exact_match(
         pad_token_id=pad_id,
         eos_token_id=_stop_ids(model, tokenizer),
     )
-    # Prompts of one length beside each other need little padding.
+    # Sorted by length, prompts need little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     predictions: list[dict[str, Any]] = [{}] * len(examples)
     with eval_mode(model):
@@ -154,7 +153,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int] | None:
 def evaluate_dataset(
     model: nn.Module, dataset: Dataset, args: TrainArguments, accelerator: Any
 ) -> tuple[float, int]:
-    """The mean loss over all target tokens, each process taking its share."""
+    """The mean loss over all target tokens, and their number. Each process takes its share."""
     shares = dataset.share(
         range(len(dataset)),
         args.per_device_eval_batch_size,
@@ -177,7 +176,7 @@ def generate_predictions(
     args: TrainArguments,
     accelerator: Any,
 ) -> float:
-    """Exact match, each process taking its share; predictions go to predictions.jsonl."""
+    """The exact match. Each process takes its share. Writes predictions.jsonl."""
     world, rank = accelerator.num_processes, accelerator.process_index
     _, predictions = generate_exact_match(
         model,

@@ -1,4 +1,4 @@
-"""The output folder: which checkpoint a run goes on from, and what is left of an earlier run."""
+"""The output folder: finds the checkpoint to resume, and clears leftovers of earlier runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rosa_train.config import TrainArguments, expect
 from rosa_train.run import checkpoint as checkpoints
 from rosa_train.run import metrics
 
-# What a run writes into its folder, beside checkpoints.
+# The files and folders that a run writes, beside checkpoints.
 _OWN = (
     "metrics.jsonl",
     "args.json",
@@ -21,7 +21,7 @@ _OWN = (
 
 
 def starting_point(out: Path, args: TrainArguments) -> Path | None:
-    """The checkpoint to go on from, None to begin."""
+    """The checkpoint from which to resume, or None to start from the beginning."""
     wanted = args.resume_from_checkpoint
     if wanted == "last":
         found = checkpoints.checkpoints(out)
@@ -43,7 +43,11 @@ def starting_point(out: Path, args: TrainArguments) -> Path | None:
 def prepare_folder(
     out: Path, args: TrainArguments, resumed_from: Path | None, state: checkpoints.State
 ) -> None:
-    """The folder is as it was when the checkpoint was written, or has nothing of a run."""
+    """Prepares the folder for the run.
+
+    A resumed run finds the folder as it was when the checkpoint was written. Any other run finds
+    nothing of an earlier one.
+    """
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.clean(out)
     (out / "result.json").unlink(missing_ok=True)
@@ -56,7 +60,7 @@ def prepare_folder(
     source = out if resumed_from is None else resumed_from.absolute().parent
     metrics.cut(source / "metrics.jsonl", state.metrics_lines, out / "metrics.jsonl")
     if resumed_from is not None and source == out.absolute():
-        # Going back to an earlier one: the later ones are of a run that is no more.
+        # A run that resumes an earlier checkpoint replaces the later ones.
         for path in reversed(checkpoints.checkpoints(out)):
             if path.absolute() == resumed_from.absolute():
                 break

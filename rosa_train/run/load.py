@@ -1,4 +1,4 @@
-"""What a run left, as a model again: to generate with, and to export."""
+"""Loads the result of a run as a model, to generate with and to export."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from rosa_train.run.evaluate import generate_exact_match
 
 @dataclass(frozen=True)
 class Trained:
-    """A base model, the adapter on it (None: the model is itself what is meant), and the arguments
-    of the run that made it, as far as they are known."""
+    """A trained model on the disk.
+
+    Attributes:
+        base: the base model, or the trained model itself if there is no adapter.
+        adapter: the adapter's folder, or None.
+        args: the arguments of the run, if its args.json is found.
+    """
 
     base: str
     adapter: Path | None
@@ -27,14 +32,15 @@ class Trained:
 
 
 def locate(source: str | Path, base: str | None = None) -> Trained:
-    """What lies in a folder: of a run, a checkpoint, an adapter, or a Hugging Face model.
+    """Finds the trained model in the folder of a run, a checkpoint, an adapter or a model.
 
     Args:
+        source: the folder.
         base: the base model, instead of the one that the adapter names.
 
     Raises:
-        FileNotFoundError: none of these, or a base model that is not there.
-        ValueError: an adapter that does not name its base model.
+        FileNotFoundError: the folder is none of these, or the base model is missing.
+        ValueError: the adapter does not name its base model, or `base` is given for a model.
     """
     source = Path(source).expanduser()
     for folder in (source, source / "adapter"):
@@ -60,9 +66,9 @@ def locate(source: str | Path, base: str | None = None) -> Trained:
 
 
 def check_model(name: str) -> None:
-    """Raises `FileNotFoundError` if `name` can only be a folder and is no model's.
+    """Raises `FileNotFoundError` if `name` can only be a folder, and has no model.
 
-    transformers would ask a hub for it first, and blame the network in the end.
+    transformers would first look on the hub, and report an error of the network.
     """
     path = Path(name).expanduser()
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.is_dir()
@@ -72,8 +78,7 @@ def check_model(name: str) -> None:
 
 
 def load(trained: Trained, dtype: str | None = None) -> tuple[Any, Any]:
-    """The model, with its adapter as the active one, and the tokenizer; the model is on the GPU if
-    there is one."""
+    """The model with its adapter active, and the tokenizer. The model is on the GPU, if any."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = trained.args.get("tokenizer_name") or trained.base
@@ -87,16 +92,17 @@ def load(trained: Trained, dtype: str | None = None) -> tuple[Any, Any]:
 
 
 def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prompts_as_records(prompts: list[str], template: str) -> list[Record]:
-    """Prompts for a template with one field; with more fields there is no telling which."""
+    """Prompts as records of the template's field. The template must have exactly one field."""
     fields = {name for _, name, _, _ in Formatter().parse(template) if name}
     if len(fields) != 1:
         raise ValueError(
-            f"expected a prompt template with one field, got {template!r}: give records by --file, "
-            "or another --prompt_template"
+            f"expected a prompt template with one field, got {template!r}; give records with "
+            "--file, or another --prompt_template"
         )
     name = fields.pop()
     return [Record({name: prompt}, f"prompt {i}") for i, prompt in enumerate(prompts, start=1)]
@@ -114,7 +120,7 @@ def complete(
     max_new_tokens: int = 128,
     batch_size: int = 8,
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The share of greedy completions that equal their reference, and all of them."""
+    """The share of greedy completions that equal their reference, and all completions."""
     examples: list[Example] = encode(
         records, tokenizer, prompt_template, completion_template, max_length, chat=chat
     )
@@ -129,7 +135,7 @@ def complete(
 
 
 def _args(*folders: Path) -> dict[str, Any]:
-    """The args.json in the first of the folders that has one."""
+    """The contents of the first args.json in the folders, or an empty dict."""
     for folder in folders:
         path = folder / "args.json"
         if path.is_file():

@@ -1,7 +1,7 @@
-"""What a run reports: metrics.jsonl, TensorBoard, a progress bar, and the peak memory of a phase.
+"""Writes a run's metrics.jsonl, TensorBoard points and progress bar, and measures peak memory.
 
-metrics.jsonl has one flat JSON object per line, appended, and is the only source of every summary:
-a resumed run cuts it back to its checkpoint and goes on, so that it holds each step once.
+metrics.jsonl has one flat JSON object per line, and is the only source of all summaries. A resumed
+run first cuts it back to the checkpoint, so that it holds each step once.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """The highest memory since `reset`, in bytes.
+    """The peak memory since `reset`, in bytes.
 
-    On CUDA what torch's allocator gave out. On the CPU the resident set of the whole process,
-    libraries included (some 500 MB with torch and transformers); on Linux of the time since
-    `reset`, elsewhere, and where /proc refuses, since the process began.
+    On CUDA it is the memory that torch's allocator gave out. On a CPU it is the resident set of the
+    process, with libraries (about 500 MB with torch and transformers). Outside Linux, and if /proc
+    is not writable, it is the peak since the process started.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def reset(self) -> None:
+        """Starts a new measurement."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         elif sys.platform.startswith("linux"):
             libc = ctypes.CDLL(None)
-            if hasattr(libc, "malloc_trim"):  # what the phase before had freed is not this one's
+            if hasattr(libc, "malloc_trim"):  # gives back what an earlier phase freed
                 libc.malloc_trim(0)
             try:
                 _CLEAR.write_text("5")  # sets VmHWM, the peak, to the present size
@@ -46,6 +47,7 @@ class PeakMemory:
                 return
 
     def bytes(self) -> int:
+        """The peak so far."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         if _STATUS.exists():
@@ -59,10 +61,10 @@ class PeakMemory:
 
 
 class Metrics:
-    """Writes a run's metrics; on all processes but the first it does nothing.
+    """Writes a run's metrics. Only the first process (`main`) does; the others do nothing.
 
-    `start` is the step that the run begins after, for the progress bar and for TensorBoard, which
-    is told to drop what an interrupted run wrote beyond it.
+    `start` is the number of steps already done. The progress bar starts there, and TensorBoard
+    drops the later points of an interrupted run.
     """
 
     def __init__(
@@ -100,11 +102,11 @@ class Metrics:
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, phase: str, **numbers: Any) -> None:
-        """One line; values that are None are left out."""
+        """Writes one line. Values that are None are left out."""
         if not self._main:
             return
         numbers = {name: value for name, value in numbers.items() if value is not None}
-        # One write call: a killed process leaves whole lines, or one torn line at the end.
+        # With one write call per line, a killed process can tear only the last line.
         self._file.write(json.dumps({"step": step, "phase": phase, **numbers}) + "\n")
         self._file.flush()
         self.lines += 1
@@ -119,7 +121,7 @@ class Metrics:
                 self._bar.set_postfix(phase=phase, loss=f"{numbers['loss']:.3f}", refresh=False)
 
     def say(self, text: str) -> None:
-        """A line for people, on stderr, which does not break the bar."""
+        """Prints a line for people on stderr, without breaking the progress bar."""
         if self._main:
             if self._bar is not None:
                 self._bar.write(text, file=sys.stderr)
@@ -127,7 +129,7 @@ class Metrics:
                 print(text, file=sys.stderr, flush=True)
 
     def sync(self) -> None:
-        """The file is on the disk: what a checkpoint counts on."""
+        """Waits until metrics.jsonl is on the disk. A checkpoint relies on it."""
         if self._main:
             os.fsync(self._file.fileno())
 
@@ -142,10 +144,10 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a torn last line, of a process killed in it, is left out.
+    """The lines of a metrics.jsonl. A last line that a killed process tore is left out.
 
     Raises:
-        ValueError: a line before the last is not JSON; the message has file and line.
+        ValueError: a complete line is not JSON. The message has file and line.
     """
     if not path.exists():
         return []
@@ -160,16 +162,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def cut(source: Path, lines: int, target: Path) -> None:
-    """`target` becomes the first `lines` lines of `source`, atomically; they may be one file."""
+    """Makes `target` the first `lines` lines of `source`, atomically. Both may be one file."""
     rows = read(source)[:lines]
     write_file(target, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the lines of a run come to: `losses`, `eval_losses`, `seconds`, `peak_bytes`, ...
+    """The summary of a run's lines, as fields of `Result`.
 
-    `seconds` and `peak_bytes` are per phase: the sum, and the maximum, over its lines. `tokens`
-    counts those that the model read in training; `tokens_per_s` is over the steps alone.
+    `seconds` is the sum over a phase's lines, and `peak_bytes` the maximum. `tokens` counts the
+    tokens read in training. `tokens_per_s` divides them by the seconds of the steps only.
     """
     losses: list[float] = []
     eval_losses: dict[int, float] = {}

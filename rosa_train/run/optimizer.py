@@ -23,10 +23,16 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The parameters that train, in groups for an optimizer.
 
-    Each group has ``params``, ``lr``, ``weight_decay``, a ``name`` and ``peak_lr``, the learning
-    rate that a schedule scales. The names are ``lora_a``, ``lora_b`` (whose rate is `lora_lr` times
-    the method's ratio), ``sparse``, and ``full`` for the weights that train in full, whose vectors
-    (biases, norms) are in ``full_no_decay``. Empty groups are left out.
+    Each group has ``params``, ``lr``, ``weight_decay``, a ``name``, and ``peak_lr``, which is the
+    learning rate that a schedule scales. The groups are:
+
+        lora_a           A, at `lora_lr`
+        lora_b           B, at `lora_lr` times the method's ratio
+        sparse           the values of S, at `sparse_lr`
+        full             matrices that train in full, at `full_lr`
+        full_no_decay    vectors that train in full (biases, norms), at `full_lr`
+
+    Empty groups are left out.
 
     Raises:
         ValueError: nothing trains, or weights train in full and `full_lr` is None.
@@ -53,7 +59,9 @@ def param_groups(
     if not any(groups.values()):
         raise ValueError("param_groups: expected parameters that train, got none")
     if full_lr is None and (groups["full"] or groups["full_no_decay"]):
-        raise ValueError("param_groups: expected a full_lr, as weights train in full, got None")
+        raise ValueError(
+            "param_groups: expected a full_lr for weights that train in full, got None"
+        )
     return [
         {
             "params": params,
@@ -68,35 +76,41 @@ def param_groups(
 
 
 def make_adamw(model: nn.Module, method: Method, args: TrainArguments) -> torch.optim.AdamW:
-    """AdamW on what trains now."""
-    # SpA has nothing to train until its masks are there.
+    """AdamW on the parameters that train now."""
+    # SpA has nothing to train until its masks are chosen.
     waiting = not any(p.requires_grad for p in model.parameters())
     groups = [{"params": [], "name": "none", "peak_lr": 0.0}]
     return torch.optim.AdamW(
         groups if waiting else _groups(model, method, args),
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
-        fused=True,  # one pass over the moments; the others make a dozen on a CPU
+        fused=True,  # one pass over the moments; on a CPU the other kernels make a dozen
     )
 
 
 def add_new_groups(
     optimizer: torch.optim.Optimizer, model: nn.Module, method: Method, args: TrainArguments
 ) -> None:
-    """Tells the optimizer of what trains since the masks are there."""
+    """Adds the parameters that train since the masks were chosen."""
     known = {group["name"] for group in optimizer.param_groups}
     for group in _groups(model, method, args):
-        if group["name"] not in known:  # Adam's state of the low-rank branch stays
+        if group["name"] not in known:  # the known groups keep Adam's state
             optimizer.add_param_group(group)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """By name: a resumed run may hold them in another order, and a sum of norms would differ."""
+    """The parameters that train, sorted by name.
+
+    A resumed run may hold them in another order. The sum of their norms would then differ.
+    """
     return [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """`learning_rate` is the low-rank branch's, or of what trains instead of it."""
+    """The learning rates to log.
+
+    `learning_rate` is that of the low-rank branch, or of what trains if there is none.
+    """
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     names = ("lora_a", "lora_b", "sparse", "full", "full_no_decay")
     found = {"learning_rate": next(rates[name] for name in names if name in rates)}

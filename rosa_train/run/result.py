@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""The result of a run, and result.json."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from rosa_train.run.setup import Run
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
-    `losses`: per optimizer step, the mean over its target tokens; of the whole run, resumed or
-    not. `eval_losses`: by step. `exact_match`: share of generated completions equal to their
-    reference. `seconds` and `peak_bytes`: per phase (warmup, mask, train, eval, generate).
-    `tokens`, `tokens_per_s`: read in training, padding not counted. `final`: the adapter, or the
-    model of full fine-tuning.
+    Attributes:
+        output_dir: the run's folder.
+        method: the method's name.
+        steps: the number of optimizer steps.
+        trainable: the number of trainable parameters.
+        final: the folder of the adapter, or of the model of full fine-tuning.
+        losses: for each optimizer step, the mean over its target tokens. Steps before a resumption
+            are included.
+        eval_losses: the evaluation losses by step.
+        exact_match: the share of generated completions that equal their reference, or None.
+        tokens, tokens_per_s: the tokens read in training, without padding.
+        seconds, peak_bytes: by phase (warmup, mask, train, eval, generate). `seconds` has load too.
     """
 
     output_dir: str
@@ -37,12 +44,12 @@ class Result:
 
     @property
     def eval_loss(self) -> float | None:
-        """The last one."""
+        """The last evaluation loss, or None."""
         return self.eval_losses[max(self.eval_losses)] if self.eval_losses else None
 
 
 def write_result(run: Run, load_seconds: float) -> Result:
-    """Sums up metrics.jsonl, and writes result.json: where it is, the run is complete."""
+    """Summarises metrics.jsonl in result.json. A run with result.json is complete."""
     result = Result(
         output_dir=str(run.out),
         method=run.method_args.method,

@@ -1,4 +1,4 @@
-"""What comes before the first step: device, data, model, checks, and what trains."""
+"""Prepares a run before its first step: device, data, model, checks, adapter, optimizer."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Run:
     """A run that is ready for its first step.
 
     Attributes:
-        model_args, method_args, train_args: what the run was told.
-        accelerator: device, processes, autocast and gradient scaler.
+        model_args, method_args, train_args: the run's options.
+        accelerator: accelerate's device, processes, autocast and gradient scaler.
         out: the output folder.
-        tokenizer, dataset, eval_dataset: the data; eval_dataset may be None.
-        order: which rows each step takes.
-        steps: optimizer steps of the whole run.
-        method: what trains in the end.
-        mask_step: masks are made after that many steps; None: never.
-        model, allocation: what trains is on the model; the allocation says how much of each layer.
-        adamw, optimizer: the optimizer, by itself and as accelerate wraps it.
-        state: where the run begins.
+        tokenizer, dataset, eval_dataset: the data. eval_dataset may be None.
+        order: the rows that each step takes.
+        steps: the number of optimizer steps of the whole run.
+        method: the method, with the branches that train in the end.
+        mask_step: the step before which masks are chosen. None means never.
+        model, allocation: the model with its adapter, and each layer's rank and nonzeros.
+        adamw, optimizer: AdamW, and the same as accelerate wraps it.
+        state: the state from which the run starts.
     """
 
     model_args: ModelArguments
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def final(self) -> Path:
-        """Where the result goes: an adapter, or a model."""
+        """The folder of the result, an adapter or a model."""
         return self.out / ("model" if self.method.full else "adapter")
 
 
@@ -84,7 +84,7 @@ def prepare(
     method_args: MethodArguments,
     train_args: TrainArguments,
 ) -> Run:
-    """All that comes before the first step. The folder is written to last, if all else is well."""
+    """Prepares everything before the first step. The folder is written last, if all is well."""
     out = Path(train_args.output_dir)
     accelerator = make_accelerator(train_args)
     resumed_from = starting_point(out, train_args)
@@ -109,7 +109,7 @@ def prepare(
     ).to(accelerator.device)
     check_fit(model, method, dataset, data_args, method_args, train_args)
 
-    # -- what decides the weights, which a checkpoint must agree with
+    # -- the arguments that decide the weights, which must equal the checkpoint's
     arguments = fingerprint(model_args, data_args, method_args, train_args) | {
         "processes": accelerator.num_processes,
         "steps": steps,
@@ -125,7 +125,7 @@ def prepare(
     # -- what trains
     allocation = attach_method(model, method, method_args, train_args, resumed_from)
     if model_args.gradient_checkpointing:
-        # Renamed within transformers 5.
+        # The method was renamed within transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
@@ -136,7 +136,7 @@ def prepare(
         if state.scaler and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state.scaler)
 
-    # -- from here on the folder is written to, by the first process
+    # -- the first process writes the folder
     distributed.barrier()
     if accelerator.is_main_process:
         prepare_folder(out, train_args, resumed_from, state)
@@ -177,7 +177,7 @@ def open_metrics(run: Run) -> metrics.Metrics:
 
 
 def _order_and_steps(rows: int, args: TrainArguments, world: int) -> tuple[BatchOrder, int]:
-    """Which rows each optimizer step takes, and how many steps there are."""
+    """The rows that each optimizer step takes, and the number of steps."""
     step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     order = BatchOrder(rows, step_rows, seed=args.seed)
     if args.max_steps != -1:
@@ -186,17 +186,17 @@ def _order_and_steps(rows: int, args: TrainArguments, world: int) -> tuple[Batch
 
 
 def make_accelerator(args: TrainArguments) -> Any:
-    """Device, processes, autocast and gradient scaler."""
+    """Accelerate's Accelerator: device, processes, autocast and gradient scaler."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
-    # accelerate keeps one setting for the life of a process, and refuses another; a second run in
-    # this process may have another precision, or device.
+    # accelerate keeps its first setting until the process ends, and raises an error for another. A
+    # second run in this process may need another precision or device, so the setting is reset.
     shared = PartialState._shared_state
     alone = shared.get("num_processes", 1) == 1
     AcceleratorState._reset_state(reset_partial_state=alone)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.use_cpu)
-    # Without autocast, in silence, is how accelerate runs it there.
+    # On a CPU accelerate would run fp16 without autocast, and would not say so.
     expect(
         args.mixed_precision != "fp16" or accelerator.device.type != "cpu",
         "mixed_precision", "no or bf16 on a CPU", "fp16",
@@ -212,6 +212,7 @@ def check_fit(
     method_args: MethodArguments,
     train_args: TrainArguments,
 ) -> None:
+    """Raises `ValueError` unless model, data and options fit each other."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     expect(
         longest is None or data_args.max_length <= longest,
@@ -239,10 +240,10 @@ def attach_method(
     train_args: TrainArguments,
     resumed_from: Path | None,
 ) -> Allocation:
-    """What trains is there: new, or as the checkpoint has it. Returns what each layer is to get."""
+    """Attaches a new adapter or the checkpoint's. Returns each layer's rank and nonzeros."""
     saved = args.modules_to_save or []
     targets = find_targets(model, args.targets, args.excluded, saved)
-    named = method_named(args.method)  # with the branch that a schedule may leave out
+    named = method_named(args.method)  # with both branches, of which a schedule may drop one
     allocation = allocate(
         method,
         target_shapes(targets),

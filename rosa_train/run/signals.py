@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a run: the step is finished and saved first."""
+"""Handles Ctrl-C and SIGTERM in a run: the step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that a signal stopped after it saved; the message says how to go on.
+    """A signal stopped the run after it was saved. The message says how to continue.
 
-    `code`: the exit status that a shell expects, 128 + the signal.
+    Attributes:
+        code: the exit status that a shell expects, 128 + the signal's number.
     """
 
     def __init__(self, message: str, code: int) -> None:
@@ -22,11 +23,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside, SIGINT and SIGTERM only leave a note, so that the step can be finished and saved.
+    """A context that only records SIGINT and SIGTERM, so that the step can finish and be saved.
 
     A second signal stops at once, but only if it comes more than 1 s later: Ctrl-C reaches a
-    process under torchrun twice, from the terminal and from torchrun. Outside the main thread
-    Python takes no handlers; nothing is changed there.
+    process under torchrun twice, from the terminal and from torchrun. Python takes handlers only
+    in the main thread. In other threads the context does nothing.
+
+    Attributes:
+        received: the number of the first signal, or None.
     """
 
     def __init__(self) -> None:
@@ -45,20 +49,21 @@ class Signals:
             self._restore(number)
 
     def _restore(self, number: int) -> None:
-        previous = self._previous[number]  # None: a handler that is not Python's
+        previous = self._previous[number]  # None: the handler was not set by Python
         signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._at = number, time.monotonic()
             name = signal.Signals(number).name
-            print(f"{name}: finishing the step and saving; again to stop at once", file=sys.stderr)
+            print(f"{name}: finishing the step and saving; repeat to stop at once", file=sys.stderr)
         elif time.monotonic() - self._at > 1:
             self._restore(number)
             signal.raise_signal(number)
 
     def interrupted(self, step: int, where: object) -> Interrupted:
-        number = self.received or signal.SIGTERM  # None: another process was told
+        """The exception to raise after a run was saved at a step, in the folder `where`."""
+        number = self.received or signal.SIGTERM  # None: another process got the signal
         return Interrupted(
             f"{signal.Signals(number).name} after step {step}: saved {where}. To go on, give the "
             "same command with --resume_from_checkpoint last",

@@ -20,21 +20,20 @@ def train(
     method_args: MethodArguments,
     train_args: TrainArguments,
 ) -> Result:
-    """Fine-tunes a causal LM on examples and leaves an adapter (or a model) in `output_dir`.
+    """Fine-tunes a causal LM on examples, and writes an adapter or a model into `output_dir`.
 
-    An optimizer step minimises the mean cross entropy over all target tokens of its
-    `per_device_train_batch_size * gradient_accumulation_steps * processes` rows, exactly as one
-    large batch would.
+    An optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps * processes`
+    rows. It minimises the mean cross entropy over all their target tokens, like one large batch.
 
-    Everything but the weights and the moments of AdamW is a function of the seed and the step, so
-    a run that is resumed from any checkpoint ends, on a CPU, with the bits of an uninterrupted one.
+    The weights and AdamW's moments are the only state. All else is a function of seed and step. So
+    a run that is resumed from any checkpoint has, on a CPU, the bits of an uninterrupted run.
 
     Raises:
-        ValueError: arguments, data or a checkpoint that do not fit, before anything is trained.
-        FloatingPointError: a loss or gradient that is not finite; names step, records and the
-            last checkpoint.
-        Interrupted: SIGINT or SIGTERM, after the step was finished and saved.
-        OSError: a checkpoint could not be written; the earlier ones are intact.
+        ValueError: arguments, data or a checkpoint do not fit. Nothing is trained then.
+        FloatingPointError: a loss or gradient is not finite. The message names the step, the
+            records and the last checkpoint.
+        Interrupted: SIGINT or SIGTERM came. The step was finished and saved first.
+        OSError: a checkpoint could not be written. The earlier ones are intact.
 
     Source: RoSA, arXiv 2401.04679, Algorithm 1 and section 4.
     """

@@ -1,6 +1,10 @@
-"""Tiny Llama and GPT-2 models and adapters for them, for the tests of rosa_train."""
+"""Tiny Llama and GPT-2 models, and adapters for them."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,40 +18,46 @@ from rosa_train.run.optimizer import param_groups
 
 transformers = pytest.importorskip("transformers")
 
-# PEFT 0.21 asks transformers 5.23 by an old name.
+# PEFT 0.21 uses a deprecated name of transformers 5.23.
 ignore_pefts_warning = pytest.mark.filterwarnings("ignore:`is_gradient_check:FutureWarning")
 
 IDS = torch.arange(12).reshape(2, 6)
 
+# The files of an adapter, and the name and tensor prefix of one adapted layer of the tiny Llama.
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Q0 = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{Q0}"
+
 
 def make_llama(**options) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="sdpa",
-        **options,
-    )
+    """A Llama of two layers in eval mode; `options` change its config."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attn_implementation": "sdpa",
+    }
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | options)).eval()
 
 
-def make_gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+def make_gpt2(**options) -> nn.Module:
+    """A GPT-2 of two layers in eval mode; `options` change its config."""
+    sizes = {
+        "vocab_size": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 32,
+        "attn_implementation": "sdpa",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(config).eval()
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | options)).eval()
 
 
 MODELS = {"llama": make_llama, "gpt2": make_gpt2}
@@ -56,7 +66,10 @@ MODELS = {"llama": make_llama, "gpt2": make_gpt2}
 def give(
     model: nn.Module, method: str = "rosa", name: str = "default", *, train=True, seed=1, **options
 ) -> dict[str, nn.Module]:
-    """Attach an adapter at rank 3 and density 5 %, as if it had been trained."""
+    """Attach an adapter of rank 3 and density 5 %; returns the target layers by name.
+
+    With `train`, noise is added to the adapter, so that it changes the model's logits.
+    """
     rule = {
         key: options[key]
         for key in ("target_modules", "exclude_modules", "modules_to_save")
@@ -71,15 +84,21 @@ def give(
     if any(allocation.nnz.values()):
         set_masks(model, make_masks(targets, generator))
     if train:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    parameter.add_(noise.to(parameter), alpha=0.1)
+        perturb(model, generator)
     return targets
 
 
+@torch.no_grad()
+def perturb(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Adds noise of standard deviation 0.1 to the parameters that train."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter), alpha=0.1)
+
+
 def make_masks(targets, generator=None) -> dict[str, CsrPattern]:
+    """A random mask of density 5 % for each target."""
     return {
         name: CsrPattern.from_mask(torch.rand(shape, generator=generator) < 0.05)
         for name, shape in target_shapes(targets).items()
@@ -92,7 +111,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Every bit of a model as it lies in memory, and what trains."""
+    """A copy of every parameter, and whether each parameter trains."""
     bits = {name: p.detach().clone() for name, p in model.named_parameters()}
     return bits | {f"{n}?": torch.tensor(p.requires_grad) for n, p in model.named_parameters()}
 
@@ -105,3 +124,8 @@ def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 
 def groups_of(model: nn.Module, method: str = "rosa", **options):
     return param_groups(model, method, **({"lora_lr": 7e-4, "sparse_lr": 2e-4} | options))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config of the adapter saved in `folder`."""
+    return json.loads((folder / CONFIG).read_text())

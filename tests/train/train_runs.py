@@ -1,4 +1,4 @@
-"""A tiny model, data and arguments for the trainer's tests, and runs in processes of their own."""
+"""A tiny model, data and arguments for the trainer, and training runs in separate processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALPHABET = string.ascii_lowercase + string.digits + " =:."
 
 
 def write_model(folder: Path, kind: str = "llama") -> None:
-    """A model of two layers with a tokenizer of one token per character."""
+    """Saves a model of two layers, and a tokenizer with one token per character."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -33,7 +33,7 @@ def write_model(folder: Path, kind: str = "llama") -> None:
         tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
     )
     tokenizer.save_pretrained(folder)
-    # Weights large enough that a frozen, random output head leaves something to learn.
+    # The output head is random and frozen. With weights of this size the model can still learn.
     common = {"eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0, "initializer_range": 0.2}
     config: Any
     if kind == "gpt2":
@@ -65,7 +65,7 @@ def write_model(folder: Path, kind: str = "llama") -> None:
 
 
 def write_data(path: Path, count: int, seed: int = 0) -> None:
-    """Prompts "abc=" with completion "cba"."""
+    """Writes `count` records with a prompt such as "abc=" and the completion "cba"."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for _ in range(count):
@@ -74,7 +74,7 @@ def write_data(path: Path, count: int, seed: int = 0) -> None:
 
 
 def write_all(folder: Path, kind: str = "llama") -> Path:
-    """Model and data of the runs of `arguments`."""
+    """Writes the model and data that `arguments` names into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder, kind)
     write_data(folder / "train.jsonl", 41)
@@ -83,7 +83,7 @@ def write_all(folder: Path, kind: str = "llama") -> Path:
 
 
 def arguments(source: Path, out: Path, **changes: Any) -> list[Any]:
-    """Arguments of a run of 10 steps, RoSA with masks after the third; `changes` by field name."""
+    """Arguments of a RoSA run of 10 steps with masks after step 3; `changes` replace fields."""
     values = {
         "model_name_or_path": str(source),
         "train_file": str(source / "train.jsonl"),
@@ -110,8 +110,14 @@ def arguments(source: Path, out: Path, **changes: Any) -> list[Any]:
     ]
 
 
+def command_line(values: dict[str, Any]) -> list[str]:
+    """`--name value` for each of `values` that is not None."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
 def sizes(method: str) -> dict[str, Any]:
-    """The size and schedule fields that fit a method."""
+    """Values of the rank, density and schedule arguments that fit `method`."""
     low_rank, sparse = method in ("lora", "lora+", "rosa"), method in ("spa", "rosa")
     return {
         "method": method,
@@ -122,15 +128,17 @@ def sizes(method: str) -> dict[str, Any]:
 
 
 class Runs:
-    """Runs in processes of their own, forked from one that has imported everything.
+    """Training runs in separate processes, forked from a server that has imported everything.
 
-    Importing transformers takes 4 s, a tiny run one: without this the tests that kill runs would
-    take minutes.
+    Importing transformers takes 4 s, and a tiny run takes 1 s. Without the server, the tests that
+    kill runs would take minutes.
     """
 
     def __init__(self) -> None:
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1",  # no threads before a fork, and the same bits on any machine
+            # One thread: the server may not have threads when it forks, and sums have the same
+            # bits on every machine.
+            "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -145,7 +153,7 @@ class Runs:
         )
 
     def start(self, log: Path, source: Path, out: Path, *, env: Any = None, **changes: Any) -> int:
-        """Starts a run, its output in `log`; returns its process id."""
+        """Starts a run that appends its output to `log`; returns its process id."""
         return int(
             self._ask(
                 log=str(log), source=str(source), out=str(out), env=env or {}, changes=changes
@@ -153,10 +161,11 @@ class Runs:
         )
 
     def wait(self, pid: int) -> int:
-        """The exit status of a run, or minus the signal that ended it."""
+        """Waits for a run. Returns its exit status, or minus the signal that ended it."""
         return int(self._ask(wait=pid))
 
     def __call__(self, log: Path, source: Path, out: Path, **changes: Any) -> int:
+        """Starts a run and waits for it."""
         return self.wait(self.start(log, source, out, **changes))
 
     def close(self) -> None:
@@ -173,7 +182,7 @@ class Runs:
 
 
 def serve() -> None:
-    """Answers `Runs`: one request a line."""
+    """The server's loop: reads one request of `Runs` per line from stdin, and answers it."""
     import accelerate  # noqa: F401
     import torch
     import transformers
@@ -220,20 +229,21 @@ def serve() -> None:
 
 def signal_at(call: int, number: int) -> None:
     """Sends this process a signal when it computes the loss of its `call`-th batch."""
-    from rosa_train.run import trainer
+    from rosa_train.run import mask_phase, step
+    from rosa_train.run.evaluate import target_loss
 
-    target_loss, calls = trainer.target_loss, iter(range(call))
+    calls = iter(range(call))
 
     def signalling(*args: Any) -> Any:
         if next(calls, None) == call - 1:
             os.kill(os.getpid(), number)
         return target_loss(*args)
 
-    trainer.target_loss = signalling  # this process only
+    step.target_loss = mask_phase.target_loss = signalling  # in this process only
 
 
 def watch_weights(folder: Path) -> None:
-    """After each step with masks, a hash of this process's weights goes to weights-<rank>.txt."""
+    """After each step with masks, appends a hash of the weights to weights-<rank>.txt."""
     import hashlib
 
     from rosa_kernels import nn
@@ -255,7 +265,7 @@ def watch_weights(folder: Path) -> None:
         optimizer.register_step_post_hook(write)
         return handle
 
-    nn.make_resident = watched  # this process only
+    nn.make_resident = watched  # in this process only
 
 
 if __name__ == "__main__":
