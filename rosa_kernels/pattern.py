@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +26,22 @@ _FORMAT_VERSION = "1"
 _TILE, _HEAVY_FILL = 64, 0.008
 
 
+class _Transpose(NamedTuple):
+    """The transpose of a pattern, kept by the pattern.
+
+    Attributes:
+        get: returns the transpose, or None if it no longer exists.
+        indices: the transpose's crow_indices and col_indices.
+        permutation: the transpose has the values ``values[permutation]``.
+        inverse: the pattern has the values ``values_of_the_transpose[inverse]``.
+    """
+
+    get: Callable[[], CsrPattern | None]
+    indices: tuple[Tensor, Tensor]
+    permutation: Tensor
+    inverse: Tensor
+
+
 class CsrPattern:
     """The positions of the nonzeros of an (m, n) sparse matrix, without their values.
 
@@ -30,8 +49,11 @@ class CsrPattern:
     up to crow_indices[i + 1]. Their columns, in col_indices, are strictly increasing.
 
     The constructor validates the index tensors, which reads them back from the device. No op
-    validates them again. They are kept as int32; contiguous int32 tensors are not copied. If they
-    are changed in place afterwards, the ops detect it and raise RuntimeError.
+    validates them again. They are kept as int32. Contiguous int32 tensors are not copied, except
+    those whose memory torch does not own, such as a numpy array's. If the tensors are changed in
+    place afterwards, the ops detect it and raise RuntimeError. They cannot detect a change through
+    ``.data`` or through a numpy array made from a tensor. On the meta device, only lengths are
+    validated. Build patterns outside torch.compile: validation reads data.
 
     Args:
         crow_indices: (m + 1,) row pointers, int32 or int64.
@@ -39,10 +61,10 @@ class CsrPattern:
         shape: (m, n).
 
     Raises:
-        TypeError: the index tensors are not integers.
+        TypeError: the index tensors are not int32 or int64, or the shape is not of integers.
         ValueError: a rank or length is wrong, or a size is 2**31 or more. Row pointers are not
             monotone from 0 to nnz. Columns are negative, out of range, unsorted or repeated.
-        RuntimeError: the index tensors are on different devices.
+        RuntimeError: the index tensors are on different devices, or torch.compile is tracing.
     """
 
     crow_indices: Tensor
@@ -50,7 +72,8 @@ class CsrPattern:
     shape: tuple[int, int]
     device_type: str  # kept, because `device.type` costs ops 0.3 us a call
 
-    def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]) -> None:
+    def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: Sequence[int]) -> None:
+        _refuse_compiling()
         m, n = _check_shape(shape)
         _check_index_tensor("crow_indices", crow_indices)
         _check_index_tensor("col_indices", col_indices)
@@ -86,7 +109,18 @@ class CsrPattern:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> CsrPattern:
-        """The pattern of the nonzero entries of a dense (m, n) mask of any dtype."""
+        """The pattern of the nonzero entries of a dense (m, n) mask of any dtype.
+
+        Raises:
+            TypeError: the mask is not a dense tensor. For a sparse one, see :meth:`from_torch`.
+            ValueError: it is not 2-D, or is on the meta device and has no entries to read.
+        """
+        _refuse_compiling()
+        if not isinstance(mask, Tensor) or mask.layout is not torch.strided:
+            got = mask.layout if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"CsrPattern.from_mask: expected a dense tensor, got {got}")
+        if mask.is_meta:
+            raise ValueError("CsrPattern.from_mask: expected a mask with data, got one on meta")
         if mask.dim() != 2:
             raise ValueError(
                 f"CsrPattern.from_mask: expected a 2-D mask, got shape {tuple(mask.shape)}"
@@ -97,8 +131,9 @@ class CsrPattern:
         return cls(_row_pointers(rows, shape[0]), cols, shape)
 
     @classmethod
-    def from_coo(cls, rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> CsrPattern:
+    def from_coo(cls, rows: Tensor, cols: Tensor, shape: Sequence[int]) -> CsrPattern:
         """The pattern of nonzeros at (rows[t], cols[t]), in any order but without repeats."""
+        _refuse_compiling()
         m, n = _check_shape(shape)
         _check_index_tensor("rows", rows)
         _check_index_tensor("cols", cols)
@@ -121,6 +156,10 @@ class CsrPattern:
     @classmethod
     def from_torch(cls, sparse_csr: Tensor) -> CsrPattern:
         """The pattern of a ``torch.sparse_csr`` tensor; its values are ``sparse_csr.values()``."""
+        if not isinstance(sparse_csr, Tensor):
+            raise TypeError(
+                f"CsrPattern.from_torch: expected a tensor, got {type(sparse_csr).__name__}"
+            )
         if sparse_csr.layout is not torch.sparse_csr or sparse_csr.dim() != 2:
             raise TypeError(
                 "CsrPattern.from_torch: expected a 2-D tensor of layout torch.sparse_csr, "
@@ -136,6 +175,11 @@ class CsrPattern:
     @classmethod
     def from_scipy(cls, matrix: scipy.sparse.sparray | scipy.sparse.spmatrix) -> CsrPattern:
         """The pattern of a scipy sparse matrix's stored entries, in canonical CSR order."""
+        if not hasattr(matrix, "tocsr"):
+            raise TypeError(
+                "CsrPattern.from_scipy: expected a scipy sparse matrix, "
+                f"got {type(matrix).__name__}"
+            )
         csr = matrix.tocsr(copy=True)
         csr.sum_duplicates()
         return cls(torch.from_numpy(csr.indptr), torch.from_numpy(csr.indices), csr.shape)
@@ -170,35 +214,48 @@ class CsrPattern:
     @property
     def T(self) -> CsrPattern:
         """The pattern of the transpose; ``p.T.T is p`` holds while p is alive."""
-        return self._transposed()[0]
+        return self._transpose()[0]
 
     @property
     def transpose_permutation(self) -> Tensor:
         """(nnz,) int32: the transpose has the values ``values[transpose_permutation]``."""
-        return self._transposed()[1]
+        return self._transpose()[1]
 
     @property
     def has_transpose(self) -> bool:
         """Whether the transpose has been built already."""
         return "transpose" in self._derived
 
-    def _transposed(self) -> tuple[CsrPattern, Tensor]:
-        if not self.has_transpose:
-            m, n = self.shape
-            with torch.inference_mode(False):
-                # The op is called, not its kernel: torch.compile can trace an op, and the traced
-                # code fills this cache, too.
-                crow_t, col_t, permutation = torch.ops.rosa.csr_transpose(
-                    self.crow_indices, self.col_indices, n
-                )
-                transpose = CsrPattern._trusted(crow_t, col_t, (n, m))
-                inverse = torch.empty_like(permutation)
-                inverse[permutation.long()] = torch.arange(
-                    self.nnz, dtype=torch.int32, device=self.device
-                )
-            transpose._derived["transpose"] = (self, inverse)
-            self._derived["transpose"] = (transpose, permutation)
-        return self._derived["transpose"]
+    def _transpose(self) -> tuple[CsrPattern, Tensor]:
+        """The transpose and its permutation."""
+        kept = self._derived.get("transpose")
+        if kept is not None:
+            transpose = kept.get()
+            if transpose is None:
+                m, n = self.shape
+                transpose = CsrPattern._trusted(*kept.indices, (n, m))
+                self._keep_transpose(transpose, kept.permutation, kept.inverse)
+            return transpose, kept.permutation
+        m, n = self.shape
+        with torch.inference_mode(False):
+            # The op is called, not its kernel: torch.compile can trace an op, and the traced code
+            # fills this cache, too.
+            crow_t, col_t, permutation = torch.ops.rosa.csr_transpose(
+                self.crow_indices, self.col_indices, n
+            )
+            transpose = CsrPattern._trusted(crow_t, col_t, (n, m))
+            order = torch.arange(self.nnz, dtype=torch.int32, device=self.device)
+            inverse = torch.zeros_like(order).scatter(0, permutation.long(), order)
+        if _has_data(inverse):
+            self._keep_transpose(transpose, permutation, inverse)
+        return transpose, permutation
+
+    def _keep_transpose(self, transpose: CsrPattern, permutation: Tensor, inverse: Tensor) -> None:
+        """Keep `transpose`, which refers back weakly: reference counts free the pair."""
+        there = transpose.crow_indices, transpose.col_indices
+        here = self.crow_indices, self.col_indices
+        self._derived["transpose"] = _Transpose(lambda: transpose, there, permutation, inverse)
+        transpose._derived["transpose"] = _Transpose(weakref.ref(self), here, inverse, permutation)
 
     @property
     def tile_plan(self) -> TilePlan:
@@ -211,9 +268,7 @@ class CsrPattern:
         An op builds the plan if a kernel needs it. ``torch.compile`` and CUDA graph capture cannot
         build it, so touch ``p.tile_plan`` before them.
         """
-        if not self.has_tile_plan:
-            self.build_tile_plan()
-        return self._derived["tile_plan"]
+        return self._derived.get("tile_plan") or self.build_tile_plan()
 
     @property
     def has_tile_plan(self) -> bool:
@@ -242,7 +297,8 @@ class CsrPattern:
             cols if tile_cols is None else tile_cols,
             heavy_fill,
         )
-        self._derived["tile_plan"] = plan
+        if _has_data(plan.blob):
+            self._derived["tile_plan"] = plan
         return plan
 
     def make_tile_plan(self, tile_rows: int, tile_cols: int, heavy_fill: float) -> TilePlan:
@@ -284,15 +340,20 @@ class CsrPattern:
         return self._once(
             "row_indices",
             lambda: torch.repeat_interleave(
-                torch.arange(self.shape[0], dtype=torch.int32, device=self.device), self.row_nnz
+                torch.arange(self.shape[0], dtype=torch.int32, device=self.device),
+                self.row_nnz,
+                output_size=self.nnz,
             ),
         )
 
     def _once(self, name: str, build: Any) -> Any:
-        if name not in self._derived:
-            with torch.inference_mode(False):  # training may save what inference builds
-                self._derived[name] = build()
-        return self._derived[name]
+        if name in self._derived:
+            return self._derived[name]
+        with torch.inference_mode(False):  # training may save what inference builds
+            value = build()
+        if not isinstance(value, Tensor) or _has_data(value):
+            self._derived[name] = value
+        return value
 
     def stats(self) -> dict[str, float]:
         """The numbers that decide the speed of a kernel on this pattern.
@@ -365,11 +426,10 @@ class CsrPattern:
         self.check_unchanged()
         moved = self._moved(crow, col)
         if self.has_transpose:
-            t, permutation = self._derived["transpose"]
-            inverse = t._derived["transpose"][1]
+            t, permutation = self._transpose()
+            inverse = self._derived["transpose"].inverse
             t = t._moved(t.crow_indices.to(device), t.col_indices.to(device))
-            t._derived["transpose"] = (moved, inverse.to(device))
-            moved._derived["transpose"] = (t, permutation.to(device))
+            moved._keep_transpose(t, permutation.to(device), inverse.to(device))
         return moved
 
     def _moved(self, crow: Tensor, col: Tensor) -> CsrPattern:
@@ -389,6 +449,8 @@ class CsrPattern:
 
     def to_torch(self, values: Tensor) -> Tensor:
         """The ``torch.sparse_csr`` tensor with this pattern and `values` (nnz,)."""
+        if not isinstance(values, Tensor):
+            raise TypeError(f"CsrPattern.to_torch: expected a tensor, got {type(values).__name__}")
         if values.shape != (self.nnz,):
             raise ValueError(
                 f"CsrPattern.to_torch: expected values of shape ({self.nnz},), "
@@ -443,10 +505,38 @@ class CsrPattern:
         return CsrPattern, (self.crow_indices, self.col_indices, self.shape)
 
 
-def _check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    if len(shape) != 2 or any(int(size) < 0 for size in shape):
+# torch.load with weights_only=True, its default, may build patterns: the constructor validates.
+torch.serialization.add_safe_globals([CsrPattern])
+
+
+def _refuse_compiling() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "CsrPattern: expected to be built outside torch.compile and torch.export, got a call "
+            "that is traced; validation reads the indices"
+        )
+
+
+def _has_data(x: Tensor) -> bool:
+    """Whether `x` may be kept: it is no tensor of a fake, functional or transformed computation.
+
+    Dynamo traces with fake tensors. The code that it makes keeps real ones.
+    """
+    return torch.compiler.is_dynamo_compiling() or (
+        type(x) is Tensor
+        and not torch._is_functional_tensor(x)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def _check_shape(shape: Sequence[int]) -> tuple[int, int]:
+    try:
+        sizes = [operator.index(size) for size in shape]
+    except TypeError:
+        raise TypeError(f"CsrPattern: expected a shape (m, n) of integers, got {shape}") from None
+    if len(sizes) != 2 or min(sizes) < 0:
         raise ValueError(f"CsrPattern: expected a shape (m, n) of sizes >= 0, got {tuple(shape)}")
-    m, n = int(shape[0]), int(shape[1])
+    m, n = sizes
     if max(m, n) > INT32_MAX:
         raise ValueError(
             f"CsrPattern: expected dimensions below 2**31 (indices are int32), got {(m, n)}"
@@ -457,7 +547,7 @@ def _check_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def _check_index_tensor(name: str, index: Tensor) -> None:
     if not isinstance(index, Tensor):
         raise TypeError(f"CsrPattern: expected {name} to be a tensor, got {type(index).__name__}")
-    if index.dtype not in (torch.int16, torch.int32, torch.int64):
+    if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"CsrPattern: expected {name} of dtype int32 or int64, got {index.dtype}")
     if index.dim() != 1:
         raise ValueError(f"CsrPattern: expected {name} to be 1-D, got shape {tuple(index.shape)}")
@@ -468,6 +558,8 @@ def _check_index_tensor(name: str, index: Tensor) -> None:
 
 
 def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
+    if crow.is_meta:
+        return
     nnz = col.numel()
     first, last = int(crow[0]), int(crow[-1])
     if first != 0 or last != nnz:
@@ -504,10 +596,12 @@ def _check_indices(crow: Tensor, col: Tensor, n: int) -> None:
 
 
 def _to_int32(index: Tensor) -> Tensor:
-    # Tensors made in inference mode have no version and cannot be saved for a backward.
+    # Tensors made in inference mode have no version and cannot be saved for a backward. Memory that
+    # torch does not own, as a numpy array's, may change without a new version.
     with torch.inference_mode(False):
         index = index.to(torch.int32).contiguous()
-        return index.clone() if index.is_inference() else index
+        borrowed = not index.untyped_storage().resizable()
+        return index.clone() if index.is_inference() or borrowed else index
 
 
 def _row_pointers(rows: Tensor, m: int) -> Tensor:

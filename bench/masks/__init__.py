@@ -93,7 +93,8 @@ def real(name: str) -> CsrPattern:
         raise ValueError(f"real: expected a mask among {list(real_names())}, got {name!r}")
     crow, col, shape = _layers()[name]
     m, n = map(int, shape)
-    return CsrPattern(torch.from_numpy(crow), torch.from_numpy(col), (m, n))
+    # The file has int16 columns, which halves it. A pattern takes int32 or int64.
+    return CsrPattern(torch.from_numpy(crow), torch.from_numpy(col).int(), (m, n))
 
 
 def replicate(pattern: CsrPattern, down: int, across: int) -> CsrPattern:

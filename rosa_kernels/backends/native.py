@@ -34,6 +34,18 @@ _ISAS = {"avx512": 2, "avx2": 1, "portable": 0}
 Csr = tuple[int, int, int, int, int]
 
 
+def address(x: Tensor) -> int:
+    """The address of a tensor's memory, which ``_C`` reads or writes.
+
+    Raises:
+        RuntimeError: the tensor has elements but no memory, as a FakeTensor.
+    """
+    pointer = x.data_ptr()
+    if not pointer and x.numel():
+        raise RuntimeError(f"expected tensors with memory, got a {type(x).__name__} without data")
+    return pointer
+
+
 def csr_of(crow: Tensor, col: Tensor, n: int) -> Csr:
     """The checked addresses and sizes of a pattern, as ``_C`` takes them."""
     if not (
@@ -45,7 +57,7 @@ def csr_of(crow: Tensor, col: Tensor, n: int) -> Csr:
         and crow.shape[0] > 0
     ):
         raise ValueError("expected contiguous 1-D int32 index tensors with m + 1 row pointers")
-    return crow.data_ptr(), col.data_ptr(), crow.shape[0] - 1, n, col.shape[0]
+    return address(crow), address(col), crow.shape[0] - 1, n, col.shape[0]
 
 
 def dtype_code(x: Tensor) -> int:
@@ -75,13 +87,13 @@ def check_operands(csr: Csr, a: Tensor, b: Tensor) -> None:
 def matrix_of(x: Tensor) -> tuple[int, int, int, int, int, int]:
     rows, cols = x.shape
     s0, s1 = x.stride()
-    return x.data_ptr(), dtype_code(x), rows, cols, s0, s1
+    return address(x), dtype_code(x), rows, cols, s0, s1
 
 
 def vector_of(x: Tensor, size: int) -> tuple[int, int, int, int]:
     if x.dim() != 1 or x.shape[0] != size:
         raise ValueError(f"expected {size} values, got {tuple(x.shape)}")
-    return x.data_ptr(), dtype_code(x), size, x.stride(0)
+    return address(x), dtype_code(x), size, x.stride(0)
 
 
 def workspace_bytes(
@@ -106,7 +118,7 @@ def _sddmm(variant: str) -> Callable[..., Tensor]:
             matrix_of(a),
             matrix_of(b),
             vector_of(out, csr[4]),
-            work.data_ptr(),
+            address(work),
             threads,
             _ISAS[variant],
         )
@@ -127,7 +139,7 @@ def _spmm(variant: str) -> Callable[..., Tensor]:
             vector_of(values, csr[4]),
             matrix_of(b),
             matrix_of(c),
-            work.data_ptr(),
+            address(work),
             threads,
             _ISAS[variant],
         )
@@ -181,7 +193,7 @@ def csr_transpose(crow: Tensor, col: Tensor, n: int) -> tuple[Tensor, Tensor, Te
     csr = csr_of(crow, col, n)
     crow_t = crow.new_empty(n + 1)
     col_t, permutation = torch.empty_like(col), torch.empty_like(col)
-    _C.csr_transpose(csr, crow_t.data_ptr(), col_t.data_ptr(), permutation.data_ptr())
+    _C.csr_transpose(csr, address(crow_t), address(col_t), address(permutation))
     return crow_t, col_t, permutation
 
 
@@ -193,5 +205,5 @@ def tile_plan(
 ) -> tuple[Tensor, Tensor]:
     plan = _C.tile_plan(csr_of(crow, col, n), tile_rows, tile_cols, heavy_fill)
     blob = col.new_empty(plan.blob_size)
-    plan.copy_blob(blob.data_ptr())
+    plan.copy_blob(address(blob))
     return torch.tensor(plan.header, dtype=torch.int64, device="cpu"), blob

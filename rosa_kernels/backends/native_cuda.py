@@ -22,9 +22,11 @@ from rosa_kernels.backends.machine import machine_of
 from rosa_kernels.backends.native import (
     MISSING,
     MODULE,
+    address,
     check_operands,
     csr_of,
     csr_of_w,
+    dtype_code,
     matrix_of,
     vector_of,
 )
@@ -80,7 +82,7 @@ def _plan_of(plan: Sequence[Tensor], col: Tensor) -> tuple[int, ...]:
             f"expected the blob of a tile plan as contiguous int32 on {col.device}, got "
             f"{tuple(blob.shape)} of {blob.dtype} on {blob.device}"
         )
-    return header.data_ptr(), HEADER, blob.data_ptr(), blob.shape[0]
+    return address(header), HEADER, address(blob), blob.shape[0]
 
 
 def cuda_workspace_bytes(
@@ -108,8 +110,9 @@ def cuda_workspace_bytes(
     # Only the strides of c matter, and they follow those of b.
     like = torch.empty_strided(b.shape, b.stride(), dtype=b.dtype, device="meta")
     c = empty_like_order(like, csr[2])
+    without_memory = 0, dtype_code(c), *c.shape, *c.stride()
     return module.cuda_spmm_workspace_bytes(
-        _SPMM[variant], csr, pack, matrix_of(b), matrix_of(c), index
+        _SPMM[variant], csr, pack, matrix_of(b), without_memory, index
     )
 
 
@@ -132,7 +135,7 @@ def _sddmm(module: Any, variant: str) -> Callable[..., Tensor]:
         work = col.new_empty(scratch, dtype=torch.uint8)
         out = a.new_empty(csr[4], dtype=out_dtype)
         to = vector_of(out, csr[4])
-        module.cuda_sddmm(code, csr, with_plan, va, vb, to, work.data_ptr(), index, stream)
+        module.cuda_sddmm(code, csr, with_plan, va, vb, to, address(work), index, stream)
         return out
 
     return run
@@ -151,7 +154,7 @@ def _spmm(module: Any, variant: str) -> Callable[..., Tensor]:
         scratch = module.cuda_spmm_workspace_bytes(code, csr, with_plan, vb, vc, index)
         work = col.new_empty(scratch, dtype=torch.uint8)
         v = vector_of(values, csr[4])
-        module.cuda_spmm(code, csr, with_plan, v, vb, vc, work.data_ptr(), index, stream)
+        module.cuda_spmm(code, csr, with_plan, v, vb, vc, address(work), index, stream)
         return c
 
     return run

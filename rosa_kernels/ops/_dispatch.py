@@ -59,13 +59,15 @@ def run_product(
 def plan_tensors(op: str, pattern: CsrPattern, backend: str) -> list[Tensor]:
     """The pattern's tile plan if a kernel that may serve the op reads it, else [].
 
-    The plan is built on first use, which copies the indices from the device to the host. A traced
-    or captured graph cannot contain that copy. There the plan is passed on only if it exists.
+    The plan is built on first use, which copies the indices from the device to the host. A traced,
+    fake or captured computation cannot contain that copy. There the plan is passed on only if it
+    exists.
     """
     if not registry.reads_plan(op, pattern.device_type, backend):
         return []
     if not pattern.has_tile_plan and (
         torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
         or (pattern.device_type == "cuda" and torch.cuda.is_current_stream_capturing())
     ):
         return []

@@ -22,7 +22,8 @@ def check_matrix(op: str, name: str, x: Tensor, pattern: CsrPattern) -> None:
     _check_on_pattern(op, name, x, pattern)
     if x.dim() != 2:
         raise ValueError(f"{op}: expected {name} to be 2-D, got shape {tuple(x.shape)}")
-    if x.shape[0] > INT32_MAX or x.shape[1] > INT32_MAX:
+    # A traced size is not compared: the comparison would bound a dynamic dimension of torch.export.
+    if not torch.compiler.is_compiling() and max(x.shape) > INT32_MAX:
         raise ValueError(
             f"{op}: expected {name} with dimensions below 2**31, got shape {tuple(x.shape)}"
         )
@@ -79,6 +80,17 @@ def check_target(op: str, w: Tensor, values: Tensor, instead: str) -> None:
         )
 
 
+def check_not_inference(op: str, w: Tensor) -> None:
+    """Check that `w` is no tensor of inference mode outside that mode, as torch's own ops do."""
+    if torch.compiler.is_compiling() or not w.is_inference():
+        return
+    if not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{op}: expected a target that may be written outside inference mode, got an inference "
+            "tensor; clone() it, or write within torch.inference_mode()"
+        )
+
+
 def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) -> None:
     """Check the size of one dimension of `x`; `what` holds {} in place of the size.
 
@@ -93,7 +105,7 @@ def check_size(op: str, name: str, x: Tensor, dim: int, size: int, what: str) ->
 def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """The operands, cast to the autocast dtype if autocast is on. float64 stays float64."""
     device = operands[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in operands)

@@ -61,7 +61,10 @@ def csr_add_(
     """
     _check("csr_add_", w, pattern, values)
     _validate.check_target("csr_add_", w, values, "use csr_add")
-    csr_add__op(
+    _validate.check_not_inference("csr_add_", w)
+    _library.call(
+        csr_add__op,
+        _library.is_transforming(),
         w,
         pattern.crow_indices,
         pattern.col_indices,
@@ -104,13 +107,19 @@ def _fake(
     return torch.empty_like(w)
 
 
-class _CsrAdd(torch.autograd.Function):
+class _CsrAdd(_library.AutogradFunction):
     @staticmethod
     def forward(ctx: Any, w: Tensor, crow: Tensor, col: Tensor, *args: Any) -> Tensor:
         values, ctx.alpha, ctx.backend = args
         ctx.save_for_backward(crow, col)
+        ctx.save_for_forward(crow, col)
         ctx.values_dtype = values.dtype
         return _library.below_autograd(csr_add_op, w, crow, col, *args)
+
+    @staticmethod
+    def jvp(ctx: Any, w_t: Tensor, _crow: None, _col: None, v_t: Tensor, *_: None) -> Tensor:
+        crow, col = ctx.saved_tensors
+        return csr_add_op(w_t, crow, col, v_t, ctx.alpha, ctx.backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

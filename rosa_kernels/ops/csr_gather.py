@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rosa_kernels import registry
@@ -43,12 +42,18 @@ def _fake(w: Tensor, crow: Tensor, col: Tensor, backend: str) -> Tensor:
     return w.new_empty(col.shape[0])
 
 
-class _CsrGather(torch.autograd.Function):
+class _CsrGather(_library.AutogradFunction):
     @staticmethod
     def forward(ctx: Any, w: Tensor, crow: Tensor, col: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(crow, col)
+        ctx.save_for_forward(crow, col)
         ctx.shape, ctx.backend = w.shape, backend
         return _library.below_autograd(csr_gather_op, w, crow, col, backend)
+
+    @staticmethod
+    def jvp(ctx: Any, w_t: Tensor, *_: None) -> Tensor:
+        crow, col = ctx.saved_tensors
+        return csr_gather_op(w_t, crow, col, ctx.backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -32,8 +32,15 @@ def csr_scatter_(
     _validate.check_shape_of_pattern("csr_scatter_", "w", w, pattern)
     _validate.check_values("csr_scatter_", values, pattern, w.dtype)
     _validate.check_target("csr_scatter_", w, values, "pass values.detach()")
-    csr_scatter__op(
-        w, pattern.crow_indices, pattern.col_indices, values, registry.requested(backend)
+    _validate.check_not_inference("csr_scatter_", w)
+    _library.call(
+        csr_scatter__op,
+        _library.is_transforming(),
+        w,
+        pattern.crow_indices,
+        pattern.col_indices,
+        values,
+        registry.requested(backend),
     )
     return w
 

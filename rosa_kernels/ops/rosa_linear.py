@@ -111,7 +111,7 @@ def rosa_linear(
     if not _library.is_plain_eager():
         y, _ = rosa_linear_op(*args)
     elif differentiate:
-        y, _ = _RosaLinear.apply(*args)  # type: ignore[no-untyped-call]
+        y, _ = _RosaLinear.apply(*args)
     else:
         y, _ = _library.below_autograd(_run, *args)
     return y
@@ -150,7 +150,40 @@ def _run(
         h = _project(flat, lora_a, dropout_mask, dropout)
         # Adding into y saves two temporaries of y's size.
         y.addmm_(h, lora_b.to(dtype).t(), alpha=scaling)
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+    # Not `view`: the caller could not write in place to a view that an autograd function returns.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]]), h
+
+
+def _composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    values: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    dropout_mask: Tensor | None,
+    indices: list[Tensor],
+    transpose: list[Tensor],
+    plan: list[Tensor],
+    scaling: float,
+    dropout: float,
+    path: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The op made of differentiable ops, for forward-mode AD and the transforms of torch.func."""
+    flat = _tokens_by_features(x)
+    y = torch.nn.functional.linear(
+        flat, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    )
+    if values is not None:
+        # A merged weight holds S already. Subtracting the value keeps only the derivative.
+        values = values - values.detach() if path == _MERGED else values
+        spmm_backend = registry.backend_for_gradient("spmm", backend)
+        y = y + spmm_op(*indices, transpose, plan, values, flat.t(), spmm_backend).t()
+    if lora_a is not None and lora_b is not None:
+        h = _project(flat, lora_a, dropout_mask, dropout)
+        y = y + scaling * (h @ lora_b.to(x.dtype).t())
+    return y.view(*x.shape[:-1], weight.shape[0]), x.new_empty(0)
 
 
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -216,7 +249,7 @@ def _weight_for_product(
 # -- backward --------------------------------------------------------------------------------------
 
 
-class _RosaLinear(torch.autograd.Function):
+class _RosaLinear(_library.AutogradFunction):
     @staticmethod
     def forward(
         ctx: Any,
@@ -397,6 +430,7 @@ rosa_linear_op = _library.define(
     _fake,
     _RosaLinear,
     differentiable=(0, 2, 3, 4, 5),
+    composed=_composed,
 )
 rosa_linear_backward_op = _library.define(
     f"rosa_linear_backward(Tensor grad, Tensor? x, Tensor? weight, {_TENSORS}, Tensor? h, "

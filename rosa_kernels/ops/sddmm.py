@@ -94,7 +94,7 @@ def _fake(
     return a.new_empty(col.shape[0], dtype=out_dtype)
 
 
-class _Sddmm(torch.autograd.Function):
+class _Sddmm(_library.AutogradFunction):
     @staticmethod
     def forward(
         ctx: Any,
@@ -104,13 +104,26 @@ class _Sddmm(torch.autograd.Function):
         plan: list[Tensor],
         *args: Any,
     ) -> Tensor:
-        a, b, _, ctx.backend = args
+        a, b, ctx.out_dtype, ctx.backend = args
         ctx.save_for_backward(crow, col, a, b, *plan, *transpose)
+        ctx.save_for_forward(crow, col, a, b, *plan)
+        ctx.set_materialize_grads(False)
         ctx.plan_size = len(plan)
         return _library.below_autograd(sddmm_op, crow, col, transpose, plan, *args)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        crow, col, a, b, *plan = ctx.saved_tensors
+        *_, a_t, b_t, _, _ = tangents
+        pairs = [(a_t, b)] if b_t is None else [(a, b_t)] if a_t is None else [(a_t, b), (a, b_t)]
+        return sum(
+            sddmm_op(crow, col, [], plan, x, y, ctx.out_dtype, ctx.backend) for x, y in pairs
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
         crow, col, a, b, *rest = ctx.saved_tensors
         plan, transpose = rest[: ctx.plan_size], rest[ctx.plan_size :]
         backend = registry.backend_for_gradient("spmm", ctx.backend)

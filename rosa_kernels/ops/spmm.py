@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rosa_kernels import registry
@@ -76,7 +75,7 @@ def _fake(
     return empty_like_order(b, crow.shape[0] - 1)
 
 
-class _Spmm(torch.autograd.Function):
+class _Spmm(_library.AutogradFunction):
     @staticmethod
     def forward(
         ctx: Any,
@@ -88,11 +87,24 @@ class _Spmm(torch.autograd.Function):
     ) -> Tensor:
         values, b, ctx.backend = args
         ctx.save_for_backward(crow, col, values, b, *plan, *transpose)
+        ctx.save_for_forward(crow, col, values, b, *plan)
+        ctx.set_materialize_grads(False)
         ctx.plan_size = len(plan)
         return _library.below_autograd(spmm_op, crow, col, transpose, plan, *args)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        crow, col, values, b, *plan = ctx.saved_tensors
+        *_, v_t, b_t, _ = tangents
+        pairs = [(values, b_t)] if v_t is None else [(v_t, b)]
+        if v_t is not None and b_t is not None:
+            pairs.append((values, b_t))
+        return sum(spmm_op(crow, col, [], plan, v, x, ctx.backend) for v, x in pairs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
         crow, col, values, b, *rest = ctx.saved_tensors
         plan, transpose = rest[: ctx.plan_size], rest[ctx.plan_size :]
         grad_values = grad_b = None

@@ -231,6 +231,47 @@ def test_autocast_inside(op: str, pattern: CsrPattern) -> None:
     assert all(x.grad.dtype == torch.float32 for x in inputs.values())
 
 
+@pytest.mark.parametrize("build", ["constructor", "from_mask", "from_coo"])
+def test_patterns_are_built_outside(build: str) -> None:
+    """Validation reads the indices. Without fullgraph, the graph breaks there."""
+
+    def call(mask: Tensor) -> Tensor:
+        if build == "from_mask":
+            pattern = CsrPattern.from_mask(mask)
+        elif build == "from_coo":
+            pattern = CsrPattern.from_coo(*mask.nonzero(as_tuple=True), mask.shape)
+        else:
+            zeros = mask.new_zeros(3, dtype=torch.int64)
+            pattern = CsrPattern(zeros.cumsum(0), zeros[:0], (2, 3))
+        return rk.csr_gather(mask, pattern)
+
+    mask = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]])
+    with pytest.raises(Exception, match=r"expected to be built outside torch\.compile"):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(mask)
+
+
+def test_export_leaves_sizes_unbounded(pattern: CsrPattern) -> None:
+    """A dimension that is exported as dynamic may have any size, as in a dense product."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = torch.nn.Parameter(torch.ones(pattern.nnz))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return rk.rosa_linear(x, torch.zeros(pattern.shape), pattern, self.values)
+
+    layer = Layer()
+    for strict in (False, True):
+        tokens = torch.export.Dim("tokens")
+        exported = torch.export.export(
+            layer, (torch.ones(3, 53),), dynamic_shapes={"x": {0: tokens}}, strict=strict
+        )
+        x = torch.randn(9, 53)
+        torch.testing.assert_close(exported.module()(x), layer(x))
+    assert not pattern.has_transpose
+
+
 def test_errors_are_raised_while_tracing(pattern: CsrPattern) -> None:
     call, _ = compiled("spmm")
     b = torch.ones(pattern.shape[1], 3)

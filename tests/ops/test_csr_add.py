@@ -135,6 +135,19 @@ def test_values_that_require_grad_are_refused_in_grad_mode(pattern: CsrPattern) 
     assert not got.requires_grad
 
 
+@pytest.mark.parametrize("op", ["csr_add_", "csr_scatter_"])
+def test_an_inference_tensor_is_refused_outside(pattern: CsrPattern, op: str) -> None:
+    """As by torch's own ops in place."""
+    inputs = inputs_of(op, pattern, 0)
+    with torch.inference_mode():
+        w = inputs["w"].clone()
+        getattr(rk, op)(w, pattern, inputs["values"])
+    before = w.clone()
+    with pytest.raises(RuntimeError, match=f"{op}: expected a target that may be written outside"):
+        getattr(rk, op)(w, pattern, inputs["values"])
+    assert torch.equal(w, before)
+
+
 def test_the_data_of_a_parameter_can_be_a_target(pattern: CsrPattern) -> None:
     inputs = inputs_of("csr_add_", pattern, 0)
     weight = torch.nn.Parameter(inputs["w"].clone())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import rosa_kernels as rk
 from rosa_kernels import CsrPattern
 from rosa_kernels.testing import NASTY, uniform_pattern
 
-INDEX_DTYPES = [torch.int16, torch.int32, torch.int64]
+INDEX_DTYPES = [torch.int32, torch.int64]
 HUGE = 2**31
 
 
@@ -58,6 +59,16 @@ def test_integer_index_tensors_become_int32(
 def test_int32_index_tensors_are_not_copied() -> None:
     crow = torch.tensor([0, 1], dtype=torch.int32)
     assert CsrPattern(crow, torch.zeros(1, dtype=torch.int32), (1, 1)).crow_indices is crow
+
+
+def test_memory_of_numpy_is_copied() -> None:
+    """A write into the array would raise no version, and kernels would read out of bounds."""
+    crow, col = np.array([0, 1, 2], np.int32), np.array([0, 1], np.int32)
+    for borrow in (torch.from_numpy, torch.from_dlpack, torch.as_tensor):
+        pattern = CsrPattern(borrow(crow), borrow(col), (2, 2))
+        col[:] = 10**6
+        assert pattern.col_indices.tolist() == [0, 1]
+        col[:] = 0, 1
 
 
 def test_strided_index_tensors_become_contiguous() -> None:
@@ -147,12 +158,30 @@ def test_derived_structure_is_built_once(pattern: CsrPattern, name: str) -> None
     assert getattr(pattern, name) is getattr(pattern, name)
 
 
-def test_a_pattern_and_its_transpose_are_collected() -> None:
-    pattern = uniform_pattern(9, 9, 0.5)
-    gone = weakref.ref(pattern.T)
+def test_patterns_are_freed_without_the_collector() -> None:
+    """Index tensors of a GPU would wait for the next collection of cycles."""
+    gc.disable()
+    try:
+        pattern = uniform_pattern(9, 9, 0.5)
+        pattern.T.stats()
+        tensors = [weakref.ref(pattern.col_indices), weakref.ref(pattern.T.col_indices)]
+        moved = pattern.to("meta")
+        gone = [weakref.ref(pattern), weakref.ref(pattern.T), weakref.ref(moved)]
+        del pattern, moved
+        assert [ref() for ref in gone + tensors] == [None] * 5
+    finally:
+        gc.enable()
+
+
+def test_a_transpose_outlives_its_pattern() -> None:
+    pattern = uniform_pattern(9, 7, 0.5)
+    expected, transpose = copy.copy(pattern), pattern.T
     del pattern
-    gc.collect()
-    assert gone() is None
+    assert same(transpose.T, expected)
+    assert transpose.T is transpose.T
+    assert transpose.T.T is transpose
+    assert torch.equal(transpose.T.transpose_permutation, expected.transpose_permutation)
+    assert torch.equal(transpose.transpose_permutation, expected.T.transpose_permutation)
 
 
 def brute_force_stats(mask: np.ndarray) -> dict[str, float]:
@@ -251,6 +280,20 @@ def test_copies(nasty: CsrPattern, duplicate: Callable[[CsrPattern], CsrPattern]
     assert same(other, nasty)
     assert same(other.T, nasty.T)
     other.check_unchanged()
+
+
+def test_torch_load_validates(pattern: CsrPattern) -> None:
+    """torch.load builds a pattern by its constructor, also with weights_only=True."""
+    file = io.BytesIO()
+    torch.save({"pattern": pattern}, file)
+    file.seek(0)
+    assert same(torch.load(file, weights_only=True)["pattern"], pattern)
+    pattern.col_indices.fill_(10**6)
+    file = io.BytesIO()
+    torch.save(pattern, file)
+    file.seek(0)
+    with pytest.raises(ValueError, match=r"col_indices in \[0, 53\)"):
+        torch.load(file, weights_only=True)
 
 
 def test_a_deepcopy_shares_no_memory(pattern: CsrPattern) -> None:

@@ -86,16 +86,51 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "expected non-decreasing crow_indices, got 0 then -1 at row 0",
     ),
-    # Whose differences, 2**31 - 1, 2**31 - 1 and 3, look monotone in int32; likewise in int16.
+    # The differences, 2**31 - 1, 2**31 - 1 and 3, look monotone in int32.
     "rows that wrap in int32": (
         csr(torch.tensor([0, HUGE - 1, -2, 1], dtype=torch.int32), [0]),
         ValueError,
         "expected non-decreasing crow_indices, got 2147483647 then -2 at row 1",
     ),
-    "rows that wrap in int16": (
-        csr(torch.tensor([0, 2**15 - 1, -2, 1], dtype=torch.int16), [0]),
+    "int16 columns": (
+        csr([0, 1, 1, 1], torch.tensor([0], dtype=torch.int16)),
+        TypeError,
+        "expected col_indices of dtype int32 or int64, got torch.int16",
+    ),
+    "shape of floats": (
+        csr([0, 1, 1, 1], [0], (3.0, 4)),
+        TypeError,
+        "expected a shape (m, n) of integers, got (3.0, 4)",
+    ),
+    "shape of a number": (
+        csr([0, 1, 1, 1], [0], 3),
+        TypeError,
+        "expected a shape (m, n) of integers, got 3",
+    ),
+    "mask of lists": (
+        lambda: CsrPattern.from_mask([[1, 0]]),
+        TypeError,
+        "expected a dense tensor, got list",
+    ),
+    "sparse mask": (
+        lambda: CsrPattern.from_mask(torch.eye(3).to_sparse()),
+        TypeError,
+        "expected a dense tensor, got torch.sparse_coo",
+    ),
+    "mask on meta": (
+        lambda: CsrPattern.from_mask(torch.ones(2, 3, device="meta")),
         ValueError,
-        "expected non-decreasing crow_indices, got 32767 then -2 at row 1",
+        "expected a mask with data, got one on meta",
+    ),
+    "no scipy matrix": (
+        lambda: CsrPattern.from_scipy([[1, 0]]),
+        TypeError,
+        "expected a scipy sparse matrix, got list",
+    ),
+    "no torch matrix": (
+        lambda: CsrPattern.from_torch([[1, 0]]),
+        TypeError,
+        "expected a tensor, got list",
     ),
     "negative column": (
         csr([0, 2, 2, 2], [-1, 3]),
@@ -196,6 +231,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: CsrPattern.from_torch(torch.ones(2, 3, 4).to_sparse_csr()),
         TypeError,
         "expected a 2-D tensor of layout torch.sparse_csr, got torch.sparse_csr of shape (2, 3, 4)",
+    ),
+    "values of a list": (
+        lambda: uniform_pattern(4, 5, 0.5).to_torch([1.0]),
+        TypeError,
+        "expected a tensor, got list",
     ),
     "number of values": (
         lambda: uniform_pattern(4, 5, 0.5).to_torch(torch.ones(9)),
