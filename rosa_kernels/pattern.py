@@ -232,8 +232,8 @@ class CsrPattern:
         if kept is not None:
             transpose = kept.get()
             if transpose is None:
-                m, n = self.shape
-                transpose = CsrPattern._trusted(*kept.indices, (n, m))
+                crow, col = kept.indices
+                transpose = CsrPattern._trusted(crow, col, (self.shape[1], self.shape[0]))
                 self._keep_transpose(transpose, kept.permutation, kept.inverse)
             return transpose, kept.permutation
         m, n = self.shape

@@ -58,7 +58,7 @@ def define(
             return composed(*args)
         if gradient is None:
             _refuse_tangents(name, args)
-        elif any_requires_grad(*(args[i] for i in differentiable)):
+        elif must_differentiate(*(args[i] for i in differentiable)):
             return apply(gradient, *args)
         return below_autograd(op, *args)
 
@@ -67,6 +67,8 @@ def define(
             raise RuntimeError(
                 f"{name}: expected a batched target under vmap, got one target for all elements"
             )
+        if info.batch_size == 0:
+            raise RuntimeError(f"{name}: expected a batch of elements under vmap, got none")
         results = [
             op(*(_element(x, dim, i) for x, dim in zip(args, dims, strict=True)))
             for i in range(info.batch_size)
@@ -103,17 +105,17 @@ def is_transforming() -> bool:
 
 
 def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
-    """Forward-mode AD would lose the tangents of an op that writes in place."""
+    """Refuse tangents, which an op without `gradient` would lose."""
     if forward_ad._current_level >= 0:
         for x in args:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise RuntimeError(
-                    f"{name}: expected tensors without tangents, got forward-mode AD, which an op "
-                    "that writes in place does not support"
+                    f"{name}: expected tensors without tangents, got forward-mode AD, which this "
+                    "op does not support"
                 )
 
 
-def any_requires_grad(*tensors: Tensor | None) -> bool:
+def must_differentiate(*tensors: Tensor | None) -> bool:
     """Whether a call on `tensors` must be differentiated. An absent tensor is None."""
     if is_transforming():
         return True

@@ -32,7 +32,7 @@ def csr_add(
     _check("csr_add", w, pattern, values)
     return _library.call(
         csr_add_op,
-        _library.any_requires_grad(w, values),
+        _library.must_differentiate(w, values),
         w,
         pattern.crow_indices,
         pattern.col_indices,

@@ -26,7 +26,7 @@ def csr_gather(w: Tensor, pattern: CsrPattern, *, backend: str | None = None) ->
     _validate.check_shape_of_pattern("csr_gather", "w", w, pattern)
     return _library.call(
         csr_gather_op,
-        _library.any_requires_grad(w),
+        _library.must_differentiate(w),
         w,
         pattern.crow_indices,
         pattern.col_indices,

@@ -80,7 +80,7 @@ def rosa_linear(
     _checks.check_dtypes(x, values, lora_a, lora_b, bias)
     _checks.check_dropout(x, lora_a, dropout, dropout_mask)
     backend = registry.requested(backend)
-    differentiate = _library.any_requires_grad(x, values, lora_a, lora_b, bias)
+    differentiate = _library.must_differentiate(x, values, lora_a, lora_b, bias)
 
     path, indices, transpose, plan = _NO_SPARSE, [], [], []
     if pattern is not None and values is not None:

@@ -50,7 +50,7 @@ def sddmm(
     else:
         _validate.check_values_dtype("sddmm", "out_dtype", out_dtype, a.dtype)
     backend = registry.requested(backend)
-    differentiate = _library.any_requires_grad(a, b)
+    differentiate = _library.must_differentiate(a, b)
     return _library.call(
         sddmm_op,
         differentiate,

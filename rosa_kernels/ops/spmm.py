@@ -36,7 +36,7 @@ def spmm(pattern: CsrPattern, values: Tensor, b: Tensor, *, backend: str | None 
     (b,) = _validate.autocast(b)
     _validate.check_values("spmm", values, pattern, b.dtype)
     backend = registry.requested(backend)
-    differentiate = _library.any_requires_grad(values, b)
+    differentiate = _library.must_differentiate(values, b)
     return _library.call(
         spmm_op,
         differentiate,
