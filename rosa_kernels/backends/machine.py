@@ -171,9 +171,10 @@ def save_calibration(
 ) -> Path:
     """Write measured rates to `path`, by default where :func:`machine_of` finds them. Return it."""
     path = path or calibration_path(device_name)
-    content = {"format": _FORMAT, "version": _VERSION, "device": device_name}
+    content: dict[str, object] = {"format": _FORMAT, "version": _VERSION, "device": device_name}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**content, "measured": dict(measured)}, indent=2) + "\n")
+    content["measured"] = dict(measured)
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     machine_of.cache_clear()
     return path
 

@@ -31,7 +31,9 @@ def save_masks(masks: Mapping[str, CsrPattern], path: str | os.PathLike[str]) ->
         # Always a copy, because safetensors refuses tensors that share memory.
         tensors[f"{name}.crow_indices"] = pattern.crow_indices.to("cpu", copy=True).contiguous()
         tensors[f"{name}.col_indices"] = pattern.col_indices.to("cpu", copy=True).contiguous()
-    shapes = json.dumps({name: list(pattern.shape) for name, pattern in masks.items()})
+    shapes = json.dumps(
+        {name: list(pattern.shape) for name, pattern in masks.items()}, allow_nan=False
+    )
     with replacing_file(path) as draft:
         save_file(tensors, draft, {"format": _FORMAT, "version": _VERSION, "shapes": shapes})
 

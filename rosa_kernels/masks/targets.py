@@ -9,35 +9,60 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from rosa_kernels.nn import RosaLinear
+from rosa_kernels.nn.replaced import why_not_plain
 
 ALL_LINEAR = "all-linear"
 # Most candidates in an error. SmolLM2-135M has 8 suffixes, models of vision and text about 20.
 _CANDIDATES_SHOWN = 20
+# A string with one of these characters is a regular expression, and not a name.
+_REGEX = re.compile(r"[*+?()\[\]|^$\\{]")
+# Modules, by class name, that read the weight of a child and do not call it: transformers' Mamba
+# mixers (x_proj and out_proj in fused kernels only), and torch's fused loss.
+_READ_WITHOUT_A_CALL = {
+    "LinearCrossEntropyLoss": ("linear",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+}
 
 
 def find_targets(
     model: nn.Module,
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] | None = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: str | Sequence[str] = (),
+    *,
+    strict: bool = True,
 ) -> dict[str, nn.Module]:
     """The layers that `target_modules` selects, by their names in `model`, in the model's order.
 
     A layer is ``nn.Linear``, the Conv1D of transformers (GPT-2's layer, with a transposed weight)
-    or a :class:`rosa_kernels.RosaLinear` that replaced one of them.
+    or a :class:`rosa_kernels.RosaLinear` that replaced one of them. An adapter would change or miss
+    what some layers compute, so they are no targets: those with a forward of their own, with a
+    parametrized or quantised weight, and those whose parent reads the weight and does not call them
+    (``nn.MultiheadAttention.out_proj``, ``dt_proj`` of Mamba).
 
     Args:
         model: the model.
         target_modules: ``"all-linear"`` selects every layer except the output head and layers that
             share their weight with another module. Another string is a regular expression, which
-            must match the whole name. A sequence holds names: a name selects the module of that
-            name, and modules whose name ends in a dot and that name.
+            must match the whole name, or a single name. A sequence holds names: a name selects the
+            module of that name, and modules whose name ends in a dot and that name.
         exclude_modules: names or a regular expression, by the same rules; matches are left out.
         modules_to_save: modules that train in full. Nothing inside them is a target.
+        strict: every name must match a module. False is for files of PEFT, whose lists may name
+            modules that only other models have.
 
     Raises:
-        ValueError: nothing matches (the message lists candidates); a match cannot have an adapter;
-            a match shares its weight with another module.
+        ValueError: nothing matches, or a name or `exclude_modules` matches no module (the message
+            names it and lists candidates); a match cannot have an adapter
+            (the message says why); a match shares its weight with another module.
     """
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     if not target_modules or (not everything and not _is_names(target_modules)):
@@ -45,8 +70,12 @@ def find_targets(
             f"target_modules: expected {ALL_LINEAR!r}, a regular expression or a list of names, "
             f"got {target_modules!r}"
         )
-    for rule in (target_modules, exclude_modules):
-        _check_rule(rule)
+    if isinstance(modules_to_save, str):
+        modules_to_save = [modules_to_save]
+    for option, rule in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        _check_rule(option, rule)
+        if rule and strict and not (rule is target_modules and everything):
+            _check_matches(option, rule, model)
     shared = _shared_with_others(model)
     head = _output_embeddings(model)
     targets: dict[str, nn.Module] = {}
@@ -59,15 +88,16 @@ def find_targets(
         if _excluded(name, exclude_modules, modules_to_save):
             continue
         if everything:
-            if is_layer(module) and module is not head and name not in shared:
+            if module is not head and name not in shared and not why_not_a_target(model, name):
                 targets[name] = module
             continue
         if not matches(target_modules, name):
             continue
-        if not is_layer(module):
+        reason = why_not_a_target(model, name)
+        if reason:
             raise ValueError(
-                "target_modules: expected modules of class Linear or Conv1D, got "
-                f"{name} of class {type(module).__name__}; candidates: {_candidates(model)}"
+                f"target_modules: expected plain modules of class Linear or Conv1D, got {name} "
+                f"{reason}; candidates: {_candidates(model)}"
             )
         if name in shared:
             raise ValueError(
@@ -79,7 +109,7 @@ def find_targets(
         raise ValueError(
             f"target_modules: expected to match a module, got {target_modules!r}"
             + (f" without {exclude_modules!r}" if exclude_modules else "")
-            + f"; candidates: {_candidates(model)}"
+            + f"; candidates: {_candidates(model)}{_left_out(model)}"
         )
     return targets
 
@@ -106,22 +136,57 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether `module` can have an adapter."""
+    """Whether `module` can have an adapter, whatever its parent does with it."""
+    return not _why_not_a_layer(module)
+
+
+def why_not_a_target(model: nn.Module, name: str) -> str:
+    """Why the module of that name cannot have an adapter, to follow the name; "" if it can."""
+    module = model.get_submodule(name)
+    parent, _, child = name.rpartition(".")
+    reader = type(model.get_submodule(parent)).__name__
+    if isinstance(module, nn.Linear) and child in _READ_WITHOUT_A_CALL.get(reader, ()):
+        return f"in {reader}, which reads its weight and does not always call it"
+    return _why_not_a_layer(module)
+
+
+def _why_not_a_layer(module: nn.Module) -> str:
     if isinstance(module, RosaLinear):
-        return True
-    # A subclass with its own forward, such as a quantised layer, may use `weight` differently.
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    if not plain and not is_conv1d(module):
-        return False
-    weight = module.weight
-    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+        return ""
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return f"of class {type(module).__name__}"
+    return why_not_plain(module)
 
 
 def matches(rule: str | Sequence[str], name: str) -> bool:
-    """Whether a module's name matches names or a regular expression, by PEFT's rules."""
+    """Whether a module's name matches names or a regular expression, by PEFT's rules.
+
+    A string without a character of regular expressions is a name. PEFT would match it only with a
+    module right inside the model.
+    """
     if isinstance(rule, str):
-        return re.fullmatch(rule, name) is not None
+        if is_regex(rule):
+            return re.fullmatch(rule, name) is not None
+        rule = [rule]
     return any(name == key or name.endswith(f".{key}") for key in rule)
+
+
+def is_regex(rule: str) -> bool:
+    """Whether a string is a regular expression, and not a name. A name may have dots."""
+    return _REGEX.search(rule) is not None
+
+
+def check_pattern(pattern: Iterable[str], names: Iterable[str], option: str) -> None:
+    """Raise `ValueError` for a key of a PEFT pattern that matches none of the layers' names."""
+    names = list(names)
+    for key in pattern:
+        _check_rule(option, key)
+    unused = [key for key in pattern if all(pattern_key([key], name) is None for name in names)]
+    if unused:
+        raise ValueError(
+            f"{option}: expected keys that match a layer, got {unused} on layers like "
+            f"{next(iter(names), 'none')}"
+        )
 
 
 def pattern_key(keys: Iterable[str], name: str) -> str | None:
@@ -129,7 +194,7 @@ def pattern_key(keys: Iterable[str], name: str) -> str | None:
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
-def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str, nn.Module]:
+def saved_modules(model: nn.Module, modules_to_save: str | Sequence[str]) -> dict[str, nn.Module]:
     """The modules whose name ends in an entry of `modules_to_save`, which is PEFT's rule.
 
     No dot is needed before the entry. So "norm" also selects "input_layernorm", as in PEFT.
@@ -138,7 +203,7 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str,
         ValueError: an entry selects no module, or only modules without parameters.
     """
     found: dict[str, nn.Module] = {}
-    for key in modules_to_save:
+    for key in [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save:
         matched = {n: m for n, m in model.named_modules() if n.endswith(key)}
         if not key or not any(True for m in matched.values() for _ in m.parameters()):
             leaves = Counter(
@@ -154,14 +219,25 @@ def saved_modules(model: nn.Module, modules_to_save: Sequence[str]) -> dict[str,
     return found
 
 
-def _check_rule(rule: str | Sequence[str] | None) -> None:
+def _check_rule(option: str, rule: str | Sequence[str] | None) -> None:
     if isinstance(rule, str):
         try:
             re.compile(rule)
         except re.error as error:
             raise ValueError(
-                f"target_modules: expected a regular expression, got {rule!r}: {error}"
+                f"{option}: expected a regular expression, got {rule!r}: {error}"
             ) from error
+
+
+def _check_matches(option: str, rule: str | Sequence[str], model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    parts = [rule] if isinstance(rule, str) else [[one] for one in rule]
+    unused = [part for part in parts if not any(matches(part, name) for name in names)]
+    if unused:
+        got = unused[0] if isinstance(rule, str) else [one for part in unused for one in part]
+        raise ValueError(
+            f"{option}: expected to match a module, got {got!r}; candidates: {_candidates(model)}"
+        )
 
 
 def _is_names(rule: str | Sequence[str]) -> bool:
@@ -201,9 +277,18 @@ def _candidates(model: nn.Module) -> str:
     counts: Counter[str] = Counter(
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if is_layer(module) and name not in shared
+        if name and name not in shared and not why_not_a_target(model, name)
     )
     return _counted(counts)
+
+
+def _left_out(model: nn.Module) -> str:
+    """A linear layer that cannot have an adapter, with the reason: all of a model may be such."""
+    for name, module in model.named_modules():
+        reason = why_not_a_target(model, name) if name and isinstance(module, nn.Linear) else ""
+        if reason:
+            return f"; left out: {name} {reason}"
+    return ""
 
 
 def _counted(counts: Counter[str]) -> str:

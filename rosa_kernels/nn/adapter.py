@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ class RosaAdapter(nn.Module):
     The parameters are master weights: float64 for a float64 layer, else float32. So
     ``.to(torch.bfloat16)`` leaves them in float32. The pattern's indices are in the state_dict, but
     they are not buffers. DistributedDataParallel would send buffers to every rank in every forward,
-    and write them in place.
+    and write them in place. Code that asks for this module's own tensors finds them all the same,
+    as torch.distributed.checkpoint does: by name, and in :meth:`named_buffers`.
 
     Attributes:
         lora_a: (r, n) parameter, Kaiming-uniform at first; or (r,) int64 buffer, a selector of
@@ -29,6 +30,7 @@ class RosaAdapter(nn.Module):
         lora_b: (m, r) parameter, zero at first; or None.
         values: (nnz,) parameter, zero at first; or None.
         pattern: (m, n) CsrPattern of `values`; or None.
+        crow_indices, col_indices: the pattern's index tensors; or None.
         rank, alpha, scaling, dropout: numbers; scaling = alpha / rank.
 
     Raises:
@@ -39,6 +41,7 @@ class RosaAdapter(nn.Module):
     lora_a: Tensor | None
     lora_b: Tensor | None
     values: Tensor | None
+    _is_fsdp_managed_module = False  # FSDP sets this, as in RosaLinear
 
     def __init__(
         self,
@@ -90,6 +93,37 @@ class RosaAdapter(nn.Module):
         """Whether the adapter has neither branch yet."""
         return self.lora_b is None and self.values is None
 
+    @property
+    def crow_indices(self) -> Tensor | None:
+        """The pattern's row pointers, or None."""
+        return None if self.pattern is None else self.pattern.crow_indices
+
+    @property
+    def col_indices(self) -> Tensor | None:
+        """The pattern's column indices, or None."""
+        return None if self.pattern is None else self.pattern.col_indices
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The buffers of this module, and the pattern's indices.
+
+        A model's ``named_buffers`` does not call this. So DistributedDataParallel does not see the
+        indices. torch.distributed.checkpoint asks each module, and loads what it finds here.
+        """
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        for name, index in self._indices().items():
+            yield f"{prefix}.{name}" if prefix else name, index.detach()
+
+    def _indices(self) -> dict[str, Tensor]:
+        """The pattern's indices by their names in the state_dict."""
+        if self.pattern is None:
+            return {}
+        return {
+            "crow_indices": self.pattern.crow_indices,
+            "col_indices": self.pattern.col_indices,
+        }
+
     def set_pattern(
         self,
         pattern: CsrPattern,
@@ -102,7 +136,7 @@ class RosaAdapter(nn.Module):
         on `device` if given, else on the pattern's device.
 
         Raises:
-            TypeError: `pattern` is not a CsrPattern.
+            TypeError: `pattern` is not a CsrPattern, or `values` not a tensor.
             ValueError: `pattern` is not of the weight's shape, or `values` not of length nnz.
         """
         if not isinstance(pattern, CsrPattern):
@@ -116,6 +150,10 @@ class RosaAdapter(nn.Module):
             pattern = pattern.to(device)
         if values is None:
             values = torch.zeros(pattern.nnz, dtype=self.dtype, device=pattern.device)
+        elif not isinstance(values, Tensor):
+            raise TypeError(
+                f"RosaAdapter: expected values to be a tensor, got {type(values).__name__}"
+            )
         elif values.shape != (pattern.nnz,):
             raise ValueError(
                 f"RosaAdapter: expected values of shape ({pattern.nnz},), got {tuple(values.shape)}"
@@ -176,17 +214,30 @@ class RosaAdapter(nn.Module):
         super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]
         # Not read from a parameter, because the adapter may have none yet.
         self.dtype = at_least_float32(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        if self.pattern is not None:
+        # From the meta device `to_empty` would make indices of anything. A state_dict brings them.
+        if self.pattern is not None and not self.pattern.col_indices.is_meta:
             self.pattern = self.pattern.to(fn(self.pattern.col_indices).device)
         return self
+
+    def follow_fsdp(self) -> None:
+        """Move the pattern to the parameters' device, as FSDP moves parameters past ``_apply``.
+
+        Raises:
+            RuntimeError: a parameter is sharded.
+        """
+        for parameter in self._parameters.values():
+            check_whole(parameter)
+        pattern, values = self.pattern, self.values
+        if pattern is not None and values is not None and pattern.device != values.device:
+            self.pattern = pattern.to(values.device)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.pattern is not None:
-            destination[prefix + "crow_indices"] = self.pattern.crow_indices
-            destination[prefix + "col_indices"] = self.pattern.col_indices
+        for name, index in self._indices().items():
+            # A copy: torch.distributed.checkpoint.load writes into the tensors of a state_dict.
+            destination[prefix + name] = index.clone()
 
     def _load_from_state_dict(
         self,
@@ -204,7 +255,9 @@ class RosaAdapter(nn.Module):
             missing_keys += [name for name in names if name not in given]
         try:
             # Check the indices before values are loaded: values of other entries are useless.
-            self._load_indices(state_dict, prefix)
+            self._load_indices(
+                state_dict, prefix, local_metadata.get("assign_to_params_buffers", False)
+            )
         except (ValueError, TypeError, RuntimeError) as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
@@ -215,23 +268,32 @@ class RosaAdapter(nn.Module):
         expected = given if self.pattern is not None else []
         unexpected_keys += [name for name in known if name not in expected]
 
-    def _load_indices(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _load_indices(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Validate the selector and the pattern in `state_dict`, and take the pattern."""
         selector = state_dict.get(prefix + "lora_a")
         if selector is not None and self.lora_a is not None and self.lora_a.dim() == 1:
             _check_selector(selector, self.rank, self.shape[1])
         crow, col = (state_dict.get(prefix + name) for name in ("crow_indices", "col_indices"))
-        if self.pattern is None or crow is None or col is None:
+        if self.pattern is None or self.values is None or crow is None or col is None:
             return
-        device = self.pattern.device
-        crow, col = (index.detach().to(device, copy=True) for index in (crow, col))
-        pattern = CsrPattern(crow, col, self.shape)
+        device = col.device if assign else self.values.device
+        crow, col = (index.detach().clone() for index in (crow, col))
+        pattern = CsrPattern(crow, col, self.shape).to(device)
         if pattern.nnz != self.pattern.nnz:
             raise ValueError(
                 f"expected {self.pattern.nnz} nonzeros as in this adapter, got {pattern.nnz}; "
                 "call set_pattern first"
             )
         self.pattern = pattern
+
+
+def check_whole(tensor: Tensor | None) -> None:
+    """Raise RuntimeError if FSDP has sharded `tensor` and not gathered it for this forward."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise RuntimeError(
+            f"RosaLinear: expected whole tensors in forward, got a {type(tensor).__name__}; apply "
+            "fully_shard to the layer or a module around it, not to its parts, and call that module"
+        )
 
 
 def _check_selector(selector: Tensor, rank: int, n: int) -> Tensor:
@@ -243,7 +305,7 @@ def _check_selector(selector: Tensor, rank: int, n: int) -> Tensor:
             f"RosaAdapter: expected a selector of rank={rank} columns, "
             f"got shape {tuple(selector.shape)}"
         )
-    if rank and (int(selector.min()) < 0 or int(selector.max()) >= n):
+    if rank and not selector.is_meta and (int(selector.min()) < 0 or int(selector.max()) >= n):
         raise ValueError(
             f"RosaAdapter: expected columns in [0, {n}), "
             f"got {int(selector.min())} to {int(selector.max())}"

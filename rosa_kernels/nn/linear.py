@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_kernels.nn.adapter import RosaAdapter
+from rosa_kernels.nn.adapter import RosaAdapter, check_whole
+from rosa_kernels.nn.replaced import attributes, load_hooks, template, why_not_plain
 from rosa_kernels.ops import csr_gather, csr_scatter_, rosa_linear
-from rosa_kernels.ops._validate import FLOATS
 from rosa_kernels.pattern import CsrPattern
 from rosa_kernels.strides import overlaps_itself
 
@@ -45,42 +45,34 @@ class RosaLinear(nn.Module):
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        weight = getattr(linear, "weight", None)
-        # Conv1D is recognised by its name, because transformers may not be installed.
-        self.fan_in_fan_out = type(linear).__name__ == "Conv1D"
-        if not isinstance(weight, Tensor) or weight.dim() != 2:
-            got = type(linear).__name__
-            raise TypeError(f"RosaLinear: expected a linear layer with a 2-D weight, got {got}")
-        if not (self.fan_in_fan_out or isinstance(linear, nn.Linear)):
-            raise TypeError(
-                f"RosaLinear: expected nn.Linear or Conv1D, got {type(linear).__name__}"
-            )
-        if weight.dtype not in FLOATS:
-            raise TypeError(
-                "RosaLinear: expected a weight of dtype float32, bfloat16, float16 or float64, "
-                f"got {weight.dtype}"
-            )
+        reason = why_not_plain(linear)
+        if reason:
+            raise TypeError(f"RosaLinear: expected a plain nn.Linear or Conv1D, got one {reason}")
+        vars(self).update(attributes(linear, self))
+        self.fan_in_fan_out = not isinstance(linear, nn.Linear)
         self.weight = linear.weight  # type: ignore[assignment]
-        self.register_parameter("bias", getattr(linear, "bias", None))
+        self.register_parameter("bias", linear._parameters.get("bias"))
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        m, n = weight.t().shape if self.fan_in_fan_out else weight.shape
+        m, n = self._matrix().shape
         self.out_features, self.in_features = m, n
         self.adapters = nn.ModuleDict()
+        # In eval mode nn.TransformerEncoderLayer reads the weights of its layers and does not call
+        # them, unless a submodule has a hook. `adapters` is never called, so its hook costs
+        # nothing.
+        self.adapters.register_forward_hook(_never_called)
         self.active_adapter: str | None = None
-        # Tuples hide the template and the checked weight from nn.Module. The template holds no
-        # weight: load_state_dict(assign=True) or a move replaces the layer's, and the template
-        # would keep the old one alive.
-        template = copy.copy(linear)
-        template._parameters = {**linear._parameters, "weight": None, "bias": None}
-        self._template = (template,)
+        # Tuples hide the template and the checked weight from nn.Module.
+        self._template = (template(linear),)
         self._write_check: tuple[Tensor, str] = (self.weight, "")
         self._check_weight()
         # make_resident sets _may_reside. _resident is set while S is in the weight: the pattern,
         # and W's original entries there.
         self._may_reside = False
         self._resident: tuple[CsrPattern, Tensor] | None = None
+        # The `values` that are in the weight, and their version then. A tuple hides them, too.
+        self._synced: tuple[Tensor, int] | None = None
         # While an adapter is merged: its name, and the copy of W on the host if one is kept.
         self._merged: str | None = None
         self._kept: Tensor | None = None
@@ -113,7 +105,8 @@ class RosaLinear(nn.Module):
             selector: (rank,) indices of input columns, in place of A.
 
         Raises:
-            TypeError: `linear` is of another class or dtype.
+            TypeError: `linear` is of another class or dtype. It has a forward of its own, or other
+                tensors than a weight and a bias. Its weight is quantised or sharded.
             ValueError: rank is 0 and pattern is None.
             ValueError, TypeError: what :class:`RosaAdapter` raises.
         """
@@ -216,28 +209,53 @@ class RosaLinear(nn.Module):
     # -- forward -----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._matrix()
+        if getattr(x, "is_nested", False):
+            return self._forward_nested(x)
+        weight: Tensor = self._matrix()
+        bias: Tensor | None = self.bias
+        if self._is_fsdp_managed_module:
+            check_whole(weight)
+            if type(self.weight) is Tensor:
+                # FSDP1's view of its flat parameter. That one trains if any part of it does.
+                weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.active_adapter is None or self._merged is not None:
-            return nn.functional.linear(x, weight, self.bias)
+            return nn.functional.linear(x, weight, bias)
         adapter: RosaAdapter = self.adapters[self.active_adapter]  # type: ignore[assignment]
         if adapter.is_empty:
-            return nn.functional.linear(x, weight, self.bias)
-        sparse = adapter.values is not None
+            return nn.functional.linear(x, weight, bias)
+        if adapter._is_fsdp_managed_module:
+            adapter.follow_fsdp()
+        values = adapter.values
+        if self._resident is not None and not torch.compiler.is_compiling() and self._stale(values):
+            self.sync()
         mask = adapter.dropout_mask(x)
         return rosa_linear(
             x,
             weight,
             adapter.pattern,
-            adapter.values,
+            values,
             adapter.lora_a,
             adapter.lora_b,
             adapter.scaling,
-            self.bias,
+            bias,
             merged=self._resident is not None,
-            scatter=sparse and self._resident is None and self.path()[0] == SCATTER,
+            scatter=values is not None and self._resident is None and self.path()[0] == SCATTER,
             dropout=0.0 if mask is None else adapter.dropout,
             dropout_mask=mask,
         )
+
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """forward of the rows of a nested tensor, which the ops do not take.
+
+        nn.TransformerEncoder makes one of a batch with padding.
+        """
+        if x.layout == torch.jagged:
+            rows = self.forward(x.values())
+            offsets, lengths = x.offsets(), x.lengths()  # type: ignore[attr-defined]
+            return torch.nested.nested_tensor_from_jagged(rows, offsets, lengths)
+        parts = x.unbind()
+        rows = self.forward(torch.cat(parts))
+        return torch.nested.as_nested_tensor([*rows.split([len(part) for part in parts])])
 
     def path(self) -> tuple[str, str]:
         """Where S is in forward and backward ("resident", "scatter" or "separate"), and why."""
@@ -264,6 +282,8 @@ class RosaLinear(nn.Module):
         weight, reason = self.weight, ""
         if type(weight) is not nn.Parameter:
             reason = f"the weight is a {type(weight).__name__}"
+        elif weight.is_meta:
+            reason = "the weight is on the meta device"
         elif weight.is_inference():
             reason = "the weight was made in inference mode"
         elif weight.device.type == "cpu" and weight.is_shared():
@@ -306,8 +326,20 @@ class RosaLinear(nn.Module):
             self._insert_sparse()
             return
         assert adapter.values is not None
-        merged = originals.to(adapter.values.dtype) + adapter.values
+        values = adapter.values
+        merged = originals.to(values.dtype) + values
         csr_scatter_(self._matrix().detach(), pattern, merged, backend=_ANY)
+        self._synced = None if values.is_inference() else (values, values._version)
+
+    def _stale(self, values: Tensor | None) -> bool:
+        """Whether `values` were changed in place since the last :meth:`sync`, as by SAM's ascent.
+
+        It costs forward 0.3 us. It cannot replace the optimizer's hooks: fused optimizers and
+        changes of ``values.data`` do not raise the version.
+        """
+        if self._synced is None or values is not self._synced[0]:
+            return False
+        return values._version != self._synced[1]
 
     @torch.no_grad()
     def base_weight(self) -> Tensor:
@@ -395,7 +427,10 @@ class RosaLinear(nn.Module):
         self._insert_sparse()
 
     def to_linear(self, adapter_name: str | None = None) -> nn.Module:
-        """A plain layer of the replaced class, with W itself or with an adapter's merged weight."""
+        """A plain layer of the replaced class, with W itself or with an adapter's merged weight.
+
+        It has the hooks of this layer.
+        """
         if adapter_name is None:
             self._refuse_while_merged("to_linear")
             self.leave_residency()  # the plain layer shares the weight
@@ -404,6 +439,7 @@ class RosaLinear(nn.Module):
             weight = nn.Parameter(self.merged_weight(adapter_name), requires_grad=False)
         plain = copy.copy(self._template[0])
         plain._parameters = {**plain._parameters, "weight": weight, "bias": self.bias}
+        vars(plain).update(load_hooks(self, plain, without=_insert_sparse_after_load))
         return plain.train(self.training)
 
     def _refuse_while_merged(self, what: str) -> None:
@@ -432,7 +468,8 @@ class RosaLinear(nn.Module):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_write_check": None, "_may_reside": False, "_resident": None}
+        none = dict.fromkeys(("_write_check", "_resident", "_synced"))
+        state = {**self.__dict__, **none, "_may_reside": False}
         if self._resident is not None:  # no optimizer's hook would sync the unpickled layer
             weight = nn.Parameter(self.base_weight(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
@@ -470,6 +507,10 @@ _NOT_KEPT = (
     "RosaLinear: expected a kept copy of the weight, got none: adapter {!r} was merged with "
     "keep_base=False, and subtracting it would not give back the same bits"
 )
+
+
+def _never_called(*_: Any) -> None:
+    pass
 
 
 def _insert_sparse_after_load(layer: RosaLinear, _: Any) -> None:

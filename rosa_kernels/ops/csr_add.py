@@ -22,7 +22,10 @@ def csr_add(
 ) -> Tensor:
     """w + alpha * S, as a new dense matrix.
 
-    Formula: out = w, except out[i_t, j_t] = w[i_t, j_t] + alpha * values[t], rounded once.
+    Formula: out = w, except out[i_t, j_t] = w[i_t, j_t] + alpha * values[t].
+
+    The native kernels compute an element in float64 and round it to w's dtype. A 16-bit element is
+    rounded to float32 first. The reference computes in float32, or in float64 for a float64 w.
 
     Shapes: w (m, n); pattern (m, n); values (nnz,), of w's dtype or float32 -> (m, n), w's dtype.
     Backward: grad_w = grad; grad_values = alpha * csr_gather(grad, pattern).

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
 from rosa_kernels.bounds import FRACTION_BELOW_1, POSITIVE
-from rosa_kernels.masks.targets import ALL_LINEAR, is_layer, layer_shape, pattern_key, saved_modules
+from rosa_kernels.masks.targets import (
+    ALL_LINEAR,
+    check_pattern,
+    layer_shape,
+    pattern_key,
+    saved_modules,
+    why_not_a_target,
+)
 from rosa_kernels.nn import RosaLinear
 from rosa_train.adapters.state import (
     AdapterSpec,
@@ -21,6 +28,7 @@ from rosa_train.adapters.state import (
     adapter_state,
     check_not_merged,
     host_copy,
+    put_modules,
     rosa_modules,
     saved_parameters,
     set_requires_grad,
@@ -49,9 +57,9 @@ def attach(
     """Give the target layers of a model an adapter, make it the active one and freeze the rest.
 
     The model is changed in place: each target becomes a :class:`rosa_kernels.RosaLinear` that
-    keeps its weight and bias. A is Kaiming-uniform like PEFT's. Its generator is seeded with `seed`
-    and the module's name, so that A depends on no other module. B is zero. :func:`set_masks` adds
-    the sparse branch later.
+    keeps its weight, bias and hooks. A is Kaiming-uniform like PEFT's. Its generator is seeded with
+    `seed` and the module's name, so that A depends on no other module. B is zero. :func:`set_masks`
+    adds the sparse branch later.
 
     With the method ``full`` no adapter is added, and every parameter of the model trains.
 
@@ -62,7 +70,7 @@ def attach(
         targets: layers of the model, from :func:`find_targets`.
         alpha: the low-rank branch is scaled by alpha / rank.
         dropout: the dropout probability on the input of the low-rank branch, in [0, 1).
-        alpha_pattern: another alpha for layers. The key must match the end of a layer's name.
+        alpha_pattern: another alpha for layers. Each key must match the end of a layer's name.
         adapter_name: the adapter's name, without dots.
         modules_to_save: names of modules that train in full. If their weights are tied to another
             module's, that one trains too.
@@ -72,8 +80,8 @@ def attach(
 
     Raises:
         ValueError: the model has an adapter of that name. The targets are not layers of the model,
-            or not those of the allocation. A module to save is missing, or is a target too. A
-            number is out of range.
+            cannot have an adapter (the message says why), or are not those of the allocation. A
+            module to save is missing, or is a target too. A number is out of range.
         RuntimeError: an adapter is merged.
     """
     method = method_named(method)
@@ -86,6 +94,7 @@ def attach(
         model.requires_grad_(True)
         return
     alpha_pattern = alpha_pattern or {}
+    check_pattern(alpha_pattern, targets, "alpha_pattern")
     alphas = {}
     for name in targets:
         key = pattern_key(alpha_pattern, name)
@@ -180,8 +189,7 @@ def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module
         for parameter in trained.values():
             parameter.requires_grad_(True)
         raise
-    for name, layer in replaced.items():
-        model.set_submodule(name, layer)
+    put_modules(model, replaced)
     if state.trained_before is None:
         state.trained_before = frozenset(trained)
     if not state.specs:
@@ -215,9 +223,14 @@ def check_installable(
             )
     modules = dict(model.named_modules())
     for name, layer in targets.items():
-        if not is_layer(layer) or modules.get(name) is not layer:
+        if modules.get(name) is not layer:
             raise ValueError(
                 f"attach: expected layers of this model, got {type(layer).__name__} as {name!r}"
+            )
+        reason = why_not_a_target(model, name)
+        if reason:
+            raise ValueError(
+                f"attach: expected plain modules of class Linear or Conv1D, got {name} {reason}"
             )
     adapted = {*targets, *rosa_modules(model)}
     specs = (spec, *adapter_state(model).specs.values())

@@ -97,6 +97,17 @@ def rosa_modules(model: nn.Module) -> dict[str, RosaLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, RosaLinear)}
 
 
+def put_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Replace modules of a model by their names, everywhere: a module may have several names."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    old = {name: model.get_submodule(name) for name in new}
+    for name, module in new.items():
+        for place in names[id(old[name])]:
+            model.set_submodule(place, module)
+
+
 def saved_parameters(model: nn.Module, spec: AdapterSpec | None) -> dict[str, nn.Parameter]:
     """The parameters of an adapter's modules to save, by the names of ``named_parameters``.
 

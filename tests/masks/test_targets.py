@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import sweep
 from mask_models import tiny
 from torch import Tensor, nn
 
@@ -103,12 +104,45 @@ def test_bad_target_rules_are_refused(rule, message):
         find_targets(tiny("llama"), rule)
 
 
-def test_linear_subclass_with_own_forward_is_excluded():
-    class Quantised(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
+class Quantised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
-    model = nn.Sequential(Quantised(4, 4), nn.Linear(4, 4))
-    assert list(find_targets(model)) == ["1"]
-    with pytest.raises(ValueError, match="got 0 of class Quantised"):
-        find_targets(model, ["0"])
+
+class MambaMixer(nn.Module):
+    """As in transformers: it multiplies with dt_proj's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.dt_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+LEFT_OUT = {
+    "0 of class Quantised, which has a forward of its own": (Quantised(4, 4), []),
+    "0.out_proj of class NonDynamicallyQuantizableLinear: nn.MultiheadAttention reads": (
+        nn.MultiheadAttention(4, 2),
+        [],
+    ),
+    "0.self_attn.out_proj of class NonDynamic": (
+        nn.TransformerEncoderLayer(4, 2, 8),
+        ["0.linear1", "0.linear2"],
+    ),
+    "0.dt_proj in MambaMixer, which reads its weight": (MambaMixer(), ["0.in_proj"]),
+    "0 with bias, parametrizations in place of": (
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        [],
+    ),
+}
+
+
+@sweep(reason=[*LEFT_OUT])
+def test_layers_an_adapter_would_miss_are_excluded(reason):
+    module, others = LEFT_OUT[reason]
+    assert list(find_targets(nn.Sequential(module, nn.Linear(4, 4)))) == [*others, "1"]
+    with pytest.raises(ValueError, match=f"of class Linear or Conv1D, got {reason}"):
+        find_targets(nn.Sequential(module), [reason.split()[0]])
+    if not others:
+        with pytest.raises(
+            ValueError, match=f"got 'all-linear'; candidates: -; left out: {reason}"
+        ):
+            find_targets(nn.Sequential(module))

@@ -1,15 +1,17 @@
-"""RosaLinear: adapters, residency, merging, movement and storage; W comes back to the bit."""
+"""RosaLinear: adapters, residency, merging, movement and storage. W comes back bit by bit."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
+from conftest import sweep
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +25,7 @@ M, N = 37, 53
 
 
 class Conv1D(nn.Module):
-    """As in transformers' pytorch_utils: the weight is stored (n, m)."""
+    """A copy of transformers' Conv1D. Its weight has the shape (n, m)."""
 
     def __init__(self, m: int, n: int) -> None:
         super().__init__()
@@ -59,8 +61,13 @@ def mask() -> CsrPattern:
     return uniform_pattern(M, N, 0.1, seed=1)
 
 
+def mirrored(mask: CsrPattern) -> CsrPattern:
+    """Another pattern with as many nonzeros in each row."""
+    return CsrPattern.from_coo(mask.row_indices, N - 1 - mask.col_indices, (M, N))
+
+
 def randomized(layer: RosaLinear) -> RosaLinear:
-    """`layer` with adapters as after training: B and values are not zero any more."""
+    """Fill the adapters of `layer` with random numbers. B and values are zero before training."""
     with torch.no_grad():
         for adapter in layer.adapters.values():
             for parameter in adapter.parameters():
@@ -83,7 +90,7 @@ def matrix(layer: RosaLinear, weight: Tensor) -> Tensor:
 
 
 def expected(layer: RosaLinear, w0: Tensor, name: str, x: Tensor) -> Tensor:
-    """In float64, on the weight rounded as merging S rounds it."""
+    """The formula in float64. W + S is rounded to the weight's dtype, as in a merge."""
     adapter = layer.adapter(name)
     weight = matrix(layer, w0)
     if adapter.pattern is not None:
@@ -96,7 +103,7 @@ def expected(layer: RosaLinear, w0: Tensor, name: str, x: Tensor) -> Tensor:
 
 
 def assert_near(got: Tensor, ref: Tensor) -> None:
-    """Within a few roundings of the largest element: the policy proper is test_rosa_linear's."""
+    """Allow a few roundings of the largest element. test_rosa_linear.py has strict bounds."""
     eps = 16 * torch.finfo(got.dtype).eps
     torch.testing.assert_close(got.double(), ref, rtol=eps, atol=eps * float(ref.abs().max()))
 
@@ -121,7 +128,7 @@ def train(layer: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
 # -- construction ----------------------------------------------------------------------------------
 
 
-def test_starts_as_the_layer_it_stands_for(linear: nn.Module, mask: CsrPattern) -> None:
+def test_a_new_layer_equals_the_original_one(linear: nn.Module, mask: CsrPattern) -> None:
     x = torch.randn(3, 5, N).to(linear.weight.dtype)
     before = linear(x)
     names = dict(linear.state_dict())
@@ -135,7 +142,7 @@ def test_starts_as_the_layer_it_stands_for(linear: nn.Module, mask: CsrPattern) 
     assert all(p.dtype == torch.float32 for p in layer.adapters.parameters())
 
 
-def test_forward_is_the_formula(linear: nn.Module, mask: CsrPattern) -> None:
+def test_forward_equals_the_formula(linear: nn.Module, mask: CsrPattern) -> None:
     layer = rosa(linear, mask)
     w0, x = layer.weight.detach().clone(), inputs(layer)
     assert_near(layer(x), expected(layer, w0, "default", x))
@@ -143,7 +150,7 @@ def test_forward_is_the_formula(linear: nn.Module, mask: CsrPattern) -> None:
     assert layer.path() == ("scatter", "make_resident was not called")
 
 
-def test_kinds_of_low_rank_branch(mask: CsrPattern) -> None:
+def test_frozen_a_and_selectors(mask: CsrPattern) -> None:
     frozen_a = RosaLinear.from_linear(nn.Linear(N, M), rank=4, train_a=False)
     assert [n for n, p in frozen_a.named_parameters() if p.requires_grad] == [
         "adapters.default.lora_b"
@@ -159,7 +166,8 @@ def test_kinds_of_low_rank_branch(mask: CsrPattern) -> None:
     assert "adapters.default.lora_a" in layer.state_dict()
 
 
-def test_dropout_is_of_training_alone_and_costs_nothing_at_0(mask: CsrPattern) -> None:
+def test_dropout_acts_only_in_training(mask: CsrPattern) -> None:
+    """At a dropout of 0, no mask is made and no random number is drawn."""
     layer = rosa(nn.Linear(N, M), mask, dropout=0.5)
     x = inputs(layer)
     assert not torch.equal(layer(x), layer(x))
@@ -169,14 +177,14 @@ def test_dropout_is_of_training_alone_and_costs_nothing_at_0(mask: CsrPattern) -
     plain = rosa(nn.Linear(N, M), mask).train()
     torch.set_rng_state(state)
     plain(x)
-    assert torch.equal(torch.get_rng_state(), state)  # no random number was drawn
+    assert torch.equal(torch.get_rng_state(), state)
     assert plain.adapter().dropout_mask(x) is None
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("selector", [None, torch.arange(4)], ids=["A", "selector"])
-def test_dropout_masks(dropout: float, selector: Tensor | None) -> None:
-    """The share that is kept, in every one of four neighbours, which share a random word."""
+def test_dropout_masks_keep_the_right_share(dropout: float, selector: Tensor | None) -> None:
+    """The share of kept elements is right in each of the four lanes that share a random word."""
     layer = RosaLinear.from_linear(nn.Linear(N, M), rank=4, dropout=dropout, selector=selector)
     x = torch.empty(3, 20_001, N)
     mask = layer.adapter().dropout_mask(x)
@@ -224,12 +232,14 @@ def test_dropout_keeps_the_expectation() -> None:
         ({"selector": torch.randn(2), "rank": 2}, TypeError, "int64 selector .* torch.float32"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         RosaLinear.from_linear(nn.Linear(N, M), **arguments)
 
 
-def test_patterns_and_values_that_do_not_fit(mask: CsrPattern) -> None:
+def test_patterns_and_values_of_wrong_shapes_are_refused(mask: CsrPattern) -> None:
     layer = RosaLinear.from_linear(nn.Linear(N, M), rank=2)
     with pytest.raises(ValueError, match=r"weight's shape \(37, 53\), got \(53, 37\)"):
         layer.set_pattern(mask.T)
@@ -240,15 +250,105 @@ def test_patterns_and_values_that_do_not_fit(mask: CsrPattern) -> None:
     assert layer.adapter().pattern is None
 
 
-def test_layers_it_cannot_stand_for() -> None:
-    with pytest.raises(TypeError, match=r"nn\.Linear or Conv1D, got Embedding"):
-        RosaLinear.from_linear(nn.Embedding(4, 4), rank=2)
-    with pytest.raises(TypeError, match="2-D weight, got LayerNorm"):
-        RosaLinear.from_linear(nn.LayerNorm(4), rank=2)
-    quantised = nn.Linear(4, 4)
-    quantised.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"got torch\.int8"):
-        RosaLinear.from_linear(quantised, rank=2)
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Wrapped(Tensor):
+    """A tensor that holds another one, with the protocol of torchao's quantised tensors."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(args[0].inner)
+
+
+def changed(how: Callable[[nn.Linear], object]) -> nn.Linear:
+    linear = nn.Linear(4, 4)
+    how(linear)
+    return linear
+
+
+def with_weight(weight: Tensor) -> nn.Linear:
+    return changed(lambda m: setattr(m, "weight", nn.Parameter(weight, requires_grad=False)))
+
+
+REFUSED = {
+    "of class Embedding": lambda: nn.Embedding(4, 4),
+    "of class LayerNorm": lambda: nn.LayerNorm(4),
+    "of class NoneType": lambda: None,
+    "nn.MultiheadAttention reads its weight": lambda: nn.MultiheadAttention(4, 2).out_proj,
+    "of class Doubled, which has a forward of its own": lambda: Doubled(4, 4),
+    "whose forward was replaced": lambda: changed(lambda m: setattr(m, "forward", lambda x: x)),
+    "with bias, parametrizations": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
+    "with bias, weight_orig, weight_u": lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+    "with bias, weight_orig, weight_mask": lambda: changed(
+        lambda m: nn.utils.prune.l1_unstructured(m, "weight", 0.5)
+    ),
+    "with weight, bias, scale": lambda: changed(
+        lambda m: m.register_buffer("scale", torch.ones(1))
+    ),
+    "that is not initialised yet": lambda: nn.LazyLinear(4),
+    r"with a weight of shape \(4,\)": lambda: with_weight(torch.zeros(4)),
+    r"with a weight of dtype torch.int8": lambda: with_weight(torch.zeros(4, 4, dtype=torch.int8)),
+    "with a weight of class Wrapped": lambda: with_weight(Wrapped(torch.zeros(4, 4))),
+}
+
+
+@sweep(reason=[*REFUSED])
+def test_layers_that_cannot_be_replaced_are_refused(reason: str) -> None:
+    with pytest.raises(TypeError, match=f"a plain nn.Linear or Conv1D, got one .*{reason}"):
+        RosaLinear.from_linear(REFUSED[reason](), rank=2)
+
+
+def test_hooks_and_attributes_move_to_the_new_layer(mask: CsrPattern) -> None:
+    linear = nn.Linear(N, M)
+    linear.note = "mine"
+    linear.path = "not the method"  # type: ignore[assignment]
+    called: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: called.append(name)
+
+    handle = linear.register_forward_hook(hook("forward"))
+    linear.register_forward_pre_hook(hook("pre"))
+    linear.register_full_backward_hook(hook("backward"))
+    linear.register_full_backward_pre_hook(hook("backward pre"))
+    linear.register_state_dict_pre_hook(hook("state pre"))
+    linear.register_state_dict_post_hook(hook("state"))
+    linear.register_load_state_dict_pre_hook(lambda m, *_: called.append(type(m).__name__))
+    linear.register_load_state_dict_post_hook(lambda m, _: called.append(type(m).__name__))
+
+    def use(module: nn.Module) -> list[str]:
+        called.clear()
+        module(torch.randn(2, N, requires_grad=True)).sum().backward()
+        module.load_state_dict(module.state_dict())
+        return [*called]
+
+    hooks = ["pre", "forward", "backward pre", "backward", "state pre", "state"]
+    assert use(linear) == [*hooks, "Linear", "Linear"]
+    layer = rosa(linear, mask)
+    assert layer.note == "mine"
+    assert layer.path() == ("scatter", "make_resident was not called")
+    linear = nn.Linear(N, M)  # the old layer is gone, as after `attach`
+    assert use(layer) == [*hooks, "RosaLinear", "RosaLinear"]
+    assert use(copy.deepcopy(layer)) == [*hooks, "RosaLinear", "RosaLinear"]
+    layer.register_forward_hook(hook("later"))
+    plain = layer.to_linear()
+    assert plain.note == "mine"
+    assert use(plain) == ["pre", "forward", "later", *hooks[2:], "Linear", "Linear"]
+    handle.remove()
+    assert use(plain) == ["pre", "later", *hooks[2:], "Linear", "Linear"]
 
 
 # -- named adapters --------------------------------------------------------------------------------
@@ -285,9 +385,7 @@ def test_switching_adapters(linear: nn.Module, mask: CsrPattern, resident: bool)
 # -- S inside the weight ---------------------------------------------------------------------------
 
 
-def test_resident_training_is_scatter_training_to_the_bit(
-    linear: nn.Module, mask: CsrPattern
-) -> None:
+def test_resident_and_scatter_training_have_equal_bits(linear: nn.Module, mask: CsrPattern) -> None:
     other = copy.deepcopy(linear)
     torch.manual_seed(1)
     scatter = RosaLinear.from_linear(linear, rank=4, pattern=mask)
@@ -309,7 +407,7 @@ def test_resident_training_is_scatter_training_to_the_bit(
     assert resident.path()[0] == "scatter"
 
 
-def test_small_steps_are_not_lost_in_a_narrow_weight(mask: CsrPattern) -> None:
+def test_small_steps_survive_in_a_bfloat16_weight(mask: CsrPattern) -> None:
     """100 steps of 2e-5 beside bfloat16 weights of about 1, whose spacing is 2**-8."""
     layer = RosaLinear.from_linear(nn.Linear(N, M, dtype=torch.bfloat16), rank=0, pattern=mask)
     with torch.no_grad():
@@ -323,8 +421,8 @@ def test_small_steps_are_not_lost_in_a_narrow_weight(mask: CsrPattern) -> None:
     torch.testing.assert_close(values.detach(), torch.full_like(values, 2e-3), rtol=1e-4, atol=0)
 
 
-def test_a_mask_that_comes_later_becomes_resident_by_itself(mask: CsrPattern) -> None:
-    """As after RoSA's warm-up: low-rank alone, then a pattern, and a new parameter group."""
+def test_a_later_mask_becomes_resident_by_itself(mask: CsrPattern) -> None:
+    """As in RoSA's warm-up, the layer has no S at first. Its values get a parameter group later."""
     layer = RosaLinear.from_linear(nn.Linear(N, M), rank=4)
     w0 = layer.weight.detach().clone()
     optimizer = adam(layer)
@@ -339,7 +437,7 @@ def test_a_mask_that_comes_later_becomes_resident_by_itself(mask: CsrPattern) ->
     assert torch.equal(layer.weight, rk.csr_add(w0, mask, values))
 
 
-def test_a_skipped_step_of_a_loss_scaler_leaves_w_in_step_with_values(mask: CsrPattern) -> None:
+def test_a_skipped_step_keeps_weight_and_values_consistent(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     w0 = layer.weight.detach().clone()
     optimizer = adam(layer)
@@ -354,7 +452,7 @@ def test_a_skipped_step_of_a_loss_scaler_leaves_w_in_step_with_values(mask: CsrP
         assert torch.equal(layer.weight, merged)
 
 
-def test_the_weight_may_not_change_between_forward_and_backward(mask: CsrPattern) -> None:
+def test_a_step_between_forward_and_backward_raises(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     optimizer = adam(layer)
     make_resident(layer, optimizer)
@@ -389,7 +487,7 @@ def test_which_weights_may_be_resident(mask: CsrPattern) -> None:
         assert_near(model[name](x), expected(model[name], before[name], "default", x))
 
 
-def test_weights_that_nobody_may_write(mask: CsrPattern) -> None:
+def test_unwritable_weights_use_the_separate_path(mask: CsrPattern) -> None:
     with torch.inference_mode():
         weight = torch.randn(M, N)
     linear = nn.Linear(N, M)
@@ -427,21 +525,127 @@ def test_an_optimizer_without_hooks_is_refused(mask: CsrPattern) -> None:
 
     layer = rosa(nn.Linear(N, M), mask)
     before = layer.weight.detach().clone()
-    with pytest.raises(AttributeError, match="register_step_post_hook"):
-        make_resident(layer, Wrapper(adam(layer)))  # type: ignore[arg-type]
+    for optimizer in (Wrapper(adam(layer)), None, "adam"):
+        with pytest.raises(TypeError, match=r"make_resident: expected a torch.optim.Optimizer"):
+            make_resident(layer, optimizer)  # type: ignore[arg-type]
     assert torch.equal(layer.weight, before)
 
 
+def test_arguments_that_are_no_modules_are_refused(mask: CsrPattern) -> None:
+    optimizer = adam(rosa(nn.Linear(N, M), mask))
+    for op, call in {
+        "make_resident": lambda: make_resident(None, optimizer),  # type: ignore[arg-type]
+        "sync": lambda: sync("layer"),  # type: ignore[arg-type]
+        "base_weights": lambda: base_weights(None).__enter__(),  # type: ignore[arg-type]
+    }.items():
+        with pytest.raises(TypeError, match=f"{op}: expected an nn.Module, got "):
+            call()
+
+
+class Ascent(torch.optim.SGD):
+    """SAM takes the gradient after an ascent step. No hook of `step` sees the ascent."""
+
+    @torch.no_grad()
+    def ascend(self, sign: float = 1.0) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if sign > 0:
+                self.state[p]["ascent"] = p.grad.clone()
+            p.add_(self.state[p]["ascent"], alpha=sign)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Changes the values through `.data` after the step of the optimizer that it wraps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.data.mul_(0.5)
+
+
+class Probing(torch.optim.SGD):
+    """Calls its closure after each of two changes of the parameters through `.data`."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for shift in (0.5, -0.5):
+            for p in (p for group in self.param_groups for p in group["params"]):
+                p.data.add_(shift)
+            with torch.enable_grad():
+                closure()
+        super().step()
+
+
+def lbfgs(layer: RosaLinear) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS([layer.adapter().values], max_iter=5, line_search_fn="strong_wolfe")
+
+
+STEPS = {
+    "closure": (lbfgs, lambda optimizer, loss: optimizer.step(loss)),
+    "closure by name": (lbfgs, lambda optimizer, loss: optimizer.step(closure=loss)),
+    "closure at other places": (
+        lambda layer: Probing([layer.adapter().values], lr=0.1),
+        lambda optimizer, loss: optimizer.step(loss),
+    ),
+    "ascent": (
+        lambda layer: Ascent([layer.adapter().values], lr=0.1),
+        lambda optimizer, loss: (
+            loss(),
+            optimizer.ascend(),
+            loss(),
+            optimizer.ascend(-1),
+            optimizer.step(),
+        ),
+    ),
+    "lookahead": (
+        lambda layer: Lookahead(torch.optim.SGD([layer.adapter().values], lr=0.1)),
+        lambda optimizer, loss: (loss(), optimizer.step()),
+    ),
+}
+
+
+@sweep(how=[*STEPS])
+def test_optimizers_may_change_values_several_times(mask: CsrPattern, how: str) -> None:
+    """A resident S follows the values: all losses equal those of training on the scatter path."""
+    make, step = STEPS[how]
+    x, target = torch.randn(8, N), torch.randn(8, M)
+    linear = nn.Linear(N, M)
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    for resident in losses:
+        layer = RosaLinear.from_linear(copy.deepcopy(linear), rank=0, pattern=mask)
+        optimizer = make(layer)
+        if resident:
+            make_resident(layer, optimizer)
+
+        def loss(
+            layer: RosaLinear = layer,
+            optimizer: torch.optim.Optimizer = optimizer,
+            seen: list[float] = losses[resident],
+        ) -> Tensor:
+            optimizer.zero_grad()
+            value = (layer(x) - target).square().mean()
+            value.backward()
+            seen.append(value.item())
+            return value
+
+        for _ in range(3):
+            step(optimizer, loss)
+    assert losses[True] == losses[False]
+    assert len(set(losses[True])) >= 3  # the values did change
+
+
 @pytest.mark.parametrize("how", ["set_pattern", "load_state_dict"])
-def test_sync_after_an_adapter_was_given_another_pattern(mask: CsrPattern, how: str) -> None:
-    """The adapter itself, past the layer that would have taken S out of the weight."""
+def test_sync_after_an_adapter_got_another_pattern(mask: CsrPattern, how: str) -> None:
+    """The adapter is changed directly. The layer's method would take S out of the weight first."""
     layer = rosa(nn.Linear(N, M), mask)
     w0 = layer.weight.detach().clone()
     make_resident(layer, adam(layer))
     if how == "set_pattern":
         layer.adapter().set_pattern(mask := uniform_pattern(M, N, 0.2, seed=4))
     else:
-        mask = CsrPattern.from_coo(mask.row_indices, N - 1 - mask.col_indices, (M, N))
+        mask = mirrored(mask)
         layer.adapters.load_state_dict(rosa(nn.Linear(N, M), mask).adapters.state_dict())
     randomized(layer)
     assert torch.equal(layer.weight, rk.csr_add(w0, mask, layer.adapter().values.detach()))
@@ -449,7 +653,7 @@ def test_sync_after_an_adapter_was_given_another_pattern(mask: CsrPattern, how: 
     assert torch.equal(layer.weight, w0)
 
 
-def test_residency_under_a_backend_that_has_products_alone(mask: CsrPattern) -> None:
+def test_residency_with_a_backend_without_csr_ops(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     w0 = layer.weight.detach().clone()
     optimizer = adam(layer)
@@ -463,7 +667,7 @@ def test_residency_under_a_backend_that_has_products_alone(mask: CsrPattern) -> 
     assert torch.equal(layer.weight, w0)
 
 
-def test_a_weight_that_may_not_be_written_any_more_leaves_residency(mask: CsrPattern) -> None:
+def test_unwritable_weights_leave_residency(mask: CsrPattern) -> None:
     shared, expanded = (rosa(nn.Linear(N, M), mask) for _ in range(2))
     w0 = shared.weight.detach().clone()
     for layer in (shared, expanded):
@@ -474,11 +678,11 @@ def test_a_weight_that_may_not_be_written_any_more_leaves_residency(mask: CsrPat
     overlapping = {**expanded.state_dict(), "weight": torch.randn(1, N).expand(M, N)}
     expanded.load_state_dict(overlapping, assign=True)
     assert expanded.path() == ("separate", "elements of the weight share memory")
-    copy.deepcopy(shared).merge()  # a copy is its own
+    copy.deepcopy(shared).merge()  # a copy has its own memory
 
 
-def test_wrapped_optimizers(mask: CsrPattern) -> None:
-    """accelerate's, whose inner one steps."""
+def test_make_resident_takes_a_wrapped_optimizer(mask: CsrPattern) -> None:
+    """accelerate wraps an optimizer, and the wrapped one steps."""
 
     class Wrapper:
         def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -496,7 +700,9 @@ def test_wrapped_optimizers(mask: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_merge_and_unmerge(linear: nn.Module, mask: CsrPattern, resident: bool) -> None:
+def test_unmerge_undoes_merge_bit_by_bit(
+    linear: nn.Module, mask: CsrPattern, resident: bool
+) -> None:
     layer = rosa(linear, mask).eval()
     w0, x = layer.weight.detach().clone(), inputs(layer)
     y = layer(x)
@@ -526,7 +732,7 @@ def test_merge_and_unmerge(linear: nn.Module, mask: CsrPattern, resident: bool) 
     torch.testing.assert_close(layer(x), y)
 
 
-def test_unmerge_without_a_copy_is_refused_with_the_reason(mask: CsrPattern) -> None:
+def test_unmerge_without_a_copy_is_refused(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     with pytest.raises(RuntimeError, match="a merged adapter, got none"):
         layer.unmerge()
@@ -536,7 +742,7 @@ def test_unmerge_without_a_copy_is_refused_with_the_reason(mask: CsrPattern) -> 
             call()
 
 
-def test_safe_merge_changes_nothing_when_it_refuses(mask: CsrPattern) -> None:
+def test_a_refused_safe_merge_changes_nothing(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     w0 = layer.weight.detach().clone()
     with torch.no_grad():
@@ -549,7 +755,7 @@ def test_safe_merge_changes_nothing_when_it_refuses(mask: CsrPattern) -> None:
     assert not bool(layer.weight.isfinite().all())
 
 
-def test_to_linear(linear: nn.Module, mask: CsrPattern) -> None:
+def test_to_linear_gives_the_merged_or_original_layer(linear: nn.Module, mask: CsrPattern) -> None:
     original = linear.weight
     w0 = original.detach().clone()
     layer = rosa(linear, mask).eval()
@@ -564,7 +770,18 @@ def test_to_linear(linear: nn.Module, mask: CsrPattern) -> None:
     assert torch.equal(plain(x), linear(x))
     layer.set_adapter(None)
     layer.set_adapter("default")
-    assert torch.equal(plain.weight, w0)  # which S may not enter any more
+    assert torch.equal(plain.weight, w0)  # S is no longer added to it
+
+
+def test_weights_on_meta_become_resident_once_loaded(mask: CsrPattern) -> None:
+    trained = rosa(nn.Linear(N, M), mask)
+    layer = RosaLinear.from_linear(nn.Linear(N, M, device="meta"), rank=4, pattern=mask, alpha=8)
+    handle = make_resident(layer, adam(layer))
+    assert handle.paths == {"": "separate: the weight is on the meta device"}
+    layer.load_state_dict(copy.deepcopy(trained.state_dict()), assign=True)
+    assert layer.path()[0] == "resident"
+    x = inputs(layer)
+    assert torch.equal(layer(x), trained(x))
 
 
 # -- movement and storage --------------------------------------------------------------------------
@@ -585,12 +802,14 @@ def test_state_dict_holds_w(linear: nn.Module, mask: CsrPattern, state: str) -> 
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_load_state_dict(linear: nn.Module, mask: CsrPattern, resident: bool) -> None:
-    """Weight, values and mask of another layer; what is resident follows by itself."""
+def test_load_state_dict_replaces_weight_values_and_mask(
+    linear: nn.Module, mask: CsrPattern, resident: bool
+) -> None:
+    """The weight, values and mask of another layer are loaded. A resident S follows by itself."""
     mine = rosa(copy.deepcopy(linear), mask)
     with torch.no_grad():
         linear.weight.add_(1)
-    theirs = rosa(linear, CsrPattern.from_coo(mask.row_indices, N - 1 - mask.col_indices, (M, N)))
+    theirs = rosa(linear, mirrored(mask))
     if resident:
         make_resident(mine, adam(mine))
     saved = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
@@ -634,7 +853,7 @@ def test_load_state_dict_validates_indices(mask: CsrPattern, damage: str, messag
         layer.load_state_dict(saved)
     for name, tensor in layer.adapter().state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    layer(inputs(layer))  # and it still works
+    layer(inputs(layer))  # the layer still works
 
 
 @pytest.mark.parametrize(
@@ -653,8 +872,8 @@ def test_load_state_dict_validates_selectors(selector: Tensor, message: str) -> 
     assert torch.equal(layer.adapter().lora_a, columns)
 
 
-def test_load_state_dict_by_assignment(mask: CsrPattern) -> None:
-    """Nothing keeps the weight that was there, and the new one has been looked at."""
+def test_load_state_dict_by_assignment_replaces_the_weight(mask: CsrPattern) -> None:
+    """Nothing keeps the old weight alive, and the new weight has been checked."""
     layer = rosa(nn.Linear(N, M), mask)
     before = weakref.ref(layer.weight)
     layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
@@ -664,7 +883,25 @@ def test_load_state_dict_by_assignment(mask: CsrPattern) -> None:
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_load_state_dict_counts_keys(mask: CsrPattern) -> None:
+@pytest.mark.parametrize("how", ["assign", "to_empty"])
+def test_layers_built_on_meta_can_be_loaded(linear: nn.Module, mask: CsrPattern, how: str) -> None:
+    """The mask is loaded from the state_dict and replaces a placeholder."""
+    trained = rosa(copy.deepcopy(linear), mask)
+    saved = copy.deepcopy(trained.state_dict())
+    placeholder = uniform_pattern(M, N, 0.1, seed=5)
+    layer = RosaLinear.from_linear(linear.to("meta"), rank=4, pattern=placeholder, alpha=8)
+    x = inputs(trained)
+    assert layer(x.to("meta")).shape == (3, 5, M)
+    assert copy.deepcopy(layer).adapter().pattern.device.type == "meta"
+    if how == "assign":
+        layer.load_state_dict(saved, assign=True)
+    else:
+        layer.to_empty(device="cpu").load_state_dict(saved)
+    assert torch.equal(layer(x), trained(x))
+    assert torch.equal(layer.adapter().pattern.col_indices, mask.col_indices)
+
+
+def test_load_state_dict_reports_missing_and_unexpected_keys(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     saved = layer.state_dict()
     del saved["adapters.default.col_indices"]
@@ -675,7 +912,7 @@ def test_load_state_dict_counts_keys(mask: CsrPattern) -> None:
         plain.load_state_dict({**plain.state_dict(), "adapters.default.col_indices": torch.ones(1)})
 
 
-def test_casting_rounds_the_layer_and_not_the_masters(mask: CsrPattern) -> None:
+def test_casting_rounds_the_weight_and_not_adapters(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     w0 = layer.weight.detach().clone()
     make_resident(layer, adam(layer))
@@ -694,9 +931,11 @@ def test_casting_rounds_the_layer_and_not_the_masters(mask: CsrPattern) -> None:
 
 @pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masters_follow_from_float64(mask: CsrPattern, dtype: torch.dtype, resident: bool) -> None:
+def test_adapters_return_from_float64_to_float32(
+    mask: CsrPattern, dtype: torch.dtype, resident: bool
+) -> None:
     layer = rosa(nn.Linear(N, M), mask)
-    layer.add_adapter("later")  # no parameter yet whose dtype could be changed
+    layer.add_adapter("later")  # it has no parameter whose dtype could change yet
     if resident:
         make_resident(layer, adam(layer))
     layer.double()
@@ -707,7 +946,7 @@ def test_masters_follow_from_float64(mask: CsrPattern, dtype: torch.dtype, resid
     assert layer(inputs(layer)).dtype == dtype
 
 
-def test_casting_a_merged_layer_casts_what_it_kept(mask: CsrPattern) -> None:
+def test_casting_a_merged_layer_casts_its_copy(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     w0 = layer.weight.detach().clone()
     layer.merge()
@@ -731,7 +970,7 @@ def test_deep_copies_are_independent_and_hold_w(mask: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_pickles(mask: CsrPattern, resident: bool) -> None:
+def test_pickled_layers_hold_w(mask: CsrPattern, resident: bool) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     w0, x = layer.weight.detach().clone(), inputs(layer)
     if resident:
@@ -743,7 +982,7 @@ def test_pickles(mask: CsrPattern, resident: bool) -> None:
     assert (layer.path()[0] == "resident") == resident
 
 
-def test_base_weights(mask: CsrPattern) -> None:
+def test_base_weights_holds_w_inside_its_block(mask: CsrPattern) -> None:
     model = nn.Sequential(rosa(nn.Linear(N, M), mask), nn.Tanh())
     w0 = model[0].weight.detach().clone()
     make_resident(model, adam(model))
@@ -761,17 +1000,17 @@ def test_base_weights(mask: CsrPattern) -> None:
         pass
 
 
-def test_repr_says_what_it_holds(mask: CsrPattern) -> None:
+def test_repr_shows_sizes_and_options(mask: CsrPattern) -> None:
     text = repr(rosa(nn.Linear(N, M), mask, dropout=0.5))
     for part in ("in_features=53", "rank=4", "alpha=8", "dropout=0.5", f"nnz={mask.nnz}"):
         assert part in text
 
 
-# -- through all that torch wraps a module in ------------------------------------------------------
+# -- compile, checkpointing, autocast and distributed training -------------------------------------
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_compiles_whole(mask: CsrPattern, resident: bool) -> None:
+def test_aot_eager_compiles_the_whole_layer(mask: CsrPattern, resident: bool) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     other = copy.deepcopy(layer)
     if resident:
@@ -795,7 +1034,7 @@ def test_checkpointing_with_dropout(mask: CsrPattern) -> None:
         assert torch.equal(a, b)
 
 
-def test_autocast(mask: CsrPattern) -> None:
+def test_autocast_rounds_results_to_bfloat16(mask: CsrPattern) -> None:
     layer = rosa(nn.Linear(N, M), mask)
     x = inputs(layer)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -807,21 +1046,162 @@ def test_autocast(mask: CsrPattern) -> None:
     assert_near(y.detach(), layer(x).detach().double())
 
 
-def test_under_distributed_data_parallel(mask: CsrPattern, tmp_path: Any) -> None:
-    """It broadcasts buffers in every forward, in place: indices must not be among them."""
+ignore_nested_warning = pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning")
+
+
+@ignore_nested_warning
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformer_encoder_calls_the_layers(padded: bool) -> None:
+    """Without care, torch in eval mode would read the weights and pack a padded batch."""
+    block = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(block, 2)
+    for layer in encoder.layers:
+        for name in ("linear1", "linear2"):
+            linear = layer.get_submodule(name)
+            pattern = uniform_pattern(*linear.weight.shape, 0.2, seed=1)
+            setattr(layer, name, rosa(linear, pattern))
+    x = torch.randn(2, 5, 16)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = padded
+    given = padding if padded else None
+    with torch.no_grad():
+        trained = encoder.train()(x, src_key_padding_mask=given)
+        y = encoder.eval()(x, src_key_padding_mask=given)
+    torch.testing.assert_close(y[~padding], trained[~padding])
+
+
+@ignore_nested_warning
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors_are_served(mask: CsrPattern, layout: torch.layout) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    parts = [torch.randn(3, N), torch.randn(0, N), torch.randn(2, N)]
+    y = layer(torch.nested.nested_tensor(parts, layout=layout))
+    assert y.layout == layout
+    for row, part in zip(y.unbind(), parts, strict=True):
+        torch.testing.assert_close(row, layer(part))
+
+
+@pytest.mark.parametrize("shape", [(4, N), (2, 3, N)], ids=str)
+def test_the_output_may_be_changed_in_place(mask: CsrPattern, shape: tuple[int, ...]) -> None:
+    """nn.ReLU(inplace=True) and `hidden += residual` write to it."""
+    layer = rosa(nn.Linear(N, M), mask)
+    x = torch.randn(shape, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).relu().sum(), x)
+    (got,) = torch.autograd.grad(nn.functional.relu_(layer(x)).sum(), x)
+    assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def alone(tmp_path: Any) -> Iterator[None]:
+    """A process group that has only this process."""
     import torch.distributed as dist
 
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        layer = rosa(nn.Linear(N, M), mask)
-        alone = copy.deepcopy(layer)
-        parallel = nn.parallel.DistributedDataParallel(layer)
-        optimizer = adam(parallel)
-        make_resident(parallel, optimizer)
-        train(parallel, optimizer)
-        train(alone, adam(alone))
-        for a, b in zip(layer.adapters.parameters(), alone.adapters.parameters(), strict=True):
-            torch.testing.assert_close(a, b)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_training_under_distributed_data_parallel(mask: CsrPattern) -> None:
+    """DDP broadcasts buffers in place in every forward. The indices must not be among them."""
+    layer = rosa(nn.Linear(N, M), mask)
+    other = copy.deepcopy(layer)
+    parallel = nn.parallel.DistributedDataParallel(layer)
+    optimizer = adam(parallel)
+    make_resident(parallel, optimizer)
+    train(parallel, optimizer)
+    train(other, adam(other))
+    for a, b in zip(layer.adapters.parameters(), other.adapters.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def fsdp2(model: nn.Module) -> nn.Module:
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("shard", [fsdp1, fsdp2])
+def test_fsdp_uses_the_separate_path(
+    mask: CsrPattern, shard: Callable[[nn.Module], nn.Module]
+) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    other = copy.deepcopy(layer)
+    sharded = shard(nn.Sequential(layer, nn.Tanh()))
+    assert layer.path() == ("separate", "the weight is sharded by FSDP")
+    optimizer = adam(sharded)
+    with pytest.raises(RuntimeError, match="whole, got 1 sharded by FSDP"):
+        make_resident(sharded, optimizer)
+    losses = train(sharded, optimizer)
+    model = nn.Sequential(other, nn.Tanh())
+    assert losses == pytest.approx(train(model, adam(model)), rel=1e-5)
+
+
+def test_the_pattern_follows_parameters_to_their_device(mask: CsrPattern) -> None:
+    layer = rosa(nn.Linear(N, M), mask)
+    for module in (layer, layer.adapter()):
+        module._is_fsdp_managed_module = True
+        for name, p in module.named_parameters(recurse=False):  # fully_shard moves them to its mesh
+            module.register_parameter(name, nn.Parameter(p.to("meta"), p.requires_grad))
+    assert layer(torch.randn(2, N, device="meta")).shape == (2, M)
+    assert layer.adapter().pattern.device.type == "meta"
+
+
+@pytest.mark.usefixtures("alone")
+def test_sharded_parts_of_a_layer_are_refused(mask: CsrPattern) -> None:
+    whole, part = (rosa(nn.Linear(N, M), mask) for _ in range(2))
+    fsdp2(part.adapter())
+    fsdp2(nn.Sequential(whole))
+    for layer in (whole, part):  # `whole` is called without the module that was sharded
+        with pytest.raises(RuntimeError, match="whole tensors in forward, got a DTensor; apply"):
+            layer(torch.randn(2, N))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch warns about its devices
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("where", ["one process", "fsdp2", "fsdp2 from meta"])
+def test_distributed_checkpoints_are_saved_and_loaded(
+    mask: CsrPattern, where: str, tmp_path: Any
+) -> None:
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    trained = nn.Sequential(rosa(nn.Linear(N, M), mask))
+    linear = nn.Linear(N, M, device="meta" if "meta" in where else None)
+    other = mirrored(mask)
+    model = nn.Sequential(RosaLinear.from_linear(linear, rank=4, pattern=other, alpha=8))
+    if where == "one process":
+        make_resident(model, adam(model))
+    for m in (trained, model) if "fsdp2" in where else ():
+        fsdp2(m)
+    x = torch.randn(6, N)
+    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True))
+    assert torch.equal(state["0.adapters.default.col_indices"], mask.col_indices)
+    set_model_state_dict(model, copy.deepcopy(state), options=full)
+    assert torch.equal(model(x), trained(x))
+    # A broadcast reaches only these buffers. DistributedDataParallel must not see them.
+    known = dict(trained[0].adapter().named_buffers(recurse=False))
+    assert set(known) == {"crow_indices", "col_indices"}
+    assert not dict(trained.named_buffers())
+    # load() writes into the tensors of a state_dict. They must not be the tensors in use.
+    randomized(trained[0])
+    dcp.save(get_model_state_dict(trained), checkpoint_id=tmp_path / "saved")
+    state = get_model_state_dict(model)
+    dcp.load(state, checkpoint_id=tmp_path / "saved")
+    set_model_state_dict(model, state)
+    assert torch.equal(model(x), trained(x))

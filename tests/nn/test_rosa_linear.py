@@ -1,4 +1,4 @@
-"""rosa_linear: right on every path and dtype, and what it saves, costs, restores and refuses."""
+"""rosa_linear: accuracy, tensors saved for backward, scatter, torch features and bad input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rosa_kernels.testing import LAYOUTS, NASTY, uniform_pattern
 
 SCALING = 0.75
 PATHS = ["separate", "scatter", "merged"]
-# Which branches there are: nothing, A and B, a selector and B; S or none.
+# Branches: no branch, A and B, a selector and B, S, or S with one of the low-rank branches.
 BRANCHES = ["none", "lora", "selector", "sparse", "rosa", "selector+sparse"]
 
 
@@ -41,7 +41,10 @@ def problem(
     bias: bool = True,
     masters: bool = True,
 ) -> dict[str, Any]:
-    """Arguments of rosa_linear; trained ones are leaves, of float32 for a narrow dtype."""
+    """Arguments of rosa_linear. Trained ones are leaves.
+
+    With `masters`, parameters beside a 16-bit x are float32.
+    """
     pattern = uniform_pattern(37, 53, 0.1, seed=1) if pattern is None else pattern
     m, n = pattern.shape
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +72,7 @@ def problem(
 
 
 def run(path: str, args: dict[str, Any], **options: Any) -> Tensor:
-    """rosa_linear with S where `path` says; on "merged" the weight is given as promised."""
+    """rosa_linear on this path. For "merged", S is added to the weight before the call."""
     if args.get("pattern") is None:
         return rk.rosa_linear(**args, **options)
     if path == "merged":
@@ -80,7 +83,7 @@ def run(path: str, args: dict[str, Any], **options: Any) -> Tensor:
 
 
 def dense_a(args: dict[str, Any]) -> Tensor:
-    """A, also where a selector stands for it."""
+    """A as a dense matrix. A selector becomes rows of the identity."""
     a = args["lora_a"]
     if a.dim() == 1:
         return torch.eye(args["weight"].shape[1], dtype=torch.float64)[a]
@@ -88,12 +91,12 @@ def dense_a(args: dict[str, Any]) -> Tensor:
 
 
 class Oracle:
-    """y and all gradients in float64 from rounded inputs, each with a bound of its error.
+    """y and all gradients in float64 from rounded inputs, each with a bound on its error.
 
-    A product of length k that is accumulated in float32 is off by 4 sqrt(k) 2**-24 times the norm
-    of its terms, and rounding a result or an operand to the dtype costs half a unit of it. The
-    bounds follow the op: y is rounded after each of its terms, h and its gradient once. On
-    adversarial operands (all columns the same), errors do not average out: k u sum |a b|.
+    The bound for a product of length k, accumulated in float32, is 4 sqrt(k) 2**-24 times the norm
+    of its terms. Rounding a result or an operand to the dtype costs half a unit in the last place.
+    The op rounds y after each of its terms. It rounds h and the gradient of h once. On adversarial
+    operands (all columns are equal), errors do not average out. The bound is then k u sum |a b|.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class Oracle:
             if path == "separate":
                 sparse = pattern.to_torch(values.double()).to_dense()
             else:
-                w = rk.csr_add(weight, pattern, values).double()  # rounded once
+                w = rk.csr_add(weight, pattern, values).double()  # rounded to the weight's dtype
         bias = args["bias"]
         y = x @ (w + sparse).T + (0 if bias is None else bias.detach().to(dtype).double())
         bound = self.product(x, w.T) + self.product(x, sparse.T)
@@ -124,7 +127,7 @@ class Oracle:
         self.results: dict[str, tuple[Tensor, Tensor]] = {}
         if "lora_b" in args:
             a, b = dense_a(args), args["lora_b"].detach().double()
-            a_low, b_low = (t.to(dtype).double() for t in (a, b))  # as they are rounded for it
+            a_low, b_low = (t.to(dtype).double() for t in (a, b))  # as the op rounds them
             h, g = x @ a_low.T, SCALING * dy @ b_low
             h_off = self.product(x, a_low.T) + self.half * h.abs()
             g_off = SCALING * self.product(dy, b_low) + 2 * self.half * g.abs()
@@ -164,7 +167,7 @@ class Oracle:
         ref, bound = self.results[name]
         assert got.shape == ref.shape, name
         assert got.dtype == dtype, name
-        # 2 ** -24 is the smallest subnormal of float16, half of which any rounding may cost.
+        # 2 ** -24 is the smallest subnormal of float16. Rounding may cost half of it.
         floor = 2.0**-25 if dtype == torch.float16 else 0.0
         excess = (got.detach().cpu().double() - ref).abs() - bound - floor
         assert bool((excess <= 0).all()), f"{name}: off by {float(excess.max()):.3g} too much"
@@ -178,7 +181,7 @@ def check(
     adversarial: bool = False,
     **options: Any,
 ) -> None:
-    """The result and every gradient against the oracle; the weight is as it was, to the bit."""
+    """Check the result and every gradient against the oracle. The weight must keep its bits."""
     before = args["weight"].clone()
     y = run(path, args, **options)
     if dy is None:
@@ -194,7 +197,7 @@ def check(
     assert torch.equal(args["weight"], before)
 
 
-# -- right -----------------------------------------------------------------------------------------
+# -- accuracy --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,19 +208,19 @@ def check(
         for path in (PATHS if branches in ("sparse", "rosa", "selector+sparse") else ["no S"])
     ],
 )
-def test_result_and_gradients(branches: str, path: str, dtype: torch.dtype) -> None:
+def test_results_and_gradients_are_accurate(branches: str, path: str, dtype: torch.dtype) -> None:
     check(path, problem(branches, dtype))
 
 
 @sweep(path=PATHS, nasty=NASTY)
-def test_nasty_patterns(path: str, nasty: CsrPattern) -> None:
+def test_results_on_nasty_patterns_are_accurate(path: str, nasty: CsrPattern) -> None:
     rank = 2 if nasty.shape[1] >= 2 else 1
     check(path, problem("rosa", pattern=nasty, rank=rank))
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("lead", [(), (1,), (0,), (2, 0), (2, 3, 4)], ids=str)
-def test_leading_dimensions(lead: tuple[int, ...], path: str) -> None:
+def test_x_may_have_any_leading_dimensions(lead: tuple[int, ...], path: str) -> None:
     args = problem(lead=lead)
     if lead:
         check(path, args)
@@ -229,8 +232,8 @@ def test_leading_dimensions(lead: tuple[int, ...], path: str) -> None:
 
 
 @sweep(path=PATHS, layout=LAYOUTS.keys())
-def test_layouts_of_every_operand(layout: str, path: str) -> None:
-    """Conv1D's weight comes transposed, a slice of a fused projection with a stride."""
+def test_operands_may_have_any_layout(layout: str, path: str) -> None:
+    """Conv1D's weight is transposed, and a slice of a fused projection has a larger row stride."""
     args = problem(lead=(6,))
     lay = LAYOUTS[layout]
     for name in ("x", "lora_a", "lora_b"):
@@ -244,18 +247,23 @@ def test_layouts_of_every_operand(layout: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_expanded_gradients(path: str) -> None:
-    """`sum` hands back a gradient of strides 0."""
+def test_gradients_with_strides_of_0(path: str) -> None:
+    """The backward of `sum` gives the op a gradient with strides 0."""
     args = problem()
     check(path, args, torch.ones(()).expand(3, 5, 37))
 
 
-@pytest.mark.parametrize("path", ["separate", "scatter"])
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_gradcheck(branches: str, path: str) -> None:
+def small_problem(branches: str) -> tuple[dict[str, Any], list[str]]:
+    """A float64 problem for gradcheck, and the names of its trained arguments."""
     pattern = CsrPattern.from_mask(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]]))
     args = problem(branches, torch.float64, pattern, rank=2)
-    names = [k for k, v in args.items() if isinstance(v, Tensor) and v.requires_grad]
+    return args, [k for k, v in args.items() if isinstance(v, Tensor) and v.requires_grad]
+
+
+@pytest.mark.parametrize("path", ["separate", "scatter"])
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_gradients_agree_with_finite_differences(branches: str, path: str) -> None:
+    args, names = small_problem(branches)
 
     def call(*leaves: Tensor) -> Tensor:
         return run(path, {**args, **dict(zip(names, leaves, strict=True))})
@@ -265,19 +273,17 @@ def test_gradcheck(branches: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("branches", ["lora", "selector", "rosa"])
-def test_gradcheck_with_dropout(branches: str) -> None:
-    pattern = CsrPattern.from_mask(torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]]))
-    args = problem(branches, torch.float64, pattern, rank=2)
+def test_dropout_agrees_with_formula_and_finite_differences(branches: str) -> None:
+    args, names = small_problem(branches)
     shape = (3, 5, 2) if branches == "selector" else (3, 5, 4)
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.6
-    names = [k for k, v in args.items() if isinstance(v, Tensor) and v.requires_grad]
 
     def call(*leaves: Tensor) -> Tensor:
         given = {**args, **dict(zip(names, leaves, strict=True))}
         return run("scatter", given, dropout=0.4, dropout_mask=mask)
 
     assert torch.autograd.gradcheck(call, tuple(args[name] for name in names))
-    # And it is dropout of the low-rank branch's input, scaled up.
+    # Dropout acts on x before A, or on h after a selector. What is kept is divided by 0.6.
     y, plain = call(*(args[name] for name in names)), run("scatter", {**args, "scaling": 0.0})
     kept = args["x"] @ dense_a(args).T * mask if branches == "selector" else None
     if kept is None:
@@ -285,7 +291,7 @@ def test_gradcheck_with_dropout(branches: str) -> None:
     torch.testing.assert_close(y, plain + SCALING / 0.6 * kept @ args["lora_b"].T)
 
 
-def test_a_selector_is_a_row_selecting_a() -> None:
+def test_a_selector_equals_its_dense_a() -> None:
     args = problem("selector+sparse", torch.float64)
     explicit = {**args, "lora_a": dense_a(args)}
     torch.testing.assert_close(run("scatter", args), run("scatter", explicit))
@@ -293,8 +299,11 @@ def test_a_selector_is_a_row_selecting_a() -> None:
 
 @pytest.mark.ops("sddmm")
 @sweep(path=PATHS)
-def test_every_backend_by_name(kernel: Served, path: str) -> None:
-    """Those of sddmm, from which the other ops of the layer find theirs; the emulator's, too."""
+def test_every_backend_serves_the_layer(kernel: Served, path: str) -> None:
+    """The backends of sddmm, including the emulator's.
+
+    The other ops of the layer derive their backend from that of sddmm.
+    """
     args = problem("rosa", kernel.dtype, lead=(3, 8))
     if kernel.backend == "simt/wgmma":
         args["pattern"].build_tile_plan(128, 256)
@@ -308,7 +317,7 @@ def to_device(argument: Any, device: str) -> Any:
     return argument.to(device) if isinstance(argument, CsrPattern) else argument
 
 
-def test_an_unknown_backend() -> None:
+def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="nowhere"):
         run("separate", problem(), backend="nowhere")
 
@@ -317,16 +326,16 @@ def test_an_unknown_backend() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("branches", ["rosa", "selector+sparse"])
 @pytest.mark.parametrize("path", PATHS)
-def test_on_cuda(path: str, branches: str, dtype: torch.dtype) -> None:
+def test_results_on_a_gpu_are_accurate(path: str, branches: str, dtype: torch.dtype) -> None:
     args = problem(branches, dtype, uniform_pattern(256, 384, 0.02), lead=(2, 64))
     check(path, {name: to_device(value, "cuda") for name, value in args.items()})
 
 
-# -- what it saves ---------------------------------------------------------------------------------
+# -- tensors saved for backward --------------------------------------------------------------------
 
 
 def saved_by(call: Callable[[], Tensor]) -> list[Tensor]:
-    """What autograd keeps for backward, one tensor for each stretch of memory."""
+    """The tensors that autograd saves for backward, one for each storage."""
     saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -348,7 +357,7 @@ def frozen_but(args: dict[str, Any], *trained: str) -> dict[str, Any]:
 
 
 def owners(saved: list[Tensor], args: dict[str, Any]) -> set[str]:
-    """Which arguments the saved tensors are; "other" for those that the op made."""
+    """The names of the arguments that were saved, and "other" for tensors that the op made."""
     names = {v.data_ptr(): k for k, v in args.items() if isinstance(v, Tensor)}
     pattern = args.get("pattern")
     index = (
@@ -364,20 +373,20 @@ def owners(saved: list[Tensor], args: dict[str, Any]) -> set[str]:
         ("rosa", {"values"}, "x values"),
         ("lora", {"lora_a", "lora_b"}, "x lora_a lora_b other"),
         ("lora", {"lora_b"}, "lora_b other"),
-        # What makes a selector cheap: x is not kept, only its r columns, which h is.
+        # A selector is cheap: instead of x, only h is saved, which is r columns of x.
         ("selector", {"lora_b"}, "lora_b other"),
         ("selector", {"x", "lora_b"}, "weight lora_a lora_b other"),
         ("none", {"x"}, "weight"),
         ("none", {"bias"}, "bias"),
     ],
 )
-def test_saves_what_the_wanted_gradients_need(
+def test_only_tensors_that_gradients_need_are_saved(
     branches: str, trained: set[str], expected: str
 ) -> None:
     args = frozen_but(problem(branches), *trained)
     saved = saved_by(lambda: run("scatter", args))
     assert owners(saved, args) == set(expected.split())
-    assert all(t.shape == (15, 4) for t in saved if owners([t], args) == {"other"})  # h alone
+    assert all(t.shape == (15, 4) for t in saved if owners([t], args) == {"other"})  # only h
 
 
 def test_x_is_saved_once_for_all_branches() -> None:
@@ -390,7 +399,7 @@ def test_x_is_saved_once_for_all_branches() -> None:
 
 
 class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest storage that any operation inside makes."""
+    """The largest storage that an operation inside the block returns."""
 
     largest = 0
 
@@ -409,12 +418,12 @@ class Allocations(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("path", ["separate", "scatter"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_of_the_weights_size_is_made(dtype: torch.dtype, path: str) -> None:
-    """Neither a clone of W nor its gradient: 5 tokens, so that activations are smaller by far."""
+def test_no_result_has_the_size_of_w(dtype: torch.dtype, path: str) -> None:
+    """Neither a clone nor a gradient of W is returned. Five tokens keep activations far smaller."""
     pattern = uniform_pattern(256, 192, 0.01)
     args = problem("rosa", dtype, pattern, lead=(5,))
-    # Below the op too, where its kernels are.
     y = run(path, args)
+    # Allocations sees the results of torch.library ops, not the operations inside them.
     with Allocations() as forward:
         y, _ = torch.ops.rosa.rosa_linear(
             *(args[k] for k in ("x", "weight", "bias", "values", "lora_a", "lora_b")),
@@ -435,7 +444,7 @@ def test_nothing_of_the_weights_size_is_made(dtype: torch.dtype, path: str) -> N
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_scatter_restores_bits_that_adding_and_subtracting_would_not(dtype: torch.dtype) -> None:
+def test_scatter_restores_bits_that_subtracting_would_not(dtype: torch.dtype) -> None:
     args = problem("sparse", dtype)
     before = args["weight"].clone()
     undone = before.clone()
@@ -448,14 +457,14 @@ def test_scatter_restores_bits_that_adding_and_subtracting_would_not(dtype: torc
 
 
 @pytest.mark.parametrize("fails_in", ["forward", "backward"])
-def test_scatter_restores_when_the_product_fails(
+def test_scatter_restores_the_weight_after_an_error(
     fails_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = problem("sparse")
     before = args["weight"].clone()
 
     def fail(*_: Any) -> Tensor:
-        assert not torch.equal(args["weight"], before)  # S was there
+        assert not torch.equal(args["weight"], before)  # S is in the weight
         raise MemoryError("no room for the product")
 
     if fails_in == "forward":
@@ -470,8 +479,8 @@ def test_scatter_restores_when_the_product_fails(
     assert torch.equal(args["weight"], before)
 
 
-def test_scatter_does_not_invalidate_what_autograd_saved() -> None:
-    """Twice through one layer, and a product of the weight elsewhere, before the first backward."""
+def test_scatter_keeps_saved_tensors_valid() -> None:
+    """Two calls and another product use the weight before the first backward."""
     args = problem("sparse", lead=(4,))
     args["x"] = torch.randn(4, 53, requires_grad=True)
     square = torch.nn.functional.linear(args["x"], args["weight"])
@@ -482,12 +491,12 @@ def test_scatter_does_not_invalidate_what_autograd_saved() -> None:
     torch.testing.assert_close(args["x"].grad, expected.expand(4, -1), rtol=1e-4, atol=1e-4)
 
 
-# -- through all that torch wraps an op in ---------------------------------------------------------
+# -- opcheck, compile, checkpointing, autocast and threads -----------------------------------------
 
 
 @pytest.mark.parametrize("path", ["none", *PATHS])
 @pytest.mark.parametrize("selector", [False, True])
-def test_opcheck(path: str, selector: bool) -> None:
+def test_opcheck_of_forward_and_backward(path: str, selector: bool) -> None:
     args = problem("selector+sparse" if selector else "rosa")
     p = args["pattern"]
     index = [] if path == "none" else [p.crow_indices, p.col_indices]
@@ -515,14 +524,14 @@ def test_opcheck(path: str, selector: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-def test_inductor() -> None:
-    """Of one path: the op is opaque to the compiler."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch itself
+def test_inductor_compiles_the_whole_layer() -> None:
+    """One path is enough, because the op is opaque to the compiler."""
     assert_compiles_whole("scatter", backend="inductor")
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_compiles_whole(path: str) -> None:
+def test_aot_eager_compiles_the_whole_layer(path: str) -> None:
     assert_compiles_whole(path, backend="aot_eager")
 
 
@@ -547,7 +556,7 @@ def assert_compiles_whole(path: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_checkpointing(path: str) -> None:
+def test_checkpointing_gives_equal_gradients(path: str) -> None:
     args, again = problem(), problem()
     run(path, args).square().sum().backward()
 
@@ -561,7 +570,7 @@ def test_checkpointing(path: str) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("narrow", NARROW, ids=str)
-def test_autocast_is_the_op_on_cast_operands(path: str, narrow: torch.dtype) -> None:
+def test_autocast_equals_the_op_on_cast_operands(path: str, narrow: torch.dtype) -> None:
     args, cast = problem(), problem()
     with torch.autocast("cpu", dtype=narrow):
         y = run(path, args)
@@ -582,8 +591,8 @@ def test_autocast_is_the_op_on_cast_operands(path: str, narrow: torch.dtype) -> 
         assert torch.equal(args[name].grad, cast[name].grad), name
 
 
-def test_gradients_of_masters_survive_a_loss_scale() -> None:
-    """An fp16 dS of 2**17 would be Inf: values are float32, and so is their gradient."""
+def test_a_loss_scale_does_not_overflow_ds() -> None:
+    """A float16 dS of 2**17 would be Inf. The values are float32, and so is their gradient."""
     args = problem("sparse", torch.float16, bias=False)
     y = run("scatter", args)
     dy = torch.full_like(y, 2.0**10)
@@ -604,11 +613,11 @@ def test_gradients_of_masters_survive_a_loss_scale() -> None:
     torch.testing.assert_close(step, plain["values"].grad, rtol=2e-3, atol=1e-6)
 
 
-def test_in_another_thread_and_on_its_choice_of_backend() -> None:
+def test_backward_in_a_thread_keeps_the_backend() -> None:
     args = problem()
     results = []
     with rk.use_backend("reference"):
-        y = run("scatter", args)  # what autograd's thread, or any other, is to use too
+        y = run("scatter", args)  # backward must use it in any thread
 
     def work() -> None:
         y.sum().backward()
@@ -622,7 +631,7 @@ def test_in_another_thread_and_on_its_choice_of_backend() -> None:
     assert torch.equal(results[0], check_against["values"].grad)
 
 
-def test_threads_take_turns_in_one_weight() -> None:
+def test_threads_may_scatter_into_one_weight() -> None:
     args = problem("sparse", pattern=uniform_pattern(256, 256, 0.05), lead=(64,))
     before = args["weight"].clone()
     expected = run("scatter", args).detach()
@@ -641,7 +650,7 @@ def test_threads_take_turns_in_one_weight() -> None:
     assert torch.equal(args["weight"], before)
 
 
-def test_is_not_twice_differentiable_and_says_so() -> None:
+def test_double_backward_is_refused() -> None:
     args = problem()
     y = run("separate", args)
     with pytest.raises(RuntimeError, match="differentiated once, got create_graph=True"):
@@ -684,12 +693,12 @@ def test_is_not_twice_differentiable_and_says_so() -> None:
         ),
     ],
 )
-def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         rk.rosa_linear(**{**problem(), **change})
 
 
-def test_bad_input_without_branches() -> None:
+def test_options_without_their_branch_are_refused() -> None:
     args = problem("none")
     for name in ("merged", "scatter"):
         with pytest.raises(ValueError, match=f"pattern and values with {name}=True, got none"):
@@ -699,7 +708,7 @@ def test_bad_input_without_branches() -> None:
         rk.rosa_linear(**args, dropout_mask=mask)
 
 
-def test_scatter_under_autocast_wants_values_that_the_weight_can_take() -> None:
+def test_scatter_under_autocast_refuses_narrow_values() -> None:
     args = problem("sparse")
     args["values"] = args["values"].detach().bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -708,14 +717,14 @@ def test_scatter_under_autocast_wants_values_that_the_weight_can_take() -> None:
         assert run("separate", args).dtype == torch.bfloat16
 
 
-def test_a_weight_that_trains_is_refused() -> None:
+def test_a_trainable_weight_is_refused() -> None:
     args = problem()
     args["weight"].requires_grad_()
     with pytest.raises(RuntimeError, match="frozen weight"):
         rk.rosa_linear(**args)
 
 
-def test_scatter_refuses_a_weight_whose_elements_share_memory() -> None:
+def test_scatter_refuses_weights_that_overlap_themselves() -> None:
     args = problem()
     args["weight"] = torch.randn(1, 53).expand(37, 53)
     with pytest.raises(RuntimeError, match="share memory"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rosa_kernels import RosaLinear
 from rosa_kernels.masks.targets import find_targets, target_shapes
 from rosa_train.adapters.attach import attach, set_masks
+from rosa_train.adapters.merge import unload
 from rosa_train.adapters.switch import (
     active_adapter,
     adapter_names,
@@ -30,6 +31,7 @@ from rosa_train.methods.budget import Allocation, allocate
 
 from .train_models import (
     IDS,
+    Q0,
     assert_same,
     give,
     groups_of,
@@ -81,6 +83,33 @@ def test_attach_keeps_the_training_mode():
     give(model)
     assert not model.model.layers[0].mlp.up_proj.training
     assert model.model.layers[1].mlp.up_proj.adapters["default"].training
+
+
+def test_hooks_survive_attach_and_unload():
+    model = make_llama()
+    called = []
+    handle = model.get_submodule(Q0).register_forward_hook(lambda m, *_: called.append(type(m)))
+    give(model)
+    logits(model)
+    unload(model)
+    logits(model)
+    handle.remove()
+    logits(model)
+    assert called == [RosaLinear, nn.Linear]
+
+
+def test_module_with_two_names_is_replaced_everywhere():
+    model = make_llama()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj = first.up_proj
+    base = logits(model)
+    give(model)
+    assert isinstance(first.up_proj, RosaLinear)
+    assert second.up_proj is first.up_proj
+    unload(model)
+    assert type(first.up_proj) is nn.Linear
+    assert second.up_proj is first.up_proj
+    assert torch.equal(logits(model), base)
 
 
 def lora_a(model: nn.Module, name: str, adapter: str = "default") -> Tensor:
@@ -166,6 +195,18 @@ def bad_attachments():
         "another model's",
         attach_with(targets=find_targets(make_llama(), ["q_proj"])),
         "expected layers of this model, got Linear as 'model.layers.0.self_attn.q_proj'",
+    )
+
+    def attach_to_hooked(model: nn.Module) -> None:
+        targets = find_targets(model, ["down_proj"])
+        targets["model.layers.1.mlp.down_proj"].forward = lambda x: x
+        allocation = allocate("lora", target_shapes(targets), rank=2)
+        attach(model, "lora", allocation, targets, adapter_name="new")
+
+    yield (
+        "own forward",
+        attach_to_hooked,
+        r"class Linear or Conv1D, got model\.layers\.1\.mlp\.down_proj whose forward was replaced",
     )
     yield "dropout", attach_with(dropout=1.0), r"dropout to be a number in \[0, 1\), got 1.0"
     yield "alpha", attach_with(alpha=0), "alpha of model.layers.0.* to be a number > 0, got 0"
