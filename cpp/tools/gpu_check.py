@@ -11,9 +11,9 @@ of models. A sample of a large result is compared with the oracle. All of it mus
 same in four calls.
 
 Lines that begin with INCORRECT name wrong results. The exit status is 0; 2 if a result is
-incorrect, a call failed or no kernel served a case; 3 if the device was lost. After an access out
-of bounds, all later calls of the process fail. This check does not replace `pytest -m gpu`, which
-also tests streams, graphs, errors and threads.
+incorrect, a call failed or no case passed; 3 if the device was lost. After an access out of bounds
+the device is lost: all later calls of the process fail. This check does not replace `pytest -m
+gpu`, which also tests streams, graphs, errors and threads.
 """
 
 from __future__ import annotations

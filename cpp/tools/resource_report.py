@@ -54,7 +54,7 @@ class Expectation:
 
     kernel: str
     instructions: tuple[str, ...]
-    architecture: str = ""  # if they are built for only one
+    architecture: str = ""  # the only one that they are built for, if there is just one
 
 
 EXPECTED = (

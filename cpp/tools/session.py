@@ -43,8 +43,8 @@ class Task:
             its limit, it hangs and has "failed". Other commands are then "not reached".
         wrong: a regular expression. The outcome is "incorrect" if and only if a line of output
             matches, even if the command is stopped later.
-        excuses: regular expressions and outcomes. If the command fails and a line matches, the
-            outcome is this one.
+        excuses: outcomes by regular expression. If the command fails, the first expression that
+            matches a line decides the outcome.
         environment: variables that are added to the session's.
         show: how many of its last lines the terminal shows at the session's end. The log has all.
     """

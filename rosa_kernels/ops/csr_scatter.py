@@ -31,7 +31,7 @@ def csr_scatter_(
     _validate.check_matrix("csr_scatter_", "w", w, pattern)
     _validate.check_shape_of_pattern("csr_scatter_", "w", w, pattern)
     _validate.check_values("csr_scatter_", values, pattern, w.dtype)
-    _validate.check_target("csr_scatter_", w, values, "pass values.detach()")
+    _validate.check_target("csr_scatter_", w, values, "pass detached tensors")
     _validate.check_not_inference("csr_scatter_", w)
     _library.call(
         csr_scatter__op,

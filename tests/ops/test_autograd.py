@@ -1,4 +1,4 @@
-"""Gradients of every kernel, to second order, and under everything that torch wraps an op in."""
+"""Gradients of all kernels: first and second order, backends, checkpointing and autocast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIFFERENTIABLE = ("sddmm", "spmm", "csr_add", "csr_gather")
 
 @pytest.fixture
 def small() -> CsrPattern:
-    """A small pattern with an empty row and column, for checks that cost much per element."""
+    """A small pattern with an empty row and column, for checks that are slow per element."""
     mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]])
     return CsrPattern.from_mask(mask)
 
@@ -31,8 +31,10 @@ def leaves(inputs: dict[str, Tensor], layout: str = "row-major") -> dict[str, Te
 
 @pytest.mark.ops(*DIFFERENTIABLE, dtypes=[torch.float64])
 @sweep(layout=["row-major", "token-major", "sliced"])
-def test_gradcheck(kernel: Served, small: CsrPattern, layout: str) -> None:
-    """First and second order in float64, for all operands together."""
+def test_gradients_agree_with_finite_differences(
+    kernel: Served, small: CsrPattern, layout: str
+) -> None:
+    """Gradients of first and second order in float64, for all operands together."""
     inputs = leaves(inputs_of(kernel.op, small, 3, torch.float64, kernel.device), layout)
     small = small.to(kernel.device)
 
@@ -45,14 +47,16 @@ def test_gradcheck(kernel: Served, small: CsrPattern, layout: str) -> None:
 
 
 @pytest.mark.parametrize("order", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_gradcheck_csr_transpose(small: CsrPattern, order: Callable[..., bool]) -> None:
+def test_csr_transpose_agrees_with_finite_differences(
+    small: CsrPattern, order: Callable[..., bool]
+) -> None:
     values = torch.randn(small.nnz, dtype=torch.float64, requires_grad=True)
     assert order(lambda v: rk.csr_transpose(small, v)[1], (values,))
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_gradcheck_of_one_operand(small: CsrPattern, name: str) -> None:
-    """The other operand takes part in the second order, and there is no transpose yet."""
+def test_gradients_when_one_operand_requires_grad(small: CsrPattern, name: str) -> None:
+    """The second order reads the other operand too. The pattern has no transpose at the start."""
     inputs = inputs_of("sddmm", small, 3, torch.float64)
     other = "ab".replace(name, "")
 
@@ -108,7 +112,7 @@ def test_gradients_are_accurate(kernel: Served, nasty: CsrPattern, dtype: torch.
 def test_gradients_with_float32_values(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """Each gradient has its operand's dtype; sums stay in float32 until then."""
+    """Each gradient has its operand's dtype. Sums stay in float32 until they are rounded to it."""
     inputs = inputs_of(kernel.op, pattern, 17, dtype, kernel.device)
     if "values" in inputs:
         inputs["values"] = inputs["values"].float() * 1.001
@@ -124,8 +128,8 @@ def test_gradients_with_float32_values(
 
 
 @pytest.mark.ops(*DIFFERENTIABLE)
-def test_expanded_gradients(kernel: Served, pattern: CsrPattern) -> None:
-    """`sum` hands the op a gradient of strides 0."""
+def test_gradients_with_strides_of_0(kernel: Served, pattern: CsrPattern) -> None:
+    """The backward of `sum` gives the op a gradient with strides 0."""
     inputs = inputs_of(kernel.op, pattern, 9, kernel.dtype, kernel.device)
     inputs = leaves(inputs, "token-major")
     out = kernel(pattern.to(kernel.device), **inputs)
@@ -135,7 +139,7 @@ def test_expanded_gradients(kernel: Served, pattern: CsrPattern) -> None:
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_only_requested_gradients_are_computed(op: str, pattern: CsrPattern) -> None:
-    """A gradient of `a` or `values` without `b` costs no transpose."""
+    """Only a gradient of `b` needs the pattern's transpose."""
     inputs = inputs_of(op, pattern)
     for name in inputs:
         fresh = CsrPattern(pattern.crow_indices, pattern.col_indices, pattern.shape)
@@ -155,8 +159,8 @@ def test_nothing_is_recorded_without_grad_mode(op: str, pattern: CsrPattern) -> 
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_used_twice_and_kept(op: str, pattern: CsrPattern) -> None:
-    """Two uses in one graph, and two backward passes through it, add up to four."""
+def test_gradients_add_up_over_uses_and_passes(op: str, pattern: CsrPattern) -> None:
+    """Two uses in one graph and two backward passes give four times the gradient."""
     once, often = leaves(inputs_of(op, pattern)), leaves(inputs_of(op, pattern))
     getattr(rk, op)(pattern=pattern, **once).sum().backward()
     total = sum(getattr(rk, op)(pattern=pattern, **often).sum() for _ in range(2))
@@ -170,10 +174,10 @@ def test_used_twice_and_kept(op: str, pattern: CsrPattern) -> None:
     ("op", "name"), [("sddmm", "a"), ("sddmm", "b"), ("spmm", "values"), ("spmm", "b")]
 )
 @pytest.mark.parametrize("write", ["torch", "csr_add_"])
-def test_a_saved_operand_that_changed_is_noticed(
+def test_changed_saved_operands_raise_in_backward(
     op: str, name: str, write: str, pattern: CsrPattern
 ) -> None:
-    """Its backward would be wrong. csr_add_ counts as a write, like torch's own ops."""
+    """The gradients would be wrong. csr_add_ counts as a write, like torch's own in-place ops."""
     x = leaves(inputs_of(op, pattern))
     inputs = {n: v * 1 for n, v in x.items()}
     out = getattr(rk, op)(pattern=pattern, **inputs)
@@ -188,19 +192,19 @@ def test_a_saved_operand_that_changed_is_noticed(
         out.sum().backward()
 
 
-def test_changed_index_tensors_are_noticed_in_backward(pattern: CsrPattern) -> None:
+def test_changed_index_tensors_raise_in_backward(pattern: CsrPattern) -> None:
     out = rk.spmm(pattern, **leaves(inputs_of("spmm", pattern)))
     pattern.col_indices.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
 
-# -- which kernels a backward runs on ------------------------------------------------------------
+# -- the backend of a backward -------------------------------------------------------------------
 
 
 @pytest.fixture
 def probe(sandbox: None) -> list[str]:
-    """A log of calls to the backend "probe": the reference, chosen only by name."""
+    """The log of calls to a backend "probe": the reference kernels, which run only by that name."""
     log: list[str] = []
 
     def record(op: str, run: Callable[..., object]) -> Callable[..., object]:
@@ -222,6 +226,7 @@ def probe(sandbox: None) -> list[str]:
     return log
 
 
+# For each op, the ops whose kernels run in forward and in backward.
 CALLS = {
     "sddmm": (["sddmm"], ["spmm", "spmm"]),
     "spmm": (["spmm"], ["sddmm", "spmm"]),
@@ -232,10 +237,13 @@ CALLS = {
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 @pytest.mark.parametrize("ask", ["context", "argument", "environment"])
-def test_backward_runs_where_forward_did(
+def test_backward_uses_the_backend_of_forward(
     op: str, ask: str, pattern: CsrPattern, probe: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from another thread, outside the block, and when another backend is requested then."""
+    """The backward uses it after the `use_backend` block and in another thread.
+
+    A backend that is requested at the time of the backward has no effect.
+    """
     inputs = leaves(inputs_of(op, pattern))
     run = getattr(rk, op)
     if ask == "context":
@@ -261,8 +269,10 @@ def test_backward_runs_where_forward_did(
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_checkpoint(op: str, pattern: CsrPattern, probe: list[str]) -> None:
-    """Non-reentrant. The recomputed forward uses the backend of the first one."""
+def test_checkpointing_keeps_backend_and_gradients(
+    op: str, pattern: CsrPattern, probe: list[str]
+) -> None:
+    """Checkpointing is non-reentrant. The recomputed forward uses the backend of the first one."""
 
     def block(*operands: Tensor) -> Tensor:
         return getattr(rk, op)(pattern=pattern, **dict(zip(inputs, operands, strict=True))).sin()
@@ -281,7 +291,7 @@ def test_checkpoint(op: str, pattern: CsrPattern, probe: list[str]) -> None:
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
 def test_autocast_casts_dense_operands(op: str, narrow: torch.dtype, pattern: CsrPattern) -> None:
-    """As for a matmul. The values stay float32 master values."""
+    """Dense operands are cast as for a matmul. The values stay in float32."""
     inputs = leaves(inputs_of(op, pattern, 17))
     with torch.autocast("cpu", narrow):
         out = getattr(rk, op)(pattern=pattern, **inputs)
@@ -306,7 +316,7 @@ def test_autocast_with_mixed_dtypes(pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_autocast_leaves_float64_alone(op: str, pattern: CsrPattern) -> None:
+def test_autocast_does_not_cast_float64(op: str, pattern: CsrPattern) -> None:
     inputs = inputs_of(op, pattern, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         out = getattr(rk, op)(pattern=pattern, **inputs)

@@ -1,4 +1,4 @@
-"""What every op does with bad input: one error, before any kernel, that names what was expected."""
+"""Bad input to any op raises an error before a kernel runs. The error says what was expected."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def refuse(
 
 
 FLOATS = "dtype float32, bfloat16, float16 or float64"
-# What is done to an operand; the error; the message after "<op>: ", {name} filled in.
+# A change to an operand, the error, and its message after "<op>: ". {name} is the operand's name.
 BAD_TENSORS: dict[str, tuple[Callable[[Tensor], object], type[Exception], str]] = {
     "list": (lambda x: x.tolist(), TypeError, "expected {name} to be a tensor, got list"),
     "none": (lambda x: None, TypeError, "expected {name} to be a tensor, got NoneType"),
@@ -82,7 +82,9 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensor], object], type[Exception], str]] 
 
 @pytest.mark.parametrize("bad", BAD_TENSORS)
 @pytest.mark.parametrize(("op", "name"), OPERANDS)
-def test_kind_of_tensor(op: str, name: str, bad: str, pattern: CsrPattern) -> None:
+def test_wrong_types_dtypes_layouts_and_devices_are_refused(
+    op: str, name: str, bad: str, pattern: CsrPattern
+) -> None:
     change, error, message = BAD_TENSORS[bad]
     inputs = good_inputs(op, pattern)
     inputs[name] = change(inputs[name])
@@ -90,7 +92,7 @@ def test_kind_of_tensor(op: str, name: str, bad: str, pattern: CsrPattern) -> No
 
 
 @pytest.mark.parametrize(("op", "name"), MATRICES)
-def test_rank_of_matrices(op: str, name: str, pattern: CsrPattern) -> None:
+def test_matrices_that_are_not_2d_are_refused(op: str, name: str, pattern: CsrPattern) -> None:
     inputs = good_inputs(op, pattern)
     for bad in (inputs[name][0], inputs[name][None], inputs[name].sum()):
         message = f"expected {name} to be 2-D, got shape {tuple(bad.shape)}"
@@ -98,8 +100,8 @@ def test_rank_of_matrices(op: str, name: str, pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize(("op", "name"), MATRICES)
-def test_dimensions_from_2_to_the_31(op: str, name: str, pattern: CsrPattern) -> None:
-    """No memory is needed for them: the strides are 0."""
+def test_dimensions_beyond_int32_are_refused(op: str, name: str, pattern: CsrPattern) -> None:
+    """The matrices have strides 0, so they need no memory."""
     for shape in ((HUGE, 2), (2, HUGE)):
         inputs = {**good_inputs(op, pattern), name: torch.zeros(1).expand(shape)}
         message = f"expected {name} with dimensions below 2**31, got shape {shape}"
@@ -107,7 +109,7 @@ def test_dimensions_from_2_to_the_31(op: str, name: str, pattern: CsrPattern) ->
 
 
 @pytest.mark.parametrize(("op", "name"), VECTORS)
-def test_shape_of_values(op: str, name: str, pattern: CsrPattern) -> None:
+def test_values_of_a_wrong_shape_are_refused(op: str, name: str, pattern: CsrPattern) -> None:
     inputs = good_inputs(op, pattern)
     nnz = pattern.nnz
     for bad in (torch.ones(nnz - 1), torch.ones(nnz + 1), torch.ones(nnz, 1), torch.tensor(1.0)):
@@ -135,7 +137,9 @@ def test_shape_of_values(op: str, name: str, pattern: CsrPattern) -> None:
         ("csr_scatter_", "w", "expected w of the pattern's shape (37, 53), got (36, 53)"),
     ],
 )
-def test_rows_of_matrices(op: str, name: str, message: str, pattern: CsrPattern) -> None:
+def test_wrong_numbers_of_rows_are_refused(
+    op: str, name: str, message: str, pattern: CsrPattern
+) -> None:
     inputs = good_inputs(op, pattern)
     refuse(ValueError, message, op, pattern, {**inputs, name: inputs[name][:-1]})
 
@@ -151,7 +155,9 @@ def test_rows_of_matrices(op: str, name: str, message: str, pattern: CsrPattern)
         ("csr_scatter_", "w", "expected w of the pattern's shape (37, 53), got (37, 52)"),
     ],
 )
-def test_columns_of_matrices(op: str, name: str, message: str, pattern: CsrPattern) -> None:
+def test_wrong_numbers_of_columns_are_refused(
+    op: str, name: str, message: str, pattern: CsrPattern
+) -> None:
     inputs = good_inputs(op, pattern)
     refuse(ValueError, message, op, pattern, {**inputs, name: inputs[name][:, :-1]})
 
@@ -166,8 +172,10 @@ def test_columns_of_matrices(op: str, name: str, message: str, pattern: CsrPatte
     ],
     ids=str,
 )
-def test_mixed_dtypes(operand: torch.dtype, other: torch.dtype, pattern: CsrPattern) -> None:
-    """Dense operands share one; values are of that dtype or, over narrow ones, float32."""
+def test_mixed_dtypes_are_refused(
+    operand: torch.dtype, other: torch.dtype, pattern: CsrPattern
+) -> None:
+    """Dense operands have one dtype. Values have that dtype, or float32 beside 16-bit operands."""
     a, b = inputs_of("sddmm", pattern, dtype=operand).values()
     message = f"expected a and b of one dtype, got {operand} and {other}"
     refuse(TypeError, message, "sddmm", pattern, {"a": a, "b": b.to(other)})
@@ -181,7 +189,7 @@ def test_mixed_dtypes(operand: torch.dtype, other: torch.dtype, pattern: CsrPatt
 
 
 @pytest.mark.parametrize("op", sorted({op for op, _ in OPERANDS}))
-def test_pattern(op: str, pattern: CsrPattern) -> None:
+def test_a_pattern_of_another_class_is_refused(op: str, pattern: CsrPattern) -> None:
     inputs = good_inputs(op, pattern)
     mask = torch.ones(pattern.shape)
     refuse(TypeError, "expected a CsrPattern, got Tensor", op, mask, inputs)
@@ -190,8 +198,8 @@ def test_pattern(op: str, pattern: CsrPattern) -> None:
 
 @pytest.mark.parametrize("index", ["crow_indices", "col_indices"])
 @pytest.mark.parametrize("op", sorted({op for op, _ in OPERANDS}))
-def test_index_tensors_changed_since_they_were_validated(op: str, index: str) -> None:
-    """Through whatever view: the user's own tensor is the pattern's where it was int32 already."""
+def test_index_tensors_changed_in_place_are_refused(op: str, index: str) -> None:
+    """A pattern does not copy int32 index tensors. Writes through any view of them are noticed."""
     col = torch.tensor([0, 1, 2], dtype=torch.int32)
     crow = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
     pattern = CsrPattern(crow, col, (3, 3))
@@ -204,14 +212,17 @@ def test_index_tensors_changed_since_they_were_validated(op: str, index: str) ->
 @pytest.mark.parametrize(
     "op", ["sddmm", "spmm", "csr_add", "csr_add_", "csr_gather", "csr_scatter_"]
 )
-def test_unknown_backend(op: str, pattern: CsrPattern) -> None:
+def test_unknown_backends_are_refused(op: str, pattern: CsrPattern) -> None:
     with pytest.raises(ValueError, match=r"a backend among auto, .*reference.*, got 'cpus'"):
         getattr(rk, op)(pattern=pattern, **inputs_of(op, pattern), backend="cpus")
 
 
 @pytest.mark.ops("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_")
-def test_kernels_compare_lengths_again(kernel: Served) -> None:
-    """The flat ops are callable past the checks; kernels must not read past the end of a tensor."""
+def test_kernels_check_the_lengths_of_operands(kernel: Served) -> None:
+    """The ops of torch.ops.rosa can be called without the public op's checks.
+
+    Kernels must not read past the end of a tensor.
+    """
     pattern = uniform_pattern(20, 30, 0.2).to(kernel.device)
     crow, col = pattern.crow_indices, pattern.col_indices
     x = {name: value[:-1] for name, value in inputs_of(kernel.op, pattern).items()}

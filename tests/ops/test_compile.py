@@ -1,4 +1,4 @@
-"""The ops as torch.library ops: opcheck, and torch.compile(fullgraph=True) with its corners."""
+"""The ops under torch.library.opcheck, torch.compile(fullgraph=True) and torch.export."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def leaves(inputs: dict[str, Tensor], grad: bool = True) -> dict[str, Tensor]:
 
 
 def compiled(op: str, **options: object) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
-    """The public op, compiled whole, and the count of its compilations."""
+    """The public op compiled with fullgraph=True, and a counter of its compilations."""
     counter = CompileCounterWithBackend("aot_eager")
 
     def call(pattern: CsrPattern, **inputs: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def compiled(op: str, **options: object) -> tuple[Callable[..., Tensor], Compile
     return torch.compile(call, fullgraph=True, backend=counter, **options), counter
 
 
-def test_constants_are_marked_as_torch_marks_them() -> None:
-    """By hand, since torch's own decorator imports the compiler."""
+def test_constant_functions_are_marked_as_by_torch() -> None:
+    """The library sets the mark itself, because torch's decorator imports the compiler."""
 
     def function() -> None: ...
 
@@ -59,7 +59,7 @@ def test_constants_are_marked_as_torch_marks_them() -> None:
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("derived", ["nothing", "transpose", "plans"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck_of_the_products(
+def test_opcheck_of_sddmm_and_spmm(
     dtype: torch.dtype, derived: str, grad: bool, layout: str, pattern: CsrPattern
 ) -> None:
     transpose = [] if derived == "nothing" else transpose_tensors(pattern)
@@ -80,7 +80,7 @@ def test_opcheck_of_the_products(
 
 @pytest.mark.parametrize("layout", ["row-major", "token-major", "sliced"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_of_the_copies(grad: bool, layout: str, pattern: CsrPattern) -> None:
+def test_opcheck_of_the_csr_ops(grad: bool, layout: str, pattern: CsrPattern) -> None:
     index = (pattern.crow_indices, pattern.col_indices)
     inputs = inputs_of("csr_add", pattern)
     w = LAYOUTS[layout](inputs["w"]).detach()
@@ -94,7 +94,7 @@ def test_opcheck_of_the_copies(grad: bool, layout: str, pattern: CsrPattern) -> 
     torch.library.opcheck(FLAT.csr_transpose, (*index, pattern.shape[1]))
 
 
-def test_opcheck_of_nothing() -> None:
+def test_opcheck_of_empty_patterns() -> None:
     for m, n in ((0, 0), (0, 3), (3, 0), (3, 3)):
         pattern = uniform_pattern(m, n, 0.0)
         index = (pattern.crow_indices, pattern.col_indices)
@@ -108,12 +108,12 @@ def test_opcheck_of_nothing() -> None:
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
-def test_compiled_forward_and_backward(
+def test_compiled_and_eager_results_are_equal(
     op: str, warm: bool, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """Equal bits, whether or not the pattern has its transpose before it is traced.
+    """The bits are equal, whether or not the pattern has its transpose before tracing.
 
-    A cold pattern gets its transpose in the first call; code that relies on it is compiled again.
+    A cold pattern gets its transpose in the first call. Code that uses it is compiled again.
     """
     if warm:
         assert pattern.T.nnz == pattern.nnz
@@ -136,8 +136,8 @@ def test_compiled_forward_and_backward(
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_dynamic_shapes(op: str, dynamic: bool | None) -> None:
-    """Ever other numbers of tokens, and ever other patterns: two compilations at most."""
+def test_dynamic_shapes_compile_at_most_twice(op: str, dynamic: bool | None) -> None:
+    """Five numbers of tokens and five patterns need two compilations at most."""
     call, counter = compiled(op, dynamic=dynamic)
     for step, k in enumerate((5, 9, 12, 31, 64)):
         pattern = uniform_pattern(20 + step, 30 + step, 0.1, seed=step)
@@ -150,8 +150,8 @@ def test_dynamic_shapes(op: str, dynamic: bool | None) -> None:
 
 
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_tokens_marked_dynamic(op: str, pattern: CsrPattern) -> None:
-    """Raises where tracing fixes the number of tokens to one value."""
+def test_the_number_of_tokens_can_be_dynamic(op: str, pattern: CsrPattern) -> None:
+    """mark_dynamic raises if tracing fixes the number of tokens to one value."""
     call, counter = compiled(op)
     pattern.T  # noqa: B018 - built before it is traced
     for k in (5, 9, 12):
@@ -163,7 +163,10 @@ def test_tokens_marked_dynamic(op: str, pattern: CsrPattern) -> None:
 
 
 def test_many_layers_share_one_compilation() -> None:
-    """Same shapes, other patterns: a model of many layers must not meet the recompilation limit."""
+    """The layers have equal shapes and different patterns.
+
+    A model of many layers must not reach the recompilation limit.
+    """
     call, counter = compiled("sddmm")
     for seed in range(4):
         pattern = uniform_pattern(20, 30, 0.1, seed=seed)
@@ -177,8 +180,8 @@ def test_many_layers_share_one_compilation() -> None:
     assert counter.frame_count == 1
 
 
-def test_csr_transpose(pattern: CsrPattern) -> None:
-    """The pattern it builds inside a graph is a real one outside."""
+def test_compiled_csr_transpose_caches_a_valid_pattern(pattern: CsrPattern) -> None:
+    """The transposed pattern that a graph builds is a valid pattern outside the graph."""
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def call(values: Tensor) -> Tensor:
@@ -197,25 +200,30 @@ def test_csr_transpose(pattern: CsrPattern) -> None:
     assert pattern.T.T is pattern
 
 
-def test_in_place(pattern: CsrPattern) -> None:
-    """The caller's tensor changes, a slice of a bigger one included."""
+@pytest.mark.parametrize(
+    ("op", "options"), [("csr_add_", {"alpha": 2.0}), ("csr_scatter_", {})], ids=["add", "scatter"]
+)
+def test_compiled_ops_change_their_target_in_place(
+    op: str, options: dict[str, float], pattern: CsrPattern
+) -> None:
+    """The caller's tensor changes. The target may be a slice of a bigger tensor."""
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def call(w: Tensor, values: Tensor) -> Tensor:
-        rk.csr_add_(w[:, 1:-1], pattern, values, alpha=2.0)
+        getattr(rk, op)(w[:, 1:-1], pattern, values, **options)
         return w.sum()
 
     m, n = pattern.shape
     w = torch.randn(m, n + 2)
     expected = w.clone()
-    rk.csr_add_(expected[:, 1:-1], pattern, torch.ones(pattern.nnz), alpha=2.0)
+    getattr(rk, op)(expected[:, 1:-1], pattern, torch.ones(pattern.nnz), **options)
     total = call(w, torch.ones(pattern.nnz))
     assert torch.equal(w, expected)
     assert torch.equal(total, expected.sum())
 
 
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_autocast_inside(op: str, pattern: CsrPattern) -> None:
+def test_autocast_inside_a_compiled_function(op: str, pattern: CsrPattern) -> None:
     inputs = leaves(inputs_of(op, pattern))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -232,8 +240,8 @@ def test_autocast_inside(op: str, pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("build", ["constructor", "from_mask", "from_coo"])
-def test_patterns_are_built_outside(build: str) -> None:
-    """Validation reads the indices. Without fullgraph, the graph breaks there."""
+def test_patterns_cannot_be_built_while_tracing(build: str) -> None:
+    """Validation reads the indices, so a graph cannot hold it. Without fullgraph, it breaks."""
 
     def call(mask: Tensor) -> Tensor:
         if build == "from_mask":
@@ -250,7 +258,7 @@ def test_patterns_are_built_outside(build: str) -> None:
         torch.compile(call, fullgraph=True, backend="aot_eager")(mask)
 
 
-def test_export_leaves_sizes_unbounded(pattern: CsrPattern) -> None:
+def test_export_does_not_bound_dynamic_sizes(pattern: CsrPattern) -> None:
     """A dimension that is exported as dynamic may have any size, as in a dense product."""
 
     class Layer(torch.nn.Module):
@@ -279,7 +287,7 @@ def test_errors_are_raised_while_tracing(pattern: CsrPattern) -> None:
         call(pattern, values=torch.ones(3), b=b)
 
 
-def test_compiled_code_freezes_the_choice_of_backend(
+def test_compiled_code_keeps_its_choice_of_backend(
     pattern: CsrPattern, sandbox: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[str] = []
@@ -299,9 +307,9 @@ def test_compiled_code_freezes_the_choice_of_backend(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-def test_inductor(pattern: CsrPattern) -> None:
-    """The default compiler, on a whole adapter: sparse and low-rank parts in one graph."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by torch itself
+def test_inductor_compiles_a_whole_adapter(pattern: CsrPattern) -> None:
+    """The default compiler takes the sparse and the low-rank part in one graph."""
     torch.manual_seed(0)
     m, n = pattern.shape
     shapes = {"x": (9, n), "values": (pattern.nnz,), "down": (4, n), "up": (m, 4)}

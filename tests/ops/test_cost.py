@@ -1,4 +1,4 @@
-"""The cost model: more work takes longer, and the numbers are those worked out by hand."""
+"""The cost model: more work takes longer, and estimates agree with those made by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES += ["spmm_gather", "spmm_tile", "dense_spmm"]
 
 
 def sizes(m: int = 4096, n: int = 4096, nnz: int = 100_000, **changes: int) -> PlanSizes:
-    """A plan of which 95 % of the nonzeros lie in 40 tiles."""
+    """A plan with 95 % of its nonzeros in 40 tiles."""
     base = PlanSizes(
         m, n, nnz, 128, 256, m * 9 // 10, n // 2, m // 16, n // 20, 40, nnz * 95 // 100
     )
@@ -58,8 +58,8 @@ def test_more_work_takes_longer(model: cost.Model) -> None:
 
 
 @pytest.mark.parametrize("model", EVERY, ids=NAMES)
-def test_no_idea(model: cost.Model) -> None:
-    """On a CPU, or of a call that says too little."""
+def test_no_estimate_without_enough_information(model: cost.Model) -> None:
+    """No model estimates calls on a CPU, or calls without a device, an nnz or the plan it needs."""
     assert model(call_of(model, device_type="cpu")) is None
     assert model(call_of(model, device=None)) is None
     assert model(call_of(model, nnz=None)) is None
@@ -68,14 +68,14 @@ def test_no_idea(model: cost.Model) -> None:
 
 
 @pytest.mark.parametrize("model", EVERY, ids=NAMES)
-def test_nothing_to_do(model: cost.Model) -> None:
+def test_empty_calls_take_almost_no_time(model: cost.Model) -> None:
     for pattern, k in ((uniform_pattern(0, 0, 0.0), 0), (uniform_pattern(5, 7, 0.0), 0)):
         estimate = model(call_of(model, pattern.tile_plan.sizes, k))
         assert 0 <= estimate.seconds < 1e-3
 
 
-def test_a_gather_by_hand() -> None:
-    """4096 x 4096, 1 %, 8192 tokens: a line of 16 KiB for each nonzero, at 5.5 TB/s, 0.5 ms."""
+def test_gather_time_agrees_with_a_hand_estimate() -> None:
+    """4096 x 4096 at 1 %, 8192 tokens: reading 16 KiB per nonzero at 5.5 TB/s takes 0.5 ms."""
     plan = sizes(nnz=167_772, active_rows=4096, active_cols=4096)
     stages = cost.sddmm_gather(call_of(cost.sddmm_gather, plan)).stages
     lines = 167_772 + 167_772 / 32 + 4096
@@ -85,21 +85,21 @@ def test_a_gather_by_hand() -> None:
     assert cost.sddmm_gather(read_in_place).stages["pack"] == 0
 
 
-def test_tiles_by_hand() -> None:
-    """40 tiles of 128 x 256: 21.5 GFLOP, but 252 MB through the second-level cache, 46 us."""
+def test_tile_time_agrees_with_a_hand_estimate() -> None:
+    """40 tiles of 128 x 256 need 21.5 GFLOP, and 252 MB from the L2 cache, which takes 46 us."""
     stages = cost.sddmm_tile(call_of(cost.sddmm_tile)).stages
     assert stages["tiles"] == pytest.approx(40 * 384 * 8192 * 2 / 5.5e12, rel=0.08)
-    # wgmma is no faster where operands cannot arrive faster
+    # The L2 cache limits both kernels, so wgmma is not faster.
     assert cost.sddmm_wgmma(call_of(cost.sddmm_wgmma)).stages["tiles"] == stages["tiles"]
 
 
-def test_dense_by_hand() -> None:
-    """The GEMM of 275 GFLOP at 780 TFLOP/s is 352 us; slabs and whole waves add a tenth at most."""
+def test_dense_time_agrees_with_a_hand_estimate() -> None:
+    """A GEMM of 275 GFLOP at 780 TFLOP/s takes 352 us. Slabs and whole waves add 12 % at most."""
     estimate = cost.dense_sddmm(call_of(cost.dense_sddmm))
     assert 352e-6 < estimate.seconds < 1.12 * 352e-6
 
 
-def test_pack_reads_sectors_that_hold_an_active_column() -> None:
+def test_pack_time_grows_with_active_sectors() -> None:
     few = sizes(active_cols=100, col_sectors=90)
     many = sizes(active_cols=100, col_sectors=7)
     pack = [cost.sddmm_tile(call_of(cost.sddmm_tile, p)).stages["pack"] for p in (few, many)]
@@ -108,18 +108,18 @@ def test_pack_reads_sectors_that_hold_an_active_column() -> None:
 
 @pytest.mark.parametrize("k", [2048, 8192, 16384])
 @pytest.mark.parametrize("density", [0.0005, 0.001])
-def test_thin_uniform_masks_are_gathered(density: float, k: int) -> None:
+def test_sparse_uniform_masks_use_the_gather_kernel(density: float, k: int) -> None:
     assert fastest(uniform_pattern(4096, 4096, density), k) == "gather"
 
 
 @pytest.mark.parametrize("k", [2048, 8192, 16384])
 @pytest.mark.parametrize("density", [0.02, 0.1])
-def test_dense_uniform_masks_are_multiplied(density: float, k: int) -> None:
+def test_dense_uniform_masks_use_the_dense_kernel(density: float, k: int) -> None:
     assert fastest(uniform_pattern(4096, 4096, density), k) == "dense"
 
 
 @pytest.mark.parametrize("k", [2048, 8192, 16384])
-def test_skewed_masks_are_tiled(k: int) -> None:
+def test_skewed_masks_use_the_tile_kernel(k: int) -> None:
     generator = torch.Generator().manual_seed(1)
     u, v = torch.randn(4096, 1, generator=generator), torch.randn(1, 4096, generator=generator)
     score = 0.5 * u + 0.4 * v + 0.35 * torch.randn(4096, 4096, generator=generator)

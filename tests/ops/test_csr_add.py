@@ -1,4 +1,7 @@
-"""csr_add and csr_add_ beyond the shared cases: alpha, targets, elements outside the pattern."""
+"""csr_add and csr_add_: alpha, elements outside the pattern, and targets, also of csr_scatter_.
+
+test_nasty_cases.py has the cases that all ops share.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,15 @@ from rosa_kernels import CsrPattern
 from rosa_kernels.strides import overlaps_itself
 from rosa_kernels.testing import LAYOUTS
 
+# Ops that change their target, and the advice in their errors.
+IN_PLACE = {"csr_add_": "use csr_add", "csr_scatter_": "pass detached tensors"}
+
 
 @pytest.mark.ops("csr_add", "csr_add_")
 @sweep(alpha=[0, 1, -1.0, 0.1, 1e-3, 3, 1e30, -0.0])
-def test_alpha(kernel: Served, pattern: CsrPattern, dtype: torch.dtype, alpha: float) -> None:
+def test_values_are_scaled_by_alpha(
+    kernel: Served, pattern: CsrPattern, dtype: torch.dtype, alpha: float
+) -> None:
     check(kernel, pattern, inputs_of(kernel.op, pattern, 0, dtype, kernel.device), alpha=alpha)
 
 
@@ -24,7 +32,7 @@ def test_alpha(kernel: Served, pattern: CsrPattern, dtype: torch.dtype, alpha: f
 def test_elements_outside_the_pattern_keep_their_bits(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """NaN payloads and signed zeros included."""
+    """The bits of NaN payloads and signed zeros are kept too."""
     inputs = inputs_of(kernel.op, pattern, 0, dtype, kernel.device)
     outside = pattern.to_torch(torch.ones(pattern.nnz)).to_dense().to(kernel.device) == 0
     w = inputs["w"]
@@ -38,7 +46,7 @@ def test_elements_outside_the_pattern_keep_their_bits(
 
 @pytest.mark.ops("csr_add_")
 @sweep(order=["row-major", "token-major"])
-def test_a_slice_leaves_its_tensor_alone(
+def test_adding_to_a_slice_changes_nothing_else(
     kernel: Served, pattern: CsrPattern, order: str, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of("csr_add_", pattern, 0, dtype, kernel.device)
@@ -54,9 +62,9 @@ def test_a_slice_leaves_its_tensor_alone(
     assert torch.equal(base, before)
 
 
-@pytest.mark.ops("csr_add_")
-def test_returns_its_target(kernel: Served, pattern: CsrPattern) -> None:
-    inputs = inputs_of("csr_add_", pattern, 0, device=kernel.device)
+@pytest.mark.ops(*IN_PLACE)
+def test_in_place_ops_return_their_target(kernel: Served, pattern: CsrPattern) -> None:
+    inputs = inputs_of(kernel.op, pattern, 0, device=kernel.device)
     version = inputs["w"]._version
     assert kernel(pattern.to(kernel.device), **inputs) is inputs["w"]
     assert inputs["w"]._version > version
@@ -87,18 +95,19 @@ def test_float32_values_are_rounded_once(kernel: Served) -> None:
     assert kernel(pattern, w=w, values=values).item() == 1 + 2.0**-7
 
 
+@pytest.mark.parametrize("op", IN_PLACE)
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n.startswith("stride-")])
-def test_a_target_that_overlaps_itself_is_refused(pattern: CsrPattern, name: str) -> None:
-    inputs = inputs_of("csr_add_", pattern, 0)
+def test_a_target_that_overlaps_itself_is_refused(pattern: CsrPattern, name: str, op: str) -> None:
+    inputs = inputs_of(op, pattern, 0)
     w = LAYOUTS[name](inputs["w"])
     assert overlaps_itself(w)
     before = w.clone()
     message = (
-        r"csr_add_: expected a target whose elements do not share memory, got shape \(37, 53\) "
+        rf"{op}: expected a target whose elements do not share memory, got shape \(37, 53\) "
         rf"with strides \({w.stride(0)}, {w.stride(1)}\); call clone\(\) first"
     )
     with pytest.raises(RuntimeError, match=message):
-        rk.csr_add_(w, pattern, inputs["values"])
+        getattr(rk, op)(w, pattern, inputs["values"])
     assert torch.equal(w, before)
 
 
@@ -110,34 +119,39 @@ def make_result(x: torch.Tensor) -> torch.Tensor:
     return x.requires_grad_() * 1
 
 
+@pytest.mark.parametrize("op", IN_PLACE)
 @pytest.mark.parametrize("grad", [make_leaf, make_result])
 def test_a_target_that_requires_grad_is_refused(
-    pattern: CsrPattern, grad: Callable[[torch.Tensor], torch.Tensor]
+    pattern: CsrPattern, grad: Callable[[torch.Tensor], torch.Tensor], op: str
 ) -> None:
-    inputs = inputs_of("csr_add_", pattern, 0)
+    inputs = inputs_of(op, pattern, 0)
     w = grad(inputs["w"])
-    message = "expected a target that does not require grad, got one that does; use csr_add, or"
+    message = f"{op}: expected a target that does not require grad, got one that does; "
+    message += f"{IN_PLACE[op]}, or pass w.detach"
     for mode in (torch.enable_grad(), torch.no_grad()):
         with mode, pytest.raises(RuntimeError, match=message):
-            rk.csr_add_(w, pattern, inputs["values"])
+            getattr(rk, op)(w, pattern, inputs["values"])
 
 
-def test_values_that_require_grad_are_refused_in_grad_mode(pattern: CsrPattern) -> None:
-    """A gradient would be lost silently. Without grad mode there is none to lose."""
-    inputs = inputs_of("csr_add_", pattern, 0)
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_values_that_require_grad_are_refused(pattern: CsrPattern, op: str) -> None:
+    """A gradient would be lost silently. Without grad mode there is no gradient to lose."""
+    inputs = inputs_of(op, pattern, 0)
     values = inputs["values"].clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="values that do not require grad in grad mode, got"):
-        rk.csr_add_(inputs["w"], pattern, values)
-    expected = rk.csr_add(inputs["w"], pattern, inputs["values"])
+    message = f"{op}: expected values that do not require grad in grad mode, got values that do; "
+    message += f"{IN_PLACE[op]}, or"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(rk, op)(inputs["w"], pattern, values)
+    expected = getattr(rk, op)(inputs["w"].clone(), pattern, inputs["values"])
     with torch.no_grad():
-        got = rk.csr_add_(inputs["w"], pattern, values)
+        got = getattr(rk, op)(inputs["w"], pattern, values)
     assert torch.equal(got, expected)
     assert not got.requires_grad
 
 
-@pytest.mark.parametrize("op", ["csr_add_", "csr_scatter_"])
-def test_an_inference_tensor_is_refused_outside(pattern: CsrPattern, op: str) -> None:
-    """As by torch's own ops in place."""
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_inference_tensors_are_refused_outside_inference_mode(pattern: CsrPattern, op: str) -> None:
+    """torch's own in-place ops refuse them too."""
     inputs = inputs_of(op, pattern, 0)
     with torch.inference_mode():
         w = inputs["w"].clone()
@@ -148,7 +162,7 @@ def test_an_inference_tensor_is_refused_outside(pattern: CsrPattern, op: str) ->
     assert torch.equal(w, before)
 
 
-def test_the_data_of_a_parameter_can_be_a_target(pattern: CsrPattern) -> None:
+def test_a_parameters_data_can_be_the_target(pattern: CsrPattern) -> None:
     inputs = inputs_of("csr_add_", pattern, 0)
     weight = torch.nn.Parameter(inputs["w"].clone())
     version = weight._version

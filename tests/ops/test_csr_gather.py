@@ -14,7 +14,9 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @sweep(nasty=NASTY, layout=LAYOUTS.keys())
-def test_is_indexing(kernel: Served, nasty: CsrPattern, layout: str) -> None:
+def test_equals_indexing_of_the_dense_matrix(
+    kernel: Served, nasty: CsrPattern, layout: str
+) -> None:
     w = inputs_of("csr_gather", nasty, 0, device=kernel.device)["w"]
     w = LAYOUTS[layout](w) if w.numel() else w
     nasty = nasty.to(kernel.device)
@@ -25,7 +27,7 @@ def test_is_indexing(kernel: Served, nasty: CsrPattern, layout: str) -> None:
 
 @pytest.mark.ops("csr_gather")
 def test_keeps_every_bit(kernel: Served, pattern: CsrPattern, dtype: torch.dtype) -> None:
-    """Random bits: NaN payloads, infinities, subnormals and signed zeros among them."""
+    """The random bits include NaN payloads, infinities, subnormals and signed zeros."""
     bits = BITS[dtype.itemsize]
     info = torch.iinfo(bits)
     w = torch.randint(info.min, info.max, pattern.shape, dtype=bits, device=kernel.device)
@@ -36,8 +38,8 @@ def test_keeps_every_bit(kernel: Served, pattern: CsrPattern, dtype: torch.dtype
     assert torch.equal(got.view(bits), w[mask])
 
 
-def test_a_row_of_the_greatest_size(kernel: Served) -> None:
-    """2**31 - 1 columns are served; stride 0 spares the memory."""
+def test_reads_a_row_of_the_greatest_length(kernel: Served) -> None:
+    """A row may have 2**31 - 1 columns. Its strides are 0, so it needs no memory."""
     n = 2**31 - 1
     columns = torch.tensor([0, 40_000, n - 1])
     pattern = CsrPattern(torch.tensor([0, 3]), columns, (1, n)).to(kernel.device)

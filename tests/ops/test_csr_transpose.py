@@ -1,4 +1,4 @@
-"""csr_transpose and the transpose a pattern caches."""
+"""csr_transpose, and the transpose that a pattern caches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def dense(pattern: CsrPattern, values: torch.Tensor) -> torch.Tensor:
 
 
 def numbered(pattern: CsrPattern) -> torch.Tensor:
-    """Values that tell the entries apart, none of them zero."""
+    """Values that are all different and not zero."""
     return torch.arange(1.0, pattern.nnz + 1, dtype=torch.float64)
 
 
 @pytest.mark.ops("csr_transpose")
 @sweep(nasty=NASTY)
-def test_kernel(kernel: Served, nasty: CsrPattern) -> None:
+def test_kernels_sort_stably_by_column(kernel: Served, nasty: CsrPattern) -> None:
     """The stable sort by column is the only right answer."""
     m, n = nasty.shape
     moved = nasty.to(kernel.device)
@@ -40,7 +40,7 @@ def test_kernel(kernel: Served, nasty: CsrPattern) -> None:
 
 
 @sweep(nasty=NASTY, dtype=DTYPES)
-def test_is_the_transpose(nasty: CsrPattern, dtype: torch.dtype) -> None:
+def test_equals_the_dense_transpose(nasty: CsrPattern, dtype: torch.dtype) -> None:
     values = numbered(nasty).to(dtype)
     pattern_t, values_t = rk.csr_transpose(nasty, values)
     assert values_t.dtype == dtype
@@ -49,14 +49,14 @@ def test_is_the_transpose(nasty: CsrPattern, dtype: torch.dtype) -> None:
 
 
 @sweep(nasty=NASTY)
-def test_twice_is_nothing(nasty: CsrPattern) -> None:
+def test_transposing_twice_gives_the_original(nasty: CsrPattern) -> None:
     values = numbered(nasty)
     pattern, back = rk.csr_transpose(*rk.csr_transpose(nasty, values))
     assert pattern is nasty
     assert torch.equal(back, values)
 
 
-def test_is_built_once(pattern: CsrPattern) -> None:
+def test_the_transpose_is_built_once(pattern: CsrPattern) -> None:
     assert not pattern.has_transpose
     first = rk.csr_transpose(pattern, numbered(pattern))[0]
     assert pattern.has_transpose
@@ -76,7 +76,7 @@ def test_the_transpose_is_a_valid_pattern(nasty: CsrPattern) -> None:
     assert torch.equal(permutation[t.transpose_permutation.long()], torch.arange(nasty.nnz))
 
 
-def test_strided_values(pattern: CsrPattern) -> None:
+def test_strided_values_are_accepted(pattern: CsrPattern) -> None:
     values = numbered(pattern)
     wide = torch.stack([values, -values], 1)[:, 0]
     assert torch.equal(rk.csr_transpose(pattern, wide)[1], rk.csr_transpose(pattern, values)[1])

@@ -1,4 +1,4 @@
-"""On a GPU: streams, graphs, devices, threads, memory. What is computed is in the other files."""
+"""Behaviour on a GPU: streams, graphs, threads, devices, memory. Other files test results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def served(*ops: str) -> list[object]:
 
 @pytest.fixture
 def pattern() -> CsrPattern:
-    """Heavy tiles beside light entries, rows from empty to cut; on the device, with its plans."""
+    """A pattern on the GPU with heavy tiles, light entries, empty rows and cut rows, with plans."""
     generator = torch.Generator().manual_seed(4)
     share = torch.rand(400, 1, generator=generator) ** 4 * torch.rand(1, 1500, generator=generator)
     pattern = CsrPattern.from_mask(torch.rand(400, 1500, generator=generator) < share).to("cuda")
@@ -55,7 +55,7 @@ def pattern() -> CsrPattern:
 
 
 def skip_unserved(kernel: Kernel, pattern: CsrPattern) -> None:
-    """Where this GPU is not one that the kernel is for."""
+    """Skip the test if the kernel does not serve this GPU."""
     found = rk.explain(kernel.op, pattern, k=64, dtype=torch.bfloat16, backend=kernel.name)
     if found.chosen is None:
         pytest.skip(str(found.candidates[0].reason))
@@ -64,7 +64,7 @@ def skip_unserved(kernel: Kernel, pattern: CsrPattern) -> None:
 def call_of(
     kernel: Kernel, pattern: CsrPattern, k: int = 300
 ) -> tuple[Callable, dict[str, Tensor]]:
-    """A call of the public op by this kernel's name, and its operands, which it reads each time."""
+    """A function that calls the public op on this kernel, and the operands that each call reads."""
     skip_unserved(kernel, pattern)
     inputs = inputs_of(kernel.op, pattern, k, torch.bfloat16, "cuda")
     op = getattr(rk, kernel.op)
@@ -72,7 +72,7 @@ def call_of(
 
 
 def assert_same(kernel: Kernel, got: Tensor, expected: Tensor) -> None:
-    """Equal bits; but cuBLAS promises them on one stream only."""
+    """Bits must be equal, but not for "dense": cuBLAS promises equal bits on one stream only."""
     if kernel.backend == "dense":
         torch.testing.assert_close(got, expected)
     else:
@@ -83,13 +83,13 @@ def assert_same(kernel: Kernel, got: Tensor, expected: Tensor) -> None:
 
 
 def delay() -> None:
-    """Some 50 ms of work on the current stream, for mistakes of order to show in."""
+    """About 50 ms of work on the current stream, so that a wrong order shows."""
     torch.cuda._sleep(10**8)
 
 
 @pytest.mark.parametrize("kernel", served(*OPS))
-def test_a_side_stream_keeps_its_order(kernel: Kernel, pattern: CsrPattern) -> None:
-    """Operands are written late on that stream, and the result is read early."""
+def test_calls_on_a_side_stream_keep_order(kernel: Kernel, pattern: CsrPattern) -> None:
+    """The stream writes the operands after a delay and reads the result right after the call."""
     call, inputs = call_of(kernel, pattern)
     kept = {name: x.clone() for name, x in inputs.items()}
     expected = call().clone()
@@ -109,8 +109,8 @@ def test_a_side_stream_keeps_its_order(kernel: Kernel, pattern: CsrPattern) -> N
 
 
 @pytest.mark.parametrize("kernel", served(*OPS))
-def test_a_graph_is_captured_and_replayed(kernel: Kernel, pattern: CsrPattern) -> None:
-    """With other operands in the same memory."""
+def test_captured_graphs_replay_with_new_operands(kernel: Kernel, pattern: CsrPattern) -> None:
+    """Replays read other operands from the same memory."""
     call, inputs = call_of(kernel, pattern)
     kept = {name: x.clone() for name, x in inputs.items()}
     call()  # warm
@@ -129,13 +129,13 @@ def test_a_graph_is_captured_and_replayed(kernel: Kernel, pattern: CsrPattern) -
 
 
 @pytest.mark.parametrize("kernel", [p for p in served("sddmm") if "gather" in str(p)])
-def test_a_plan_is_not_built_during_capture(kernel: Kernel) -> None:
-    """auto does without; who insists on slabs or tiles is told what to do."""
+def test_no_plan_is_built_during_graph_capture(kernel: Kernel) -> None:
+    """`auto` takes a kernel without a plan. "dense" needs a plan, and its error says what to do."""
     pattern = uniform_pattern(200, 300, 0.05).to("cuda")
     inputs = inputs_of("sddmm", pattern, 128, torch.bfloat16, "cuda")
     graph = torch.cuda.CUDAGraph()
     other = uniform_pattern(200, 300, 0.05).to("cuda")
-    rk.sddmm(other, **inputs, backend="cuda/gather")  # its code is on the device
+    rk.sddmm(other, **inputs, backend="cuda/gather")  # loads the kernel's code before the capture
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         out = rk.sddmm(pattern, **inputs)
@@ -147,8 +147,8 @@ def test_a_plan_is_not_built_during_capture(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("kernel", served(*OPS))
-def test_two_threads_at_once(kernel: Kernel, pattern: CsrPattern) -> None:
-    """Each on a stream of its own, with workspaces that come and go."""
+def test_two_concurrent_threads_get_right_results(kernel: Kernel, pattern: CsrPattern) -> None:
+    """Each thread has its own stream and allocates and frees workspaces."""
     calls = [call_of(kernel, pattern, k) for k in (64, 300, 1000)]
     kept = [{name: x.clone() for name, x in inputs.items()} for _, inputs in calls]
     op = getattr(rk, kernel.op)
@@ -187,13 +187,15 @@ def test_the_same_call_gives_the_same_bits(kernel: Kernel, pattern: CsrPattern) 
 
 @pytest.fixture
 def no_sync() -> Iterator[None]:
-    """torch raises where it would make the host wait for the device."""
+    """Restores the sync debug mode. In mode "error", torch raises if the host would wait."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kernel", served(*OPS))
-def test_the_host_never_waits(kernel: Kernel, pattern: CsrPattern, no_sync: None) -> None:
+def test_calls_do_not_synchronize_the_host(
+    kernel: Kernel, pattern: CsrPattern, no_sync: None
+) -> None:
     call, _ = call_of(kernel, pattern)
     call()
     torch.cuda.set_sync_debug_mode("error")
@@ -201,7 +203,9 @@ def test_the_host_never_waits(kernel: Kernel, pattern: CsrPattern, no_sync: None
 
 
 @pytest.mark.parametrize("op", ["sddmm", "spmm", "csr_add", "csr_gather"])
-def test_the_host_does_not_wait_in_backward(op: str, pattern: CsrPattern, no_sync: None) -> None:
+def test_backward_does_not_synchronize_the_host(
+    op: str, pattern: CsrPattern, no_sync: None
+) -> None:
     inputs = inputs_of(op, pattern, 128, torch.bfloat16, "cuda")
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     getattr(rk, op)(pattern=pattern, **inputs).sum().backward()
@@ -243,9 +247,9 @@ def test_operands_on_other_devices_are_refused(pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("kernel", served("sddmm"))
-def test_adapters_compare_devices_again(kernel: Kernel, pattern: CsrPattern) -> None:
+def test_adapters_check_the_devices_of_operands(kernel: Kernel, pattern: CsrPattern) -> None:
     if kernel.backend == "dense":
-        pytest.skip("torch's GEMM compares")
+        pytest.skip("torch's GEMM checks the devices")
     a, b = inputs_of("sddmm", pattern, 8, torch.bfloat16).values()
     index = pattern.crow_indices, pattern.col_indices
     with pytest.raises(ValueError, match="expected one device"):
@@ -254,7 +258,7 @@ def test_adapters_compare_devices_again(kernel: Kernel, pattern: CsrPattern) -> 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("kernel", served(*OPS))
-def test_another_device_than_the_current_one(kernel: Kernel, pattern: CsrPattern) -> None:
+def test_calls_on_a_device_that_is_not_current(kernel: Kernel, pattern: CsrPattern) -> None:
     there = pattern.to("cuda:1")
     call, inputs = call_of(kernel, pattern)
     kept = {name: x.clone() for name, x in inputs.items()}
@@ -267,8 +271,8 @@ def test_another_device_than_the_current_one(kernel: Kernel, pattern: CsrPattern
     assert torch.equal(got.to("cuda:0"), expected)
 
 
-def test_a_machine_whose_driver_sees_no_device() -> None:
-    """CPU kernels go on working; CUDA's are listed as unavailable with the reason."""
+def test_cpu_kernels_work_without_a_visible_gpu() -> None:
+    """CPU kernels work. CUDA kernels are listed as unavailable, with the reason."""
     done = subprocess.run(
         [
             sys.executable,
@@ -289,8 +293,8 @@ print({k.unavailable is not None for k in rk.kernels("sddmm") if k.backend == "c
     assert (done.stdout, done.returncode) == ("[3.0, 3.0, 3.0, 3.0]\n{True}\n", 0), done.stderr
 
 
-def test_a_pattern_moves_with_its_plan() -> None:
-    """Unless the kernels of this device want other tiles than a CPU's default."""
+def test_tile_plans_move_with_their_pattern() -> None:
+    """On compute capability 9.0, whose default tiles differ from a CPU's, a new plan is built."""
     pattern = uniform_pattern(300, 500, 0.05)
     here = pattern.tile_plan
     there = pattern.to("cuda")
@@ -307,10 +311,10 @@ def test_a_pattern_moves_with_its_plan() -> None:
 
 
 @pytest.mark.parametrize("kernel", served(*PRODUCTS))
-def test_out_of_memory(kernel: Kernel, pattern: CsrPattern) -> None:
-    """torch's error, nothing leaked, and the next call works."""
+def test_out_of_memory_leaks_nothing(kernel: Kernel, pattern: CsrPattern) -> None:
+    """The call raises torch's error and leaks nothing. The next call works."""
     if kernel.backend == "dense":
-        pytest.skip("its slabs may fit what the pool has left")
+        pytest.skip("its slabs may fit into the memory that the pool still has")
     call, _ = call_of(kernel, pattern, 20_000)  # panels of some 60 MB
     expected = call().clone()
     torch.cuda.synchronize()
@@ -332,10 +336,10 @@ def test_out_of_memory(kernel: Kernel, pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("kernel", served(*PRODUCTS))
-def test_scratch_is_what_was_stated(kernel: Kernel, pattern: CsrPattern) -> None:
-    """Beside the result, the workspace and no more."""
+def test_a_call_allocates_only_the_stated_workspace(kernel: Kernel, pattern: CsrPattern) -> None:
+    """A call allocates its result and the stated workspace, and nothing else."""
     if kernel.backend != "cuda":
-        pytest.skip("states none")
+        pytest.skip("states no workspace")
     call, inputs = call_of(kernel, pattern, 4096)
     operands = [inputs[name] for name in ("a", "b") if name in inputs]
     index = pattern.crow_indices, pattern.col_indices
@@ -348,14 +352,14 @@ def test_scratch_is_what_was_stated(kernel: Kernel, pattern: CsrPattern) -> None
     before = torch.cuda.memory_allocated()
     again = call()
     peak = torch.cuda.max_memory_allocated() - before
-    rounding = 2 * (2 << 20)  # of the allocator, for two blocks
+    rounding = 2 * (2 << 20)  # by the allocator, for two blocks
     assert peak <= stated + again.nbytes + rounding
     assert torch.equal(again, out)
 
 
 @pytest.mark.parametrize("kernel", served(*PRODUCTS))
-def test_no_dense_matrix_is_held(kernel: Kernel) -> None:
-    """8192 x 16384 would take 512 MiB in float32."""
+def test_no_dense_matrix_is_allocated(kernel: Kernel) -> None:
+    """A dense matrix of 8192 x 16384 would take 512 MiB in float32."""
     pattern = uniform_pattern(8192, 16384, 0.0005).to("cuda")
     call, _ = call_of(kernel, pattern, 256)
     call()
@@ -366,14 +370,14 @@ def test_no_dense_matrix_is_held(kernel: Kernel) -> None:
     assert torch.cuda.max_memory_allocated() - before < 200 << 20
 
 
-# -- what only a GPU can get wrong -----------------------------------------------------------------
+# -- errors that only a GPU can show ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", served(*OPS))
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (5, 7)])
 @pytest.mark.parametrize("k", [0, 3])
-def test_nothing_to_launch(kernel: Kernel, shape: tuple[int, int], k: int) -> None:
-    """A grid of no blocks is an error of CUDA's, which may also show at the next launch."""
+def test_empty_problems_launch_no_grid(kernel: Kernel, shape: tuple[int, int], k: int) -> None:
+    """CUDA refuses a grid without blocks. The error may appear only at the next launch."""
     pattern = uniform_pattern(*shape, 0.0).to("cuda")
     call, _ = call_of(kernel, pattern, k)
     expected = {"sddmm": (0,), "spmm": (shape[0], k), "csr_gather": (0,)}.get(kernel.op, shape)
@@ -387,8 +391,8 @@ def test_nothing_to_launch(kernel: Kernel, shape: tuple[int, int], k: int) -> No
 
 
 @pytest.mark.parametrize("kernel", served(*PRODUCTS))
-def test_more_lines_of_tokens_than_a_grid_has(kernel: Kernel) -> None:
-    """gridDim.y ends at 65,535; of bfloat16, a line is 64 tokens."""
+def test_more_token_lines_than_a_grid_allows(kernel: Kernel) -> None:
+    """gridDim.y is at most 65,535. A line of bfloat16 is 64 tokens."""
     pattern = uniform_pattern(3, 4, 0.7).to("cuda")
     k = 64 * 65_540
     call, inputs = call_of(kernel, pattern, k)
@@ -397,8 +401,8 @@ def test_more_lines_of_tokens_than_a_grid_has(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("k", [20_000, 70_000])
-def test_the_gemm_of_dense_sums_in_float32(dtype: torch.dtype, k: int) -> None:
-    """Few rows and many tokens are what cuBLAS splits, and then adds in the result's dtype."""
+def test_dense_gemm_accumulates_in_float32(dtype: torch.dtype, k: int) -> None:
+    """For few rows and many tokens, cuBLAS splits the sums. It adds parts in the result's dtype."""
     pattern = uniform_pattern(64, 96, 0.3).to("cuda")
     inputs = inputs_of("sddmm", pattern, k, dtype, "cuda")
     for out_dtype in (dtype, torch.float32):
@@ -406,8 +410,8 @@ def test_the_gemm_of_dense_sums_in_float32(dtype: torch.dtype, k: int) -> None:
         assert_accurate("sddmm", pattern, inputs, got)
 
 
-def test_float32_is_float32_under_every_setting() -> None:
-    """TF32 is torch's to allow, for its own products."""
+def test_the_tf32_setting_does_not_affect_results() -> None:
+    """The setting allows TF32 in torch's own products only."""
     pattern = uniform_pattern(64, 96, 0.3).to("cuda")
     inputs = inputs_of("sddmm", pattern, 512, torch.float32, "cuda")
     matmul = torch.backends.cuda.matmul
@@ -422,8 +426,8 @@ def test_float32_is_float32_under_every_setting() -> None:
     assert_accurate("sddmm", pattern, inputs, rk.sddmm(pattern, **inputs, backend="dense"))
 
 
-def test_float64_is_served() -> None:
-    """By the oracle: the kernels of tensor cores and of float32 sums have no part in it."""
+def test_float64_runs_on_the_reference_kernel() -> None:
+    """Kernels that use tensor cores or sum in float32 refuse float64."""
     pattern = uniform_pattern(30, 40, 0.2).to("cuda")
     inputs = inputs_of("sddmm", pattern, 64, torch.float64, "cuda")
     assert_accurate("sddmm", pattern, inputs, rk.sddmm(pattern, **inputs))
@@ -432,8 +436,8 @@ def test_float64_is_served() -> None:
 
 
 @pytest.mark.parametrize("op", PRODUCTS)
-def test_compiled_whole(op: str, pattern: CsrPattern) -> None:
-    """Forward and backward, by the kernel that eager takes."""
+def test_compiled_and_eager_results_are_equal(op: str, pattern: CsrPattern) -> None:
+    """Forward and backward run on the kernels that eager mode takes."""
     torch._dynamo.reset()
     inputs = inputs_of(op, pattern, 128, torch.bfloat16, "cuda")
 
@@ -452,8 +456,10 @@ def test_compiled_whole(op: str, pattern: CsrPattern) -> None:
 
 @pytest.mark.parametrize("op", PRODUCTS)
 @pytest.mark.parametrize("k", [1, 64, 4096])
-def test_explain_tells_what_auto_takes(op: str, k: int, pattern: CsrPattern, sandbox: None) -> None:
-    """A log around every kernel."""
+def test_explain_names_the_kernel_of_auto(
+    op: str, k: int, pattern: CsrPattern, sandbox: None
+) -> None:
+    """A wrapper around every kernel logs its name."""
     taken: list[str] = []
     for kernel in rk.kernels(op):
         object.__setattr__(kernel, "run", _logged(kernel, taken))

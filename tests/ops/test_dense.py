@@ -1,4 +1,4 @@
-"""The dense kernels beyond the shared cases: slabs, and what they refuse to do."""
+"""The dense kernels: slabs, and the calls that the kernels reject."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAN = PlanSizes(*[128] * len(PlanSizes._fields))
 
 @pytest.fixture(params=[2**13, 2**14, 2**16])
 def small_slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Slabs so small that a little problem takes several."""
+    """Slabs so small that a small problem takes several."""
     slabs.slab_edges.cache_clear()
     monkeypatch.setattr(slabs, "SLAB_BYTES", request.param)
     monkeypatch.setattr(dense, "SLAB_BYTES", request.param)
@@ -35,7 +35,7 @@ def small_slabs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     layout=["row-major", "token-major", "sliced", "stride-0"],
     op=["sddmm", "spmm"],
 )
-def test_slab_by_slab(
+def test_slabs_are_accurate_and_within_their_limit(
     op: str,
     layout: str,
     planned: bool,
@@ -43,7 +43,7 @@ def test_slab_by_slab(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Accurate, and no GEMM writes more than a slab."""
+    """Results are accurate, and no GEMM writes more than one slab."""
     pattern = uniform_pattern(333, 70, 0.05, seed=2)
     inputs = {name: LAYOUTS[layout](x) for name, x in inputs_of(op, pattern, 50, dtype).items()}
     written: list[int] = []
@@ -67,7 +67,7 @@ def test_slab_by_slab(
     assert max(written) <= small_slabs
 
 
-def test_empty_slabs_cost_no_product(small_slabs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_slabs_need_no_gemm(small_slabs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.zeros(320, 64)
     mask[300, 5] = 1
     pattern = CsrPattern.from_mask(mask)
@@ -85,8 +85,8 @@ def test_empty_slabs_cost_no_product(small_slabs: int, monkeypatch: pytest.Monke
     rows=[0, 1, 5, 31, 32, 33, 4096, 11008, 128256],
     row_bytes=[0, 4, 4096 * 4, 11008 * 4, 65536 * 4],
 )
-def test_slab_edges(rows: int, row_bytes: int) -> None:
-    """The fewest that fit, from the first row to the last."""
+def test_slabs_cover_all_rows_and_are_few(rows: int, row_bytes: int) -> None:
+    """The slabs cover all rows and are as few as their greatest size allows."""
     edges = slabs.slab_edges(rows, row_bytes)
     if edges is None:
         assert -(-rows // SLABS) * row_bytes > slabs.MOST_SLAB_BYTES
@@ -105,7 +105,7 @@ def test_slab_edges(rows: int, row_bytes: int) -> None:
         assert tallest([SLABS * i // fewer for i in range(fewer + 1)]) > slabs.SLAB_BYTES
 
 
-def test_a_whole_matrix_of_a_model_is_never_held() -> None:
+def test_matrices_of_models_take_several_slabs() -> None:
     assert len(slabs.slab_edges(4096, 4096 * 4)) == 3
     assert len(slabs.slab_edges(11008, 4096 * 4)) > 5
 
@@ -126,21 +126,23 @@ def call_of(op: str, **changes: object) -> Call:
     ],
 )
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_what_it_rejects(op: str, changes: dict[str, object], reason: str | None) -> None:
+def test_calls_are_rejected_with_the_right_reason(
+    op: str, changes: dict[str, object], reason: str | None
+) -> None:
     got = KERNELS[op].reason(call_of(op, **{"values_dtype": changes.get("dtype"), **changes}))
     assert got == reason if reason is None else got.startswith(reason)
 
 
-def test_it_rounds_no_values() -> None:
-    """float32 values beside a 16-bit b: on CUDA the GEMM would have to take them rounded."""
+def test_float32_values_are_rejected_on_cuda() -> None:
+    """On CUDA, the GEMM would have to round float32 values to the dtype of a 16-bit b."""
     wide = call_of("spmm", values_dtype=torch.float32)
     assert "takes values of b's dtype" in KERNELS["spmm"].reason(wide)
     assert KERNELS["spmm"].reason(wide._replace(device_type="cpu")) is None
     assert KERNELS["sddmm"].reason(wide) is None
 
 
-def test_a_narrow_gemm_is_not_asked_for(pattern: CsrPattern) -> None:
-    """Under the setting that lets float32 products be rounded to bfloat16 first."""
+def test_the_reduced_precision_setting_is_rejected(pattern: CsrPattern) -> None:
+    """The setting lets torch round float32 operands to bfloat16 before a product."""
     inputs = inputs_of("sddmm", pattern)
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
@@ -155,7 +157,7 @@ def test_a_narrow_gemm_is_not_asked_for(pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_autocast_does_not_round_twice(op: str, pattern: CsrPattern) -> None:
+def test_autocast_rounds_dense_operands_once(op: str, pattern: CsrPattern) -> None:
     inputs = inputs_of(op, pattern)
     with torch.autocast("cpu", torch.bfloat16):
         got = getattr(rk, op)(pattern=pattern, **inputs, backend="dense")
@@ -165,7 +167,7 @@ def test_autocast_does_not_round_twice(op: str, pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_a_cpu_never_chooses_it(op: str) -> None:
+def test_dense_is_never_chosen_on_cpu(op: str) -> None:
     pattern = uniform_pattern(32, 32, 1.0)
     for backend in ("auto", "auto-finite"):
         assert rk.explain(op, pattern, k=8, backend=backend).chosen.backend == "cpu"

@@ -1,4 +1,4 @@
-"""rk.explain: the choice that a call would meet, for this machine and for others."""
+"""rk.explain: the kernel that a call would get, on this machine and on others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rosa_kernels.testing import uniform_pattern
 pytestmark = pytest.mark.usefixtures("sandbox")
 
 
-def test_on_a_cpu_it_is_what_the_call_takes(pattern: CsrPattern) -> None:
+def test_explain_on_cpu_lists_every_candidate(pattern: CsrPattern) -> None:
     for op in ("sddmm", "spmm", "csr_add", "csr_add_", "csr_gather", "csr_scatter_"):
         found = rk.explain(op, pattern, k=8)
         assert found.chosen.backend == "cpu"
@@ -27,7 +27,7 @@ def test_on_a_cpu_it_is_what_the_call_takes(pattern: CsrPattern) -> None:
             assert candidate.reason is None or candidate.reason in text
 
 
-def test_an_explicit_backend(pattern: CsrPattern) -> None:
+def test_explain_of_an_explicit_backend(pattern: CsrPattern) -> None:
     found = rk.explain("sddmm", pattern, k=8, backend="reference")
     assert [c.kernel.name for c in found.candidates] == ["reference"]
     with rk.use_backend("reference"):
@@ -39,8 +39,8 @@ def test_an_explicit_backend(pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize("machine", ["H200", "H100", "A100"])
-def test_a_machine_that_is_not_here(machine: str) -> None:
-    """Its kernels count as available, and each that serves has a predicted time by stage."""
+def test_explain_for_a_gpu_that_is_absent(machine: str) -> None:
+    """Its kernels count as available. Each one that can serve has a predicted time per stage."""
     pattern = uniform_pattern(1024, 1024, 0.002)
     found = rk.explain("sddmm", pattern, k=8192, dtype=torch.bfloat16, device=machine)
     reasons = {c.kernel.name: c.reason for c in found.candidates}
@@ -64,10 +64,10 @@ def test_a_machine_that_is_not_here(machine: str) -> None:
     assert "heavy tiles of 128 x" in text
     for words in ("predicted", "at worst", "pack", "gather", "gemm", "runs on cpu tensors"):
         assert words in text
-    assert not pattern.has_tile_plan  # another machine's tiles are not kept
+    assert not pattern.has_tile_plan  # a plan with another machine's tiles is not kept
 
 
-def test_float32_there() -> None:
+def test_explain_float32_for_an_absent_gpu() -> None:
     pattern = uniform_pattern(512, 512, 0.001)
     found = rk.explain("sddmm", pattern, k=2048, device="H200")
     reasons = {c.kernel.name: c.reason for c in found.candidates}
@@ -75,7 +75,7 @@ def test_float32_there() -> None:
     assert found.chosen.name == "cuda/gather"
 
 
-def test_finite_only_kernels_are_taken_by_those_who_promise() -> None:
+def test_finite_only_kernels_need_the_callers_promise() -> None:
     pattern = uniform_pattern(2048, 2048, 0.2)
     options = {"k": 4096, "dtype": torch.bfloat16, "device": "H200"}
     careful = rk.explain("spmm", pattern, **options)
@@ -86,8 +86,8 @@ def test_finite_only_kernels_are_taken_by_those_who_promise() -> None:
     assert by_name.chosen.name == "dense"
 
 
-def test_layouts() -> None:
-    """What lies row by row needs no pack."""
+def test_row_major_operands_need_no_pack() -> None:
+    """Row-major operands are read in place. Token-major ones are packed first."""
     pattern = uniform_pattern(1024, 1024, 0.002)
     pack = {}
     for layout in ("token-major", "row-major"):
@@ -112,7 +112,7 @@ def test_layouts() -> None:
         ({"op": "conv"}, ValueError, "expected an op among .*, got 'conv'"),
     ],
 )
-def test_bad_questions(
+def test_bad_arguments_of_explain_are_refused(
     options: dict[str, object], error: type[Exception], message: str, pattern: CsrPattern
 ) -> None:
     with pytest.raises(error, match=message):
@@ -120,18 +120,18 @@ def test_bad_questions(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_a_cuda_device_that_is_not_here(pattern: CsrPattern) -> None:
+def test_explain_refuses_a_missing_cuda_device(pattern: CsrPattern) -> None:
     with pytest.raises(
         RuntimeError, match="expected a CUDA device here, got none; name one of H200"
     ):
         rk.explain("sddmm", pattern, k=8, device="cuda")
 
 
-# -- how predicted times decide ------------------------------------------------------------------
+# -- how predicted times decide the choice -------------------------------------------------------
 
 
 def timed(op: str, name: str, seconds: float, uncertainty: float = 0.0, **options: object) -> None:
-    """A kernel of sddmm that is predicted to take so long."""
+    """Register a kernel of `op` that is predicted to take `seconds`."""
 
     def run(*_: object) -> torch.Tensor:
         return torch.full((1,), seconds)
@@ -145,14 +145,14 @@ def chosen(op: str = "csr_gather", backend: str = "auto") -> str:
     return choice.select(op, Call("cpu", torch.float32, (3, 4)), backend).name
 
 
-def test_the_shortest_time_wins_over_priority() -> None:
+def test_shortest_predicted_time_wins_over_priority() -> None:
     timed("csr_gather", "slow", 2.0, priority=3000)
     timed("csr_gather", "fast", 1.0, priority=2000)
     assert chosen() == "fast"
 
 
-def test_it_is_the_time_at_worst_that_counts() -> None:
-    """Within the uncertainty, the kernel whose time is better known is taken."""
+def test_the_best_worst_case_time_wins() -> None:
+    """A faster but less certain prediction loses if its worst case is slower."""
     timed("csr_gather", "promising", 0.95, uncertainty=0.25)
     timed("csr_gather", "sure", 1.0, uncertainty=0.03)
     assert chosen() == "sure"
@@ -169,7 +169,7 @@ def test_without_a_prediction_priority_decides() -> None:
     assert chosen() == "unknown"
 
 
-def test_what_cannot_serve_does_not_compete() -> None:
+def test_kernels_that_cannot_serve_are_not_chosen() -> None:
     timed("csr_gather", "picky", 1e-9, reject=lambda call: "no")
     timed("csr_gather", "broken", 1e-9, unavailable="is broken")
     timed("csr_gather", "shy", 1e-9, on_request=True)
@@ -181,8 +181,8 @@ def test_what_cannot_serve_does_not_compete() -> None:
     assert chosen(backend="leaky") == "leaky"
 
 
-def test_a_choice_is_made_once_per_call(pattern: CsrPattern) -> None:
-    """A repeated call must not pay for the model again; another shape is another call."""
+def test_repeated_calls_reuse_their_choice(pattern: CsrPattern) -> None:
+    """A repeated call does not evaluate the cost model again. A call with another shape does."""
     asked: list[Call] = []
 
     def cost(call: Call) -> Estimate:
@@ -207,7 +207,7 @@ def test_a_choice_is_made_once_per_call(pattern: CsrPattern) -> None:
     assert first.exact
 
 
-def test_the_memory_of_choices_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_choices_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_MOST_CHOSEN", 10)
     timed("csr_gather", "timed", 1.0)
     for n in range(100):
@@ -215,8 +215,8 @@ def test_the_memory_of_choices_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(registry.chosen) <= 10
 
 
-def test_it_knows_torchs_settings(pattern: CsrPattern) -> None:
-    """As the call would: dense multiplies float32 in full precision or not at all."""
+def test_explain_respects_torchs_precision_settings(pattern: CsrPattern) -> None:
+    """As in a call, "dense" multiplies float32 in full precision or not at all."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     try:

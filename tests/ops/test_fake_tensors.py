@@ -1,4 +1,4 @@
-"""Tensors without data: fake, functional and meta ones are never kept and never reach a kernel."""
+"""Patterns do not keep fake or functional tensors. Kernels refuse tensors without memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import rosa_kernels as rk
 from rosa_kernels import CsrPattern
 from rosa_kernels.testing import assert_accurate, uniform_pattern
 
-# Without col_nnz: torch has no fake bincount.
+# col_nnz is missing, because torch.bincount does not take fake tensors.
 DERIVED = ("T", "row_nnz", "row_swizzle", "row_indices", "transpose_permutation")
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer:UserWarning")
 OPS = ("sddmm", "spmm", "csr_add", "csr_gather")
@@ -30,17 +30,23 @@ def tensors_of(derived: object) -> list[Tensor]:
     return [derived]
 
 
+def assert_real(pattern: CsrPattern, name: str) -> None:
+    """The derived structure `name` has real tensors, equal to those of a new pattern."""
+    for got, expected in zip(
+        tensors_of(getattr(pattern, name)), tensors_of(getattr(fresh(), name)), strict=True
+    ):
+        assert type(got) is Tensor
+        assert not torch._is_functional_tensor(got)
+        assert torch.equal(got, expected)
+
+
 @sweep(name=DERIVED)
 def test_fake_derived_structure_is_not_kept(name: str) -> None:
     pattern = fresh()
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = tensors_of(getattr(pattern, name))
     assert any(isinstance(x, FakeTensor) for x in fake)
-    for got, expected in zip(
-        tensors_of(getattr(pattern, name)), tensors_of(getattr(fresh(), name)), strict=True
-    ):
-        assert type(got) is Tensor
-        assert torch.equal(got, expected)
+    assert_real(pattern, name)
 
 
 @sweep(name=DERIVED)
@@ -52,15 +58,11 @@ def test_functional_derived_structure_is_not_kept(name: str) -> None:
 
     torch.func.functionalize(read)(torch.zeros(1))
     torch.func.vmap(read)(torch.zeros(2, 1))
-    for got, expected in zip(
-        tensors_of(getattr(pattern, name)), tensors_of(getattr(fresh(), name)), strict=True
-    ):
-        assert not torch._is_functional_tensor(got)
-        assert torch.equal(got, expected)
+    assert_real(pattern, name)
 
 
 @sweep(op=OPS)
-def test_gradients_after_a_fake_call(op: str) -> None:
+def test_gradients_are_right_after_a_fake_call(op: str) -> None:
     pattern = fresh()
     run = getattr(rk, op)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -78,7 +80,7 @@ def test_gradients_after_a_fake_call(op: str) -> None:
         assert torch.equal(got, expected)
 
 
-def test_a_fake_tile_plan_is_refused() -> None:
+def test_a_fake_tile_plan_is_not_built() -> None:
     pattern = fresh()
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -99,9 +101,9 @@ def without_memory(kind: str, x: Tensor) -> Tensor:
 @pytest.mark.ops(*OPS, "csr_add_", "csr_scatter_", dtypes=[torch.float32])
 @sweep(kind=["fake", "meta"])
 def test_native_adapters_refuse_null_addresses(kernel: object, kind: str) -> None:
-    """One operand at a time. A kernel would read or write address 0."""
+    """One operand at a time has no memory. A kernel would read or write address 0."""
     if kernel.backend.split("/")[0] not in ("cpu", "simt", "cuda") or kernel.op == "csr_add":
-        return  # torch's own ops run there
+        return  # torch's own ops run for these
     pattern = fresh().to(kernel.device)
     inputs = inputs_of(kernel.op, pattern, 5, device=kernel.device)
     index = [pattern.crow_indices, pattern.col_indices]
@@ -131,8 +133,8 @@ def test_meta_tensors_give_meta_results(op: str) -> None:
     assert all(x.grad.shape == x.shape for x in inputs.values())
 
 
-def test_a_pattern_of_meta_indices() -> None:
-    """Only lengths can be validated."""
+def test_patterns_can_have_meta_index_tensors() -> None:
+    """Only the lengths of the index tensors can be validated."""
     crow, col = (torch.zeros(size, dtype=torch.int64, device="meta") for size in (4, 9))
     pattern = CsrPattern(crow, col, (3, 5))
     assert pattern.device.type == "meta"
@@ -143,7 +145,7 @@ def test_a_pattern_of_meta_indices() -> None:
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
-def test_jit_trace() -> None:
+def test_torch_jit_trace_of_spmm_works() -> None:
     pattern = fresh()
     inputs = inputs_of("spmm", pattern)
     traced: Callable[..., Tensor] = torch.jit.trace(

@@ -1,4 +1,4 @@
-"""Machines and their calibration: rates that are known, found and never believed blindly."""
+"""Machines: known rates, rates derived from a device, and calibration files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "NVIDIA H200 SXM"
 
 @pytest.fixture(autouse=True)
 def no_calibration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever this computer's user has measured stays out."""
+    """Calibrations on this computer are not read."""
     monkeypatch.delenv("ROSA_MACHINE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     machine_of.cache_clear()
@@ -47,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties())
 
 
-def test_each_rate_says_where_it_comes_from() -> None:
+def test_every_rate_has_a_source() -> None:
     for known in MACHINES.values():
         assert set(known.source) == set(RATES)
         assert set(known.source.values()) <= {machine.MEASURED, machine.ESTIMATED}
@@ -57,7 +57,7 @@ def test_each_rate_says_where_it_comes_from() -> None:
     assert MACHINES["H200"].source["l2"] == machine.ESTIMATED
 
 
-def test_tiles() -> None:
+def test_each_machine_has_its_tile_shape() -> None:
     assert {name: m.tile for name, m in MACHINES.items()} == {
         "H200": (128, 256),
         "H100": (128, 256),
@@ -65,13 +65,13 @@ def test_tiles() -> None:
     }
 
 
-def test_by_name() -> None:
+def test_machines_are_found_by_name() -> None:
     assert machine_of("A100").multiprocessors == 108
     with pytest.raises(ValueError, match="expected a machine among H200, H100, A100, got 'H300'"):
         machine_of("H300")
 
 
-def test_a_device_by_its_name(device: None) -> None:
+def test_a_known_device_has_its_machines_rates(device: None) -> None:
     found = machine_of(0)
     assert (found.name, found.hbm) == (NAME, MACHINES["H200"].hbm)
 
@@ -79,7 +79,7 @@ def test_a_device_by_its_name(device: None) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "rates"),
     [
-        # What the data sheets say of these: bytes/s and 16-bit FLOP/s, of which 85 and 75 % count.
+        # Data-sheet rates: bytes/s and 16-bit FLOP/s. 85 % and 75 % of them are expected.
         ("A100-like", {"major": 8, "multi_processor_count": 108, "clock_rate": 1_410_000,
                        "memory_clock_rate": 1_215_000, "memory_bus_width": 5120},
          (1.555e12, 312e12)),
@@ -87,7 +87,7 @@ def test_a_device_by_its_name(device: None) -> None:
                        "memory_bus_width": 5120}, (3.35e12, 989e12)),
     ],
 )  # fmt: skip
-def test_a_device_nobody_has_measured(
+def test_unmeasured_devices_have_estimated_rates(
     name: str, changes: dict[str, int], rates: tuple[float, float]
 ) -> None:
     got = derived(properties(name, **changes))
@@ -96,8 +96,8 @@ def test_a_device_nobody_has_measured(
     assert set(got.source.values()) == {machine.ESTIMATED}
 
 
-def test_a_device_that_says_little() -> None:
-    """Older versions of torch have no clocks, and a new architecture has no entry."""
+def test_devices_without_clocks_have_rates() -> None:
+    """Older versions of torch report no clocks, and a new architecture has no table entry."""
     bare = SimpleNamespace(name="new", major=13, minor=1, multi_processor_count=200)
     got = derived(bare)
     assert all(getattr(got, rate) > 0 for rate in RATES)
@@ -107,17 +107,17 @@ def test_a_device_that_says_little() -> None:
 # -- calibration ---------------------------------------------------------------------------------
 
 
-def test_what_was_measured_replaces_what_was_estimated(device: None) -> None:
+def test_measured_rates_replace_estimated_rates(device: None) -> None:
     path = save_calibration(NAME, {"l2": 6.1e12, "tile16": 5e14})
     assert path.name == "machine-nvidia-h200-sxm.json"
     found = machine_of(0)
     assert (found.l2, found.tile16, found.hbm) == (6.1e12, 5e14, MACHINES["H200"].hbm)
     assert found.source["l2"] == machine.MEASURED
     assert found.calibrated
-    assert machine_of("H200").l2 == MACHINES["H200"].l2  # planning is not about this machine
+    assert machine_of("H200").l2 == MACHINES["H200"].l2  # a machine by name is not this device
 
 
-def test_the_environment_names_another_file(
+def test_rosa_machine_names_the_calibration_file(
     device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_calibration(NAME, {"l2": 6.1e12})
@@ -149,10 +149,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_calibration(
+def test_bad_calibrations_are_ignored_or_refused(
     bad: str, device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the cache it is ignored, aloud; one that was asked for is an error."""
+    """A bad file in the cache is ignored with a warning. In ROSA_MACHINE it is an error."""
     content, message = BAD[bad]
     path = machine.calibration_path(NAME)
     path.parent.mkdir(parents=True)
@@ -166,7 +166,7 @@ def test_a_bad_calibration(
         machine_of(0)
 
 
-def test_a_missing_calibration_that_was_asked_for(
+def test_a_missing_rosa_machine_file_is_refused(
     device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ROSA_MACHINE", "/nowhere/machine.json")

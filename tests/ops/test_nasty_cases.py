@@ -1,4 +1,4 @@
-"""The accuracy policy on every registered kernel of every op, in every nasty case."""
+"""Every registered kernel of every op meets the accuracy policy in every nasty case."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ ALL = REDUCING + COPYING
 
 @pytest.mark.ops(*REDUCING)
 @sweep(nasty=NASTY, k=[0, 1, 33])
-def test_patterns(kernel: Served, nasty: CsrPattern, k: int) -> None:
+def test_products_on_nasty_patterns(kernel: Served, nasty: CsrPattern, k: int) -> None:
     check(kernel, nasty, inputs_of(kernel.op, nasty, k, kernel.dtype, kernel.device))
 
 
 @pytest.mark.ops(*COPYING)
 @sweep(nasty=NASTY)
-def test_patterns_of_ops_without_k(kernel: Served, nasty: CsrPattern, dtype: torch.dtype) -> None:
+def test_csr_ops_on_nasty_patterns(kernel: Served, nasty: CsrPattern, dtype: torch.dtype) -> None:
     check(kernel, nasty, inputs_of(kernel.op, nasty, 0, dtype, kernel.device))
 
 
 @pytest.mark.ops(*REDUCING)
 @sweep(k=SIZES)
-def test_sizes(kernel: Served, pattern: CsrPattern, k: int, dtype: torch.dtype) -> None:
+def test_numbers_of_tokens_around_block_sizes(
+    kernel: Served, pattern: CsrPattern, k: int, dtype: torch.dtype
+) -> None:
     check(kernel, pattern, inputs_of(kernel.op, pattern, k, dtype, kernel.device))
 
 
 @pytest.mark.ops(*REDUCING)
 @sweep(size=SIZES[1:], form=["few rows", "few columns", "square and full"])
-def test_sizes_of_the_pattern(kernel: Served, size: int, form: str) -> None:
-    """Rows and columns off by one from every block, full and sparse."""
+def test_pattern_sizes_around_block_sizes(kernel: Served, size: int, form: str) -> None:
+    """Numbers of rows and columns are at and around each block size."""
     m, n, density = {
         "few rows": (size, 40, 0.3),
         "few columns": (40, size, 0.3),
@@ -50,8 +52,10 @@ def test_sizes_of_the_pattern(kernel: Served, size: int, form: str) -> None:
 
 @pytest.mark.ops(*ALL)
 @sweep(layout=LAYOUTS.keys())
-def test_layouts(kernel: Served, pattern: CsrPattern, layout: str, dtype: torch.dtype) -> None:
-    """All operands together, then each one, in every layout."""
+def test_every_layout_of_every_operand(
+    kernel: Served, pattern: CsrPattern, layout: str, dtype: torch.dtype
+) -> None:
+    """First all operands have the layout, then one operand at a time."""
     inputs = inputs_of(kernel.op, pattern, dtype=dtype, device=kernel.device)
     names = list(inputs)
     for chosen in (names, *([name] for name in names)):
@@ -64,7 +68,7 @@ def test_layouts(kernel: Served, pattern: CsrPattern, layout: str, dtype: torch.
 
 
 @pytest.mark.ops(*REDUCING, "csr_add", "csr_gather", dtypes=[torch.float32])
-def test_lazily_negated_views(kernel: Served, pattern: CsrPattern) -> None:
+def test_lazily_negated_views_are_read_correctly(kernel: Served, pattern: CsrPattern) -> None:
     """The imaginary part of a conjugate is a real tensor whose memory has the other sign."""
     inputs = inputs_of(kernel.op, pattern, device=kernel.device)
     inputs = {name: torch.complex(x, -x).conj().imag for name, x in inputs.items()}
@@ -77,7 +81,7 @@ def test_lazily_negated_views(kernel: Served, pattern: CsrPattern) -> None:
     dtypes=NARROW, where=lambda kernel: kernel.takes_float32_values,
 )  # fmt: skip
 @sweep(nasty=NASTY)
-def test_float32_values_over_narrow_operands(
+def test_float32_values_beside_16_bit_operands(
     kernel: Served, nasty: CsrPattern, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of(kernel.op, nasty, 17, dtype, kernel.device)
@@ -87,7 +91,7 @@ def test_float32_values_over_narrow_operands(
 
 @pytest.mark.ops("sddmm", dtypes=NARROW)
 @sweep(nasty=NASTY)
-def test_float32_output_of_narrow_operands(
+def test_float32_output_of_16_bit_operands(
     kernel: Served, nasty: CsrPattern, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of("sddmm", nasty, 17, dtype, kernel.device)
@@ -95,12 +99,12 @@ def test_float32_output_of_narrow_operands(
 
 
 def takes_inf_and_nan(kernel: Served) -> bool:
-    """Whether it is not declared for finite operands only."""
+    """Whether the kernel takes operands with Inf and NaN."""
     return not kernel.finite_only
 
 
 def poison(inputs: dict[str, Tensor], pattern: CsrPattern, referenced: bool) -> None:
-    """Inf and NaN into rows of the dense operands that the pattern does (not) refer to."""
+    """Write Inf and NaN into the rows of a and b that have nonzeros, or into the other rows."""
     for name, counts in (("a", pattern.row_nnz), ("b", pattern.col_nnz)):
         if name in inputs:
             rows = ((counts > 0) == referenced).nonzero().flatten()
@@ -111,7 +115,7 @@ def poison(inputs: dict[str, Tensor], pattern: CsrPattern, referenced: bool) -> 
 
 @pytest.mark.ops(*REDUCING, where=takes_inf_and_nan)
 @sweep(order=["row-major", "token-major"])
-def test_inf_and_nan_in_unreferenced_rows_do_not_leak(
+def test_unreferenced_inf_and_nan_do_not_leak(
     kernel: Served, order: str, dtype: torch.dtype
 ) -> None:
     pattern = CsrPattern.from_mask(
@@ -125,10 +129,10 @@ def test_inf_and_nan_in_unreferenced_rows_do_not_leak(
 
 
 @pytest.mark.ops(*REDUCING, where=takes_inf_and_nan)
-def test_inf_and_nan_in_referenced_rows_propagate(
+def test_referenced_inf_and_nan_propagate(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """assert_accurate demands them exactly where float64 arithmetic has them, Inf with its sign."""
+    """assert_accurate demands NaN and signed Inf exactly where float64 arithmetic has them."""
     inputs = inputs_of(kernel.op, pattern, 21, dtype, kernel.device)
     poison(inputs, pattern.to(kernel.device), referenced=True)
     got = check(kernel, pattern, inputs)
@@ -149,7 +153,7 @@ def test_inf_and_nan_values_propagate(kernel: Served, pattern: CsrPattern) -> No
 def test_subnormal_results_are_not_flushed(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
-    """Each result is one product (k = 1, or one nonzero a row) that is rounded once."""
+    """Each result is one product (k = 1, or one nonzero per row) that is rounded once."""
     tiny = torch.finfo(dtype).tiny
     pattern = CsrPattern.from_mask(torch.eye(40, 50)) if kernel.op == "spmm" else pattern
     scale = tiny**0.5 / 2 if kernel.op in REDUCING else tiny
@@ -159,7 +163,7 @@ def test_subnormal_results_are_not_flushed(
 
 
 @pytest.mark.ops(*REDUCING, dtypes=[torch.float16])
-def test_subnormal_float16_results(kernel: Served, pattern: CsrPattern) -> None:
+def test_sums_of_subnormal_float16_products(kernel: Served, pattern: CsrPattern) -> None:
     inputs = inputs_of(kernel.op, pattern, 33, torch.float16, kernel.device)
     check(kernel, pattern, {name: x / 1024 for name, x in inputs.items()})
 

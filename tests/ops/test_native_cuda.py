@@ -1,4 +1,4 @@
-"""The adapter of the CUDA kernels, with a module that records in place of the native one."""
+"""The Python adapter of the CUDA kernels, with a recorder in place of the native module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BYTES = 1000
 
 
 class Recorder:
-    """The cuda_* functions of the native module: each call is kept, nothing is computed."""
+    """Has the cuda_* functions of the native module. They record calls and compute nothing."""
 
     def __init__(self, **answers: object) -> None:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
@@ -60,7 +60,7 @@ def registered(**answers: object) -> Recorder:
     return module
 
 
-def test_what_the_native_module_is_handed(pattern: CsrPattern) -> None:
+def test_arguments_of_the_native_functions(pattern: CsrPattern) -> None:
     module = registered()
     inputs = inputs_of("sddmm", pattern, dtype=torch.bfloat16)
     out = rk.sddmm(pattern, **inputs, out_dtype=torch.float32, backend="fake/tile")
@@ -87,7 +87,7 @@ def test_what_the_native_module_is_handed(pattern: CsrPattern) -> None:
     assert call[5] == (c.data_ptr(), 1, 37, 33, 1, 37)
 
 
-def test_copies_allocate_no_scratch(pattern: CsrPattern) -> None:
+def test_csr_ops_allocate_no_workspace(pattern: CsrPattern) -> None:
     module = registered()
     w, values = torch.zeros(pattern.shape), torch.ones(pattern.nnz)
     rk.csr_add_(w, pattern, values, 0.5, backend="fake")
@@ -98,15 +98,15 @@ def test_copies_allocate_no_scratch(pattern: CsrPattern) -> None:
     assert module.named("cuda_csr_add_")[0][3:] == (0.5, 0, 0)
 
 
-def test_auto_never_takes_what_is_registered_on_request(pattern: CsrPattern) -> None:
+def test_auto_never_takes_on_request_kernels(pattern: CsrPattern) -> None:
     module = registered()
     rk.sddmm(pattern, **inputs_of("sddmm", pattern))
     assert not module.calls
     assert not pattern.has_tile_plan
 
 
-def test_the_backend_takes_its_best_variant(pattern: CsrPattern) -> None:
-    """wgmma wants 256 columns a tile, float32 has no tensor cores, SpMM's tiles leak Inf."""
+def test_a_backend_takes_its_best_variant(pattern: CsrPattern) -> None:
+    """wgmma needs 256-column tiles, tensor cores do not take float32, SpMM's tiles leak Inf."""
     module = registered()
     narrow = inputs_of("sddmm", pattern, dtype=torch.float16)
     rk.sddmm(pattern, **narrow, backend="fake")
@@ -141,7 +141,7 @@ def test_the_backend_takes_its_best_variant(pattern: CsrPattern) -> None:
         ({"cuda_unsupported": "no code"}, {"device": "H200"}, None),
     ],
 )
-def test_what_a_call_is_rejected_for(
+def test_calls_are_rejected_with_the_right_reason(
     answers: dict[str, object], changes: dict[str, Any], reason: str | None
 ) -> None:
     registered(**answers)
@@ -154,10 +154,8 @@ def test_what_a_call_is_rejected_for(
 
 
 @pytest.mark.parametrize(("op", "needed"), [("sddmm", 147456), ("spmm", 98304)])
-def test_tiles_that_a_device_has_no_room_for_are_rejected_by_bytes(
-    op: str, needed: int, pattern: CsrPattern
-) -> None:
-    """A plan made for an H100 that reaches an RTX 4090: the launch itself would fail."""
+def test_tiles_beyond_shared_memory_are_rejected(op: str, needed: int, pattern: CsrPattern) -> None:
+    """A plan for an H100 may reach an RTX 4090. Without the check, the launch would fail."""
     there = needed - 1024
     module = registered(
         **{f"cuda_{op}_shared_bytes": needed, "cuda_properties": (128, 8, 9, 72 << 20, there)}
@@ -172,11 +170,14 @@ def test_tiles_that_a_device_has_no_room_for_are_rejected_by_bytes(
         getattr(rk, op)(pattern, **inputs, backend="fake/tile")
     getattr(rk, op)(pattern, **inputs, backend="fake")
     assert [call[0] for call in module.named(f"cuda_{op}")] == [0]  # gather
-    assert len(module.named(f"cuda_{op}_shared_bytes")) == 1  # asked once, however many calls
+    assert len(module.named(f"cuda_{op}_shared_bytes")) == 1  # queried once for all calls
 
 
-def test_the_native_module_says_what_tiles_need() -> None:
-    """Two stages on an A100, three elsewhere; 8.6 and 8.9 have no room for wide tiles."""
+def test_shared_memory_that_tiles_need() -> None:
+    """Tiles have two stages on an A100 and three elsewhere.
+
+    Compute capabilities 8.6 and 8.9 have no room for wide tiles.
+    """
     simt = pytest.importorskip("_simt", reason="tests/_simt is not built")
     a100, rtx = 3, 4
     tile, wgmma = 1, 2
@@ -191,23 +192,23 @@ def test_the_native_module_says_what_tiles_need() -> None:
     assert simt.cuda_sddmm_shared_bytes(0, 256, rtx) == simt.cuda_spmm_shared_bytes(0) == 0
 
 
-def test_a_device_is_asked_about_once(pattern: CsrPattern) -> None:
-    """Finding out takes a driver call; a hundred calls of an op need one."""
+def test_device_support_is_queried_once(pattern: CsrPattern) -> None:
+    """The query is a driver call. Many calls of an op need only one."""
     module = registered()
     for k in range(1, 50):
         rk.sddmm(pattern, **inputs_of("sddmm", pattern, k), backend="fake/gather")
     assert len(module.named("cuda_unsupported")) == 1
 
 
-def test_an_unsupported_device_says_what_there_is(pattern: CsrPattern) -> None:
+def test_unsupported_devices_are_refused_with_a_reason(pattern: CsrPattern) -> None:
     registered(cuda_unsupported="has no code for compute capability 7.0 in this build, which was")
     with pytest.raises(RuntimeError, match=r"fake/gather has no code for compute capability 7\.0"):
         rk.sddmm(pattern, **inputs_of("sddmm", pattern), backend="fake/gather")
 
 
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_out_of_memory_in_the_workspace(op: str, pattern: CsrPattern) -> None:
-    """torch's own error, before any launch; the next call works."""
+def test_no_launch_after_workspace_out_of_memory(op: str, pattern: CsrPattern) -> None:
+    """torch raises its own error before any launch. The next call works."""
     module = registered(**{f"cuda_{op}_workspace_bytes": 2**62})
     inputs = inputs_of(op, pattern)
     with pytest.raises((torch.OutOfMemoryError, RuntimeError), match=r"alloc|memory"):
@@ -218,7 +219,7 @@ def test_out_of_memory_in_the_workspace(op: str, pattern: CsrPattern) -> None:
     assert len(module.named(f"cuda_{op}")) == 1
 
 
-def test_what_a_device_refuses_is_a_runtime_error(pattern: CsrPattern) -> None:
+def test_launch_errors_are_runtime_errors(pattern: CsrPattern) -> None:
     registered(cuda_sddmm=RuntimeError("sddmm_gather_kernel: too many resources requested"))
     with pytest.raises(RuntimeError, match="too many resources"):
         rk.sddmm(pattern, **inputs_of("sddmm", pattern), backend="fake/gather")
@@ -244,10 +245,10 @@ def test_what_a_device_refuses_is_a_runtime_error(pattern: CsrPattern) -> None:
         (lambda header, blob: [header, blob[None]], "blob of a tile plan as contiguous int32"),
     ],
 )
-def test_plans_are_checked(
+def test_malformed_plans_are_refused(
     change: Callable[..., list[torch.Tensor]], message: str, pattern: CsrPattern
 ) -> None:
-    """The flat ops are callable past the pattern that owns the plan."""
+    """The ops of torch.ops.rosa take a plan without the pattern that owns it."""
     module = registered()
     (kernel,) = [k for k in rk.kernels("sddmm") if k.name == "fake/tile"]
     inputs = inputs_of("sddmm", pattern, dtype=torch.bfloat16)
@@ -258,7 +259,7 @@ def test_plans_are_checked(
     assert not module.calls
 
 
-def test_workspace_query(pattern: CsrPattern) -> None:
+def test_the_workspace_query_passes_all_operands(pattern: CsrPattern) -> None:
     module = registered()
     index = pattern.crow_indices, pattern.col_indices
     inputs = inputs_of("spmm", pattern)
@@ -266,7 +267,7 @@ def test_workspace_query(pattern: CsrPattern) -> None:
     got = native_cuda.cuda_workspace_bytes("spmm", "tile", *index, [inputs["b"]], plan, module)
     assert got == BYTES
     (asked,) = module.named("cuda_spmm_workspace_bytes")
-    assert asked[-2] == (0, 0, 37, 33, 1, 37)  # c: no memory, in the order of b
+    assert asked[-2] == (0, 0, 37, 33, 1, 37)  # c has no memory yet, and the stride order of b
     inputs = inputs_of("sddmm", pattern)
     operands = list(inputs.values())
     assert (
@@ -278,8 +279,8 @@ def test_workspace_query(pattern: CsrPattern) -> None:
 # -- the real backend "cuda" -----------------------------------------------------------------------
 
 
-def test_it_is_listed_wherever_it_runs() -> None:
-    """With the reason, where it cannot."""
+def test_cuda_kernels_are_always_listed() -> None:
+    """A kernel that cannot run here is listed with the reason."""
     for op, variants in (
         ("sddmm", {"cuda/gather", "cuda/tile", "cuda/wgmma"}),
         ("spmm", {"cuda/gather", "cuda/tile"}),
@@ -311,7 +312,7 @@ def test_it_is_listed_wherever_it_runs() -> None:
         (None, Recorder(), "13.0", None),
     ],
 )
-def test_why_it_is_unavailable(
+def test_the_reason_why_cuda_is_unavailable(
     missing: str | None,
     module: object,
     cuda: str | None,
@@ -326,15 +327,15 @@ def test_why_it_is_unavailable(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_cpu_tensors_go_on_without_it(pattern: CsrPattern) -> None:
+def test_cpu_tensors_work_without_cuda(pattern: CsrPattern) -> None:
     inputs = inputs_of("sddmm", pattern)
     assert rk.sddmm(pattern, **inputs).shape == (pattern.nnz,)
     with pytest.raises(RuntimeError, match="cuda/gather runs on cuda tensors, got cpu"):
         rk.sddmm(pattern, **inputs, backend="cuda")
 
 
-def test_the_stub_knows_every_entry() -> None:
-    """Nothing is called that the native module would not have."""
+def test_the_stub_declares_every_native_function() -> None:
+    """The adapter calls only functions that the stub of the native module declares."""
     if native.MISSING is not None:
         pytest.skip(native.MISSING)
     module = registered()
@@ -349,8 +350,8 @@ def test_the_stub_knows_every_entry() -> None:
     assert all(f"def {name}(" in text or f"class {name}:" in text for name in entries)
 
 
-def test_gradients_run_where_the_forward_did(pattern: CsrPattern) -> None:
-    """But not on tiles, whose zeros would spread an Inf of a gradient."""
+def test_gradients_use_the_backend_of_forward(pattern: CsrPattern) -> None:
+    """SpMM's tiles are an exception, because their zeros would spread an Inf in a gradient."""
     module = registered()
     pattern.build_tile_plan(128, 256)
     pattern.T.build_tile_plan(128, 256)

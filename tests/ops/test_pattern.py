@@ -1,4 +1,4 @@
-"""CsrPattern: what it accepts, what it refuses, what it derives."""
+"""CsrPattern: construction, derived structure, movement, copies and inference mode."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_int32_index_tensors_are_not_copied() -> None:
 
 
 def test_memory_of_numpy_is_copied() -> None:
-    """A write into the array would raise no version, and kernels would read out of bounds."""
+    """A write into the array changes no version counter. Kernels would read out of bounds."""
     crow, col = np.array([0, 1, 2], np.int32), np.array([0, 1], np.int32)
     for borrow in (torch.from_numpy, torch.from_dlpack, torch.as_tensor):
         pattern = CsrPattern(borrow(crow), borrow(col), (2, 2))
@@ -115,8 +115,8 @@ def test_scipy_round_trip(nasty: CsrPattern, form: str) -> None:
     assert same(CsrPattern.from_scipy(matrix), nasty)
 
 
-def test_scipy_matrices_are_brought_into_canonical_order() -> None:
-    """Unsorted columns, duplicates and stored zeros; the matrix itself stays as it was."""
+def test_scipy_matrices_are_made_canonical() -> None:
+    """The matrix has unsorted columns, a duplicate and a stored zero. It is not changed."""
     columns = np.array([2, 0, 2, 1])
     matrix = scipy.sparse.csr_array((np.array([1.0, 2.0, -1.0, 0.0]), columns, [0, 3, 4]), (2, 3))
     pattern = CsrPattern.from_scipy(matrix)
@@ -125,7 +125,7 @@ def test_scipy_matrices_are_brought_into_canonical_order() -> None:
     assert matrix.indices.tolist() == [2, 0, 2, 1]
 
 
-def test_nearly_the_greatest_size() -> None:
+def test_the_greatest_column_index_is_accepted() -> None:
     pattern = CsrPattern(torch.tensor([0, 1]), torch.tensor([HUGE - 2]), (1, HUGE - 1))
     assert pattern.col_indices.tolist() == [HUGE - 2]
     assert CsrPattern.from_coo(torch.tensor([0]), torch.tensor([HUGE - 2]), (1, HUGE - 1)).nnz == 1
@@ -135,7 +135,7 @@ def test_nearly_the_greatest_size() -> None:
 
 
 @sweep(nasty=NASTY)
-def test_counts_and_indices(nasty: CsrPattern) -> None:
+def test_counts_and_indices_agree_with_the_mask(nasty: CsrPattern) -> None:
     mask = mask_of(nasty)
     assert torch.equal(nasty.row_nnz, mask.sum(1).int())
     assert torch.equal(nasty.col_nnz, mask.sum(0).int())
@@ -146,7 +146,7 @@ def test_counts_and_indices(nasty: CsrPattern) -> None:
 
 
 @sweep(nasty=NASTY)
-def test_row_swizzle(nasty: CsrPattern) -> None:
+def test_row_swizzle_sorts_rows_by_length(nasty: CsrPattern) -> None:
     counts = nasty.row_nnz.tolist()
     expected = sorted(range(nasty.shape[0]), key=lambda row: (-counts[row], row))
     assert nasty.row_swizzle.dtype == torch.int32
@@ -159,7 +159,7 @@ def test_derived_structure_is_built_once(pattern: CsrPattern, name: str) -> None
 
 
 def test_patterns_are_freed_without_the_collector() -> None:
-    """Index tensors of a GPU would wait for the next collection of cycles."""
+    """In a reference cycle, index tensors on a GPU would wait for the garbage collector."""
     gc.disable()
     try:
         pattern = uniform_pattern(9, 9, 0.5)
@@ -233,8 +233,8 @@ def test_to_the_same_device_is_the_same_pattern(pattern: CsrPattern) -> None:
     assert pattern.to("cpu") is pattern
 
 
-def test_to_another_device_keeps_what_was_derived(pattern: CsrPattern) -> None:
-    """On "meta" nothing can be computed: what is there has moved."""
+def test_moving_a_pattern_keeps_derived_structure(pattern: CsrPattern) -> None:
+    """On "meta" nothing can be computed, so all that is there was moved."""
     derive(pattern)
     moved = pattern.to("meta")
     assert moved.device.type == "meta"
@@ -261,7 +261,7 @@ def test_to_cuda_and_back(nasty: CsrPattern) -> None:
     assert torch.equal(there.row_swizzle.cpu(), nasty.row_swizzle)
 
 
-def test_a_changed_pattern_does_not_move(pattern: CsrPattern) -> None:
+def test_a_changed_pattern_cannot_be_moved(pattern: CsrPattern) -> None:
     pattern.col_indices.zero_()
     with pytest.raises(RuntimeError, match="changed in place"):
         pattern.to("meta")
@@ -273,7 +273,9 @@ def test_a_changed_pattern_does_not_move(pattern: CsrPattern) -> None:
     ids=["deepcopy", "copy", "pickle"],
 )
 @sweep(nasty=NASTY)
-def test_copies(nasty: CsrPattern, duplicate: Callable[[CsrPattern], CsrPattern]) -> None:
+def test_copies_have_equal_structure(
+    nasty: CsrPattern, duplicate: Callable[[CsrPattern], CsrPattern]
+) -> None:
     derive(nasty)
     other = duplicate(nasty)
     assert other is not nasty
@@ -282,8 +284,8 @@ def test_copies(nasty: CsrPattern, duplicate: Callable[[CsrPattern], CsrPattern]
     other.check_unchanged()
 
 
-def test_torch_load_validates(pattern: CsrPattern) -> None:
-    """torch.load builds a pattern by its constructor, also with weights_only=True."""
+def test_torch_load_validates_patterns(pattern: CsrPattern) -> None:
+    """torch.load calls the constructor of a pattern, also with weights_only=True."""
     file = io.BytesIO()
     torch.save({"pattern": pattern}, file)
     file.seek(0)
@@ -302,8 +304,8 @@ def test_a_deepcopy_shares_no_memory(pattern: CsrPattern) -> None:
     pattern.check_unchanged()
 
 
-def test_a_changed_pattern_does_not_survive_a_pickle(pattern: CsrPattern) -> None:
-    """Validation runs again where it arrives."""
+def test_unpickling_validates_patterns(pattern: CsrPattern) -> None:
+    """The indices are validated again when the pickle is loaded."""
     pattern.col_indices.fill_(10**6)
     with pytest.raises(ValueError, match=r"col_indices in \[0, 53\)"):
         pickle.loads(pickle.dumps(pattern))
@@ -312,7 +314,7 @@ def test_a_changed_pattern_does_not_survive_a_pickle(pattern: CsrPattern) -> Non
 # -- inference mode --------------------------------------------------------------------------------
 
 
-def test_built_in_inference_mode_it_serves_training() -> None:
+def test_patterns_built_in_inference_mode_can_train() -> None:
     with torch.inference_mode():
         pattern = CsrPattern.from_mask(torch.eye(4))
         given = CsrPattern(

@@ -1,4 +1,4 @@
-"""CsrPattern.save and load: safetensors in, a validated pattern out, and never a pickle."""
+"""CsrPattern.save and load: safetensors files, validated patterns, and no pickles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METADATA = {"format": "rosa_kernels.CsrPattern", "version": "1"}
 
 
 def tensors(**changes: Tensor) -> dict[str, Tensor]:
-    """A right file's tensors: (2, 3) with nonzeros at (0, 1), (1, 0) and (1, 2)."""
+    """The tensors of a valid file: shape (2, 3), nonzeros at (0, 1), (1, 0) and (1, 2)."""
     return {
         "crow_indices": torch.tensor([0, 1, 3], dtype=torch.int32),
         "col_indices": torch.tensor([1, 0, 2], dtype=torch.int32),
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @sweep(nasty=NASTY)
-def test_round_trip(nasty: CsrPattern, path: Path) -> None:
+def test_saved_patterns_are_loaded_unchanged(nasty: CsrPattern, path: Path) -> None:
     nasty.save(path)
     for where in (path, str(path)):
         loaded = CsrPattern.load(where)
@@ -43,8 +43,8 @@ def test_round_trip(nasty: CsrPattern, path: Path) -> None:
         assert torch.equal(loaded.col_indices, nasty.col_indices)
 
 
-def test_the_format(pattern: CsrPattern, path: Path) -> None:
-    """Others may read it: three tensors by these names."""
+def test_a_file_has_three_named_tensors(pattern: CsrPattern, path: Path) -> None:
+    """Other programs may read the file by these names and dtypes."""
     pattern.save(path)
     file = load_file(path)
     assert {name: t.dtype for name, t in file.items()} == {
@@ -73,13 +73,13 @@ def test_a_changed_pattern_is_not_saved(pattern: CsrPattern, path: Path) -> None
     assert not path.exists()
 
 
-def test_missing_file(path: Path) -> None:
+def test_a_missing_file_is_an_error(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         CsrPattern.load(path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 60, -41, -1])
-def test_truncated_file(pattern: CsrPattern, path: Path, kept: int) -> None:
+def test_truncated_files_are_refused(pattern: CsrPattern, path: Path, kept: int) -> None:
     pattern.save(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"expected a safetensors file, got .*pattern.safetensors"):
@@ -87,7 +87,7 @@ def test_truncated_file(pattern: CsrPattern, path: Path, kept: int) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff" * 200, b"PK\x03\x04" + bytes(100), b"{}" * 50])
-def test_another_kind_of_file(path: Path, content: bytes) -> None:
+def test_other_kinds_of_files_are_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="expected a safetensors file"):
         CsrPattern.load(path)
@@ -123,7 +123,7 @@ def test_pickles_are_not_opened(path: Path, save: str) -> None:
     ],
     ids=["foreign", "empty", "a tensor less", "a tensor more", "no version", "newer version"],
 )
-def test_foreign_safetensors(
+def test_other_safetensors_files_are_refused(
     path: Path, content: dict[str, Tensor], metadata: dict[str, str] | None
 ) -> None:
     save_file(content, path, metadata=metadata)
@@ -165,8 +165,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_content(path: Path, bad: str) -> None:
-    """Always a ValueError that names the file: nothing in it reaches a kernel."""
+def test_invalid_indices_and_shapes_are_refused(path: Path, bad: str) -> None:
+    """Each case raises a ValueError that names the file. No pattern is built from it."""
     content, message = BAD[bad]
     save_file(content, path, metadata=METADATA)
     with pytest.raises(ValueError, match=re.escape(message)) as raised:

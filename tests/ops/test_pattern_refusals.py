@@ -1,4 +1,4 @@
-"""What CsrPattern refuses, with which error and in which words."""
+"""Arguments that CsrPattern refuses, with the error and its message."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "expected non-decreasing crow_indices, got 0 then -1 at row 0",
     ),
-    # The differences, 2**31 - 1, 2**31 - 1 and 3, look monotone in int32.
+    # In int32 the differences are 2**31 - 1, 2**31 - 1 and 3, so the rows look monotone.
     "rows that wrap in int32": (
         csr(torch.tensor([0, HUGE - 1, -2, 1], dtype=torch.int32), [0]),
         ValueError,
@@ -246,20 +246,20 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_refuses(bad: str) -> None:
+def test_bad_arguments_are_refused(bad: str) -> None:
     build, error, message = BAD[bad]
     with pytest.raises(error, match=re.escape(message)) as raised:
         build()
     assert str(raised.value).startswith("CsrPattern")
 
 
-def test_refuses_index_tensors_on_two_devices() -> None:
+def test_index_tensors_on_two_devices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="on one device, got meta and cpu"):
         CsrPattern(torch.zeros(4, dtype=torch.int32, device="meta"), ZERO, (3, 4))
 
 
 @pytest.mark.parametrize("index", ["crow_indices", "col_indices"])
-def test_notices_writes_into_its_index_tensors(pattern: CsrPattern, index: str) -> None:
+def test_writes_into_index_tensors_are_noticed(pattern: CsrPattern, index: str) -> None:
     pattern.check_unchanged()
     getattr(pattern, index)[0] = 0
     with pytest.raises(RuntimeError, match="got tensors changed in place since; build a new"):

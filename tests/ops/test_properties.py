@@ -1,6 +1,6 @@
 """Properties of every pattern and all data. Hypothesis searches for counterexamples.
 
-Rounding errors do not average out on its data, so the adversarial bound of the accuracy policy
+Rounding errors do not average out on its examples, so the adversarial bound of the accuracy policy
 applies. An identity compares two computed sides on small whole numbers in float32. All sums are
 exact then, and both sides must have equal bits.
 """
@@ -35,7 +35,7 @@ ORDERS = st.booleans()
 
 
 def wild(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Magnitudes over twelve binades, cancelling signs, exact zeros: float16 still holds them."""
+    """Zeros and numbers of both signs from 2**-6 to 2**6, which float16 can hold."""
     generator = torch.Generator().manual_seed(seed)
     sign = torch.randint(-1, 2, shape, generator=generator)
     magnitude = torch.exp2(torch.rand(shape, generator=generator, dtype=torch.float64) * 12 - 6)
@@ -58,7 +58,7 @@ def sddmm_inputs(pattern: CsrPattern, k: int, seed: int) -> dict[str, Tensor]:
 
 
 def on(kernel: Served, pattern: CsrPattern, **inputs: object) -> Tensor:
-    """The kernel's result on its device, brought back."""
+    """The kernel's result on its device, moved to the CPU."""
     moved = {n: x.to(kernel.device) if isinstance(x, Tensor) else x for n, x in inputs.items()}
     return kernel(pattern.to(kernel.device), **moved).cpu()
 
@@ -73,7 +73,7 @@ def drawn_dtype(data: st.DataObject, kernel: Served) -> torch.dtype:
 @pytest.mark.ops("sddmm")
 @EXAMPLES
 @given(DATA, patterns(), TOKENS, SEEDS, ORDERS, ORDERS)
-def test_sddmm(
+def test_sddmm_is_accurate_on_adversarial_data(
     kernel: Served,
     data: st.DataObject,
     pattern: CsrPattern,
@@ -93,7 +93,7 @@ def test_sddmm(
 @pytest.mark.ops("spmm")
 @EXAMPLES
 @given(DATA, patterns(), TOKENS, SEEDS, ORDERS)
-def test_spmm(
+def test_spmm_is_accurate_on_adversarial_data(
     kernel: Served, data: st.DataObject, pattern: CsrPattern, k: int, seed: int, order: bool
 ) -> None:
     dtype = drawn_dtype(data, kernel)
@@ -106,7 +106,7 @@ def test_spmm(
 @pytest.mark.ops("csr_add", "csr_add_")
 @EXAMPLES
 @given(DATA, patterns(), SEEDS, ORDERS, st.sampled_from([1.0, -1.0, 0.5, 0.0, 0.1, -3.7]))
-def test_csr_add_is_dense_addition(
+def test_csr_add_equals_dense_addition(
     kernel: Served, data: st.DataObject, pattern: CsrPattern, seed: int, order: bool, alpha: float
 ) -> None:
     dtype = drawn_dtype(data, kernel)
@@ -130,7 +130,7 @@ def other_op(kernel: Served, op: str) -> Served:
 @pytest.mark.ops("sddmm", dtypes=[torch.float32])
 @EXAMPLES
 @given(patterns(), TOKENS, SEEDS)
-def test_adjoint_identity(kernel: Served, pattern: CsrPattern, k: int, seed: int) -> None:
+def test_sddmm_is_adjoint_to_spmm(kernel: Served, pattern: CsrPattern, k: int, seed: int) -> None:
     """<sddmm(A, B), v> = <A, spmm(v, B)> = <B, spmm(S^T, A)>"""
     inputs = sddmm_inputs(pattern, k, seed)
     values = whole((pattern.nnz,), seed + 2)
@@ -146,8 +146,10 @@ def test_adjoint_identity(kernel: Served, pattern: CsrPattern, k: int, seed: int
 @pytest.mark.ops("sddmm", dtypes=[torch.float32])
 @EXAMPLES
 @given(patterns(), TOKENS, SEEDS)
-def test_transpose_consistency(kernel: Served, pattern: CsrPattern, k: int, seed: int) -> None:
-    """The transposed product of exchanged operands is the transpose of the product."""
+def test_sddmm_of_exchanged_operands_is_transposed(
+    kernel: Served, pattern: CsrPattern, k: int, seed: int
+) -> None:
+    """sddmm(S^T, B, A) is the transpose of sddmm(S, A, B)."""
     inputs = sddmm_inputs(pattern, k, seed)
     got = on(kernel, pattern, **inputs)
     exchanged = on(kernel, pattern.T, a=inputs["b"], b=inputs["a"])
@@ -155,7 +157,7 @@ def test_transpose_consistency(kernel: Served, pattern: CsrPattern, k: int, seed
 
 
 def permuted(pattern: CsrPattern, rows: Tensor, cols: Tensor) -> tuple[CsrPattern, Tensor]:
-    """The pattern of P S Q, and where its entries come from."""
+    """The pattern of P S Q, and for each of its entries the number of that entry in S."""
     numbers = torch.arange(1.0, pattern.nnz + 1)
     dense = pattern.to_torch(numbers).to_dense()[rows][:, cols]
     at = dense.nonzero(as_tuple=True)
@@ -165,7 +167,9 @@ def permuted(pattern: CsrPattern, rows: Tensor, cols: Tensor) -> tuple[CsrPatter
 @pytest.mark.ops("sddmm", "spmm", dtypes=[torch.float32])
 @EXAMPLES
 @given(patterns(), TOKENS, SEEDS)
-def test_permutations(kernel: Served, pattern: CsrPattern, k: int, seed: int) -> None:
+def test_permuted_operands_give_permuted_results(
+    kernel: Served, pattern: CsrPattern, k: int, seed: int
+) -> None:
     """Rows, columns and tokens in another order give the same numbers in another order."""
     generator = torch.Generator().manual_seed(seed)
     m, n = pattern.shape
@@ -191,10 +195,10 @@ def operands(op: str, pattern: CsrPattern, k: int, seed: int) -> dict[str, Tenso
 @pytest.mark.ops("sddmm", "spmm", "csr_gather", dtypes=[torch.float32])
 @EXAMPLES
 @given(patterns(), TOKENS, SEEDS, st.integers(-4, 4), DATA)
-def test_linear_in_each_operand(
+def test_ops_are_linear_in_each_operand(
     kernel: Served, pattern: CsrPattern, k: int, seed: int, factor: int, data: st.DataObject
 ) -> None:
-    """f(c x + y) = c f(x) + f(y), the other operand held."""
+    """f(c x + y) = c f(x) + f(y) if the other operand is fixed."""
     x, y = operands(kernel.op, pattern, k, seed), operands(kernel.op, pattern, k, seed + 9)
     name = data.draw(st.sampled_from(sorted(x)))
     y = {**x, name: y[name]}
@@ -208,7 +212,7 @@ def test_linear_in_each_operand(
 @EXAMPLES
 @given(patterns(), SEEDS, st.integers(-4, 4))
 def test_csr_add_is_linear(kernel: Served, pattern: CsrPattern, seed: int, factor: int) -> None:
-    """Linear in both operands at once. alpha is another way to scale the values."""
+    """csr_add is linear in both operands together. alpha has the effect of scaled values."""
     x, y = operands("csr_add", pattern, 0, seed), operands("csr_add", pattern, 0, seed + 9)
     combined = {name: factor * x[name] + y[name] for name in x}
     right = factor * on(kernel, pattern, **x) + on(kernel, pattern, **y)

@@ -1,4 +1,4 @@
-"""The accuracy policy on real RoSA masks, whose heavy rows and columns no uniform mask has."""
+"""The accuracy policy on real RoSA masks, which are less even than uniform masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench import masks
 
 @pytest.mark.ops("sddmm", "spmm", dtypes=[torch.bfloat16])
 @sweep(name=masks.real_names())
-def test_real_masks(kernel: Served, name: str) -> None:
-    """Seventy tokens are a full line of 64 and one that is not full."""
+def test_results_on_real_masks_are_accurate(kernel: Served, name: str) -> None:
+    """70 tokens are one full line of 64 tokens and one line that is not full."""
     pattern = masks.real(name)
     check(kernel, pattern, inputs_of(kernel.op, pattern, 70, torch.bfloat16, kernel.device))

@@ -1,4 +1,4 @@
-"""Which kernel serves a call: precedence, reasons, and explicit requests that never fall back."""
+"""The choice of a kernel: precedence, reasons, and explicit requests, which never fall back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Probe = Callable[..., None]
 
 @pytest.fixture
 def probe() -> Callable[..., list[str]]:
-    """Registers a gather kernel of the given name; returns the list it logs its calls to."""
+    """A function that registers a csr_gather kernel and returns the log of its calls."""
 
     def add(backend: str, log: list[str], **options: object) -> list[str]:
         defaults: dict[str, object] = {
@@ -45,7 +45,7 @@ def gather(**options: object) -> torch.Tensor:
     return rk.csr_gather(torch.ones(4, 5), uniform_pattern(4, 5, 0.5), **options)
 
 
-def test_every_op_has_a_reference_that_serves_all() -> None:
+def test_every_op_has_a_reference_kernel() -> None:
     for op in ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_", "csr_transpose"):
         *_, last = rk.kernels(op)
         assert last.name == "reference"
@@ -53,7 +53,7 @@ def test_every_op_has_a_reference_that_serves_all() -> None:
         assert last.devices == {"cpu", "cuda"}
 
 
-def test_kernels_come_best_first(probe: Probe) -> None:
+def test_kernels_are_listed_by_priority(probe: Probe) -> None:
     probe("slow", [], priority=-5)
     probe("fast", [], priority=1000)
     names = [k.name for k in rk.kernels("csr_gather")]
@@ -62,12 +62,12 @@ def test_kernels_come_best_first(probe: Probe) -> None:
     assert set(rk.kernels("csr_gather")) < set(rk.kernels())
 
 
-def test_unknown_op_lists_those_there_are() -> None:
+def test_unknown_ops_are_refused_with_a_list() -> None:
     with pytest.raises(ValueError, match=r"an op among \['csr_add_', .*'spmm'.*\], got 'conv'"):
         rk.kernels("conv")
 
 
-def test_names() -> None:
+def test_kernel_names_have_backend_and_variant() -> None:
     names = {k.name for k in rk.kernels("sddmm")}
     assert names == {
         k.backend if k.variant is None else f"{k.backend}/{k.variant}" for k in rk.kernels("sddmm")
@@ -76,7 +76,7 @@ def test_names() -> None:
         rk.register("csr_gather", "reference", devices=set(), dtypes=set(), priority=0)(print)
 
 
-def test_auto_takes_the_best_that_can(probe: Probe) -> None:
+def test_auto_takes_the_best_kernel_that_can_serve(probe: Probe) -> None:
     log: list[str] = []
     probe("good", log, priority=1000)
     probe("elsewhere", log, priority=2000, devices={"cuda"})
@@ -87,7 +87,7 @@ def test_auto_takes_the_best_that_can(probe: Probe) -> None:
     assert log == ["good"]
 
 
-def test_withheld_kernels_serve_by_name_alone(probe: Probe) -> None:
+def test_withheld_kernels_serve_only_by_name(probe: Probe) -> None:
     log: list[str] = []
     probe("quick", log, priority=1000)
     probe("sound", log, priority=999)
@@ -99,8 +99,8 @@ def test_withheld_kernels_serve_by_name_alone(probe: Probe) -> None:
     assert log == ["quick", "sound", "quick", "quick"]
 
 
-def test_precedence(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Argument, then use_backend (the innermost), then ROSA_BACKEND, then the best supported."""
+def test_precedence_of_backend_requests(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order: the argument, the innermost use_backend, ROSA_BACKEND, the best kernel."""
     log: list[str] = []
     for name in ("argument", "inner", "outer", "environment"):
         probe(name, log)
@@ -125,7 +125,7 @@ def test_use_backend_ends_with_its_block(probe: Probe) -> None:
     assert log == []
 
 
-def test_auto_can_be_asked_for(probe: Probe) -> None:
+def test_auto_as_argument_overrides_use_backend(probe: Probe) -> None:
     log: list[str] = []
     probe("best", log, priority=1000)
     probe("other", log)
@@ -146,7 +146,9 @@ def test_use_backend_is_local_to_its_thread(probe: Probe) -> None:
 
 
 @pytest.mark.parametrize("ask", ["argument", "context", "environment"])
-def test_unknown_backend_lists_those_there_are(ask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_backends_are_refused_with_a_list(
+    ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = ", ".join(
         sorted({"auto", "auto-finite"} | {n for k in rk.kernels() for n in (k.backend, k.name)})
     )
@@ -159,7 +161,7 @@ def test_unknown_backend_lists_those_there_are(ask: str, monkeypatch: pytest.Mon
         gather(**argument)
 
 
-def test_the_backend_takes_its_best_variant(probe: Probe) -> None:
+def test_a_backend_takes_its_best_variant(probe: Probe) -> None:
     log: list[str] = []
     probe("family", log, variant="old", priority=5, unavailable="is not built")
     probe("family", log, variant="new", priority=3)
@@ -182,10 +184,10 @@ def test_the_backend_takes_its_best_variant(probe: Probe) -> None:
         ),
     ],
 )
-def test_an_explicit_backend_that_cannot_serve_says_why(
+def test_explicit_backends_that_cannot_serve_say_why(
     options: dict[str, object], reason: str, probe: Probe
 ) -> None:
-    """And falls back to nothing, however many others could."""
+    """There is no fallback, although other kernels could serve the call."""
     log = probe("special", [], **options)
     for ask in ({"backend": "special"}, {}):
         with pytest.raises(RuntimeError) as raised, rk.use_backend("special"):
@@ -203,15 +205,15 @@ def test_an_explicit_backend_without_the_op_says_so(probe: Probe) -> None:
         rk.spmm(uniform_pattern(2, 3, 0.0), torch.zeros(0), torch.ones(3, 4), backend="special")
 
 
-def test_when_nothing_fits_every_candidate_says_why() -> None:
+def test_if_no_kernel_serves_all_reasons_are_given() -> None:
     with pytest.raises(RuntimeError, match="expected a kernel to serve this call") as raised:
         choice.select("sddmm", Call("xpu", torch.float32, (1, 1, 1)))
     for kernel in rk.kernels("sddmm"):
         assert f"{kernel.name} runs on" in str(raised.value)
 
 
-def test_a_choice_that_depends_on_the_shape_is_made_anew(probe: Probe) -> None:
-    """The cache of choices must not hold what a `reject` decided."""
+def test_choices_that_depend_on_shape_are_not_cached(probe: Probe) -> None:
+    """The cache has no shapes in its keys, so it must not hold what a `reject` decided."""
     probe("small", [], priority=9999, reject=lambda c: "too big" if max(c.shape) > 4 else None)
     small = Call("cpu", torch.float32, (4, 4))
     for _ in range(2):
@@ -219,15 +221,18 @@ def test_a_choice_that_depends_on_the_shape_is_made_anew(probe: Probe) -> None:
         assert choice.select("csr_gather", small).name == "small"
 
 
-def test_a_new_kernel_is_seen_by_calls_already_cached(probe: Probe) -> None:
+def test_new_kernels_replace_cached_choices(probe: Probe) -> None:
     gather()
     log = probe("better", [], priority=9999)
     gather()
     assert log == ["better"]
 
 
-def test_a_choice_that_holds_for_every_shape_is_made_once(probe: Probe) -> None:
-    """Ops then need not even describe the call. What cannot serve such tensors has no say in it."""
+def test_choices_for_every_shape_are_cached(probe: Probe) -> None:
+    """An op then does not have to describe the call.
+
+    A `reject` of a kernel for another device or dtype does not prevent caching.
+    """
 
     def cached() -> str | None:
         kernel = choice.cached_kernel("csr_gather", "cpu", torch.float32, "auto")
@@ -245,7 +250,7 @@ def test_a_choice_that_holds_for_every_shape_is_made_once(probe: Probe) -> None:
     assert cached() == "plain"
 
 
-def test_a_reason_that_takes_a_driver_is_found_out_when_asked(probe: Probe) -> None:
+def test_unavailable_is_called_once_and_when_needed(probe: Probe) -> None:
     asked = []
     probe("driven", [], priority=9999, unavailable=lambda: asked.append(1) or "needs a driver")
     assert not asked
@@ -257,7 +262,7 @@ def test_a_reason_that_takes_a_driver_is_found_out_when_asked(probe: Probe) -> N
     assert "unavailable='needs a driver'" in repr(kernel)
 
 
-def test_plans_are_read_by_who_may_be_chosen(probe: Probe) -> None:
+def test_reads_plan_depends_on_the_requested_backend(probe: Probe) -> None:
     assert not registry.reads_plan("csr_gather", "cpu", "auto")
     probe("shy", [], reads_plan={"cpu"}, on_request=True)
     assert not registry.reads_plan("csr_gather", "cpu", "auto")

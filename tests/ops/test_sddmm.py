@@ -1,4 +1,4 @@
-"""sddmm beyond the shared cases: its output, out_dtype, long sums and TF32."""
+"""sddmm: output, out_dtype, long sums and TF32. test_nasty_cases.py has the cases of all ops."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rosa_kernels.testing import uniform_pattern
 pytestmark = pytest.mark.ops("sddmm")
 
 
-def test_formula(kernel: Served) -> None:
-    """By hand, with whole numbers: values[t] = <a[i_t], b[j_t]>."""
+def test_the_formula_on_whole_numbers(kernel: Served) -> None:
+    """values[t] = <a[i_t], b[j_t]>, worked out by hand."""
     pattern = CsrPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]]))
     a = torch.tensor([[1.0, 2.0], [9.0, 9.0], [3.0, 4.0]], device=kernel.device)
     b = torch.tensor([[5.0, 6.0], [7.0, 8.0], [-1.0, 1.0]], device=kernel.device)
@@ -21,7 +21,9 @@ def test_formula(kernel: Served) -> None:
     assert got.tolist() == [17.0, 1.0, 53.0]
 
 
-def test_output(kernel: Served, pattern: CsrPattern, dtype: torch.dtype) -> None:
+def test_shape_and_strides_of_the_output(
+    kernel: Served, pattern: CsrPattern, dtype: torch.dtype
+) -> None:
     got = check(kernel, pattern, inputs_of("sddmm", pattern, 5, dtype, kernel.device))
     assert got.shape == (pattern.nnz,)
     assert got.is_contiguous()
@@ -33,7 +35,7 @@ def test_no_tokens_give_zeros(kernel: Served, pattern: CsrPattern, dtype: torch.
     assert torch.equal(got, torch.zeros_like(got))
 
 
-def test_out_dtype_equal_to_the_default(
+def test_out_dtype_of_the_operands_changes_nothing(
     kernel: Served, pattern: CsrPattern, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of("sddmm", pattern, 5, dtype, kernel.device)
@@ -41,15 +43,15 @@ def test_out_dtype_equal_to_the_default(
     assert torch.equal(explicit, kernel(pattern.to(kernel.device), **inputs))
 
 
-def test_many_tokens(kernel: Served, dtype: torch.dtype) -> None:
-    """Long sums, which show a bad accumulation."""
+def test_sums_over_many_tokens_are_accurate(kernel: Served, dtype: torch.dtype) -> None:
+    """A bad accumulation shows in long sums."""
     pattern = uniform_pattern(9, 11, 0.4)
     check(kernel, pattern, inputs_of("sddmm", pattern, 3001, dtype, kernel.device))
 
 
 @pytest.mark.ops("sddmm", dtypes=[torch.float32])
 @sweep(seed=range(3))
-def test_float32_is_not_tf32(kernel: Served, seed: int) -> None:
+def test_float32_is_not_rounded_to_tf32(kernel: Served, seed: int) -> None:
     """1 + 2**-12 has two bits more than TF32 holds, and its square needs them."""
     pattern = uniform_pattern(30, 40, 0.2, seed)
     near_one = torch.full((40, 64), 1 + 2.0**-12, device=kernel.device)

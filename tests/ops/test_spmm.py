@@ -1,4 +1,7 @@
-"""spmm beyond the shared cases: its output and stride order, long rows, hidden sizes and TF32."""
+"""spmm: output and stride order, long rows, hidden sizes and TF32.
+
+test_nasty_cases.py has the cases of all ops.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from rosa_kernels.testing import LAYOUTS, uniform_pattern
 pytestmark = pytest.mark.ops("spmm")
 
 
-def test_formula(kernel: Served) -> None:
-    """By hand, with whole numbers: c = S b."""
+def test_the_formula_on_whole_numbers(kernel: Served) -> None:
+    """c = S b, worked out by hand."""
     pattern = CsrPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0]]))
     values = torch.tensor([2.0, -1.0, 3.0], device=kernel.device)
     b = torch.tensor([[5.0, 6.0], [7.0, 8.0], [-1.0, 1.0]], device=kernel.device)
@@ -27,7 +30,7 @@ def test_formula(kernel: Served) -> None:
 def test_output_has_the_stride_order_of_b(
     kernel: Served, pattern: CsrPattern, layout: str, dtype: torch.dtype
 ) -> None:
-    """Token-major in, token-major out, without a copy in between."""
+    """A token-major b gives a token-major output without a copy."""
     inputs = inputs_of("spmm", pattern, 5, dtype, kernel.device)
     inputs["b"] = LAYOUTS[layout](inputs["b"])
     got = check(kernel, pattern, inputs)
@@ -35,14 +38,14 @@ def test_output_has_the_stride_order_of_b(
     assert got.stride() == empty_like_order(inputs["b"], pattern.shape[0]).stride()
 
 
-def test_token_major_activations_come_back_token_major(kernel: Served, pattern: CsrPattern) -> None:
+def test_token_major_b_gives_token_major_output(kernel: Served, pattern: CsrPattern) -> None:
     inputs = inputs_of("spmm", pattern, 5, kernel.dtype, kernel.device)
     assert inputs["b"].T.is_contiguous()
     assert check(kernel, pattern, inputs).T.is_contiguous()
 
 
 def test_empty_rows_give_zeros(kernel: Served, dtype: torch.dtype) -> None:
-    """They are written, and do not keep what the memory held before."""
+    """The kernel writes empty rows. They do not keep the old contents of the memory."""
     pattern = uniform_pattern(40, 30, 0.02)
     inputs = inputs_of("spmm", pattern, 17, dtype, kernel.device)
     empty = pattern.row_nnz.to(kernel.device) == 0
@@ -54,23 +57,23 @@ def test_empty_rows_give_zeros(kernel: Served, dtype: torch.dtype) -> None:
         assert torch.equal(got[empty], torch.zeros_like(got[empty]))
 
 
-def test_long_rows(kernel: Served, dtype: torch.dtype) -> None:
-    """Long sums, which show a bad accumulation."""
+def test_sums_over_long_rows_are_accurate(kernel: Served, dtype: torch.dtype) -> None:
+    """A bad accumulation shows in long sums."""
     pattern = uniform_pattern(5, 4001, 0.75)
     check(kernel, pattern, inputs_of("spmm", pattern, 9, dtype, kernel.device))
 
 
 @sweep(hidden=[2048, 3072, 11008], tokens=[1, 2, 8])
-def test_hidden_sizes_of_models(
+def test_hidden_sizes_of_models_are_served(
     hidden: int, tokens: int, kernel: Served, dtype: torch.dtype
 ) -> None:
-    """Their columns of b need more shared memory than CUDA gives a kernel by default."""
+    """Columns of b of this length need more shared memory than CUDA gives a kernel by default."""
     pattern = uniform_pattern(96, hidden, 0.004)
     check(kernel, pattern, inputs_of("spmm", pattern, tokens, dtype, kernel.device))
 
 
 @pytest.mark.ops("spmm", dtypes=[torch.float32])
-def test_float32_is_not_tf32(kernel: Served) -> None:
+def test_float32_is_not_rounded_to_tf32(kernel: Served) -> None:
     """1 + 2**-12 has two bits more than TF32 holds, and its square needs them."""
     pattern = uniform_pattern(30, 64, 1.0)
     near_one = torch.full((64, 20), 1 + 2.0**-12, device=kernel.device)

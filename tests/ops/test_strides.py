@@ -1,4 +1,4 @@
-"""Questions about strides, answered by brute force over every address."""
+"""Functions of strides agree with brute force over every address."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ def shares_memory(x: torch.Tensor) -> bool:
 
 @settings(max_examples=500)
 @given(st.tuples(SIZES, SIZES), st.tuples(STRIDES, STRIDES))
-def test_no_overlap_goes_unnoticed(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    """It may refuse interleaved tensors that do not overlap, but accepts none that does."""
+def test_every_overlap_is_found(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """overlaps_itself misses no overlap. It may be true for interleaved tensors without overlap."""
     x = strided(shape, strides)
     assert overlaps_itself(x) or not shares_memory(x)
 
 
 @given(st.permutations([0, 1]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
-def test_slices_of_a_matrix_are_accepted(order: list[int], down: int, right: int, to: int) -> None:
+def test_slices_of_a_matrix_do_not_overlap(
+    order: list[int], down: int, right: int, to: int
+) -> None:
     x = torch.zeros(6, 7).permute(order)[to::down, ::right]
     assert not shares_memory(x)
     assert not overlaps_itself(x)
@@ -57,7 +59,9 @@ def test_slices_of_a_matrix_are_accepted(order: list[int], down: int, right: int
         ((0, 4), (0, 0), False),
     ],
 )
-def test_overlap(shape: tuple[int, ...], strides: tuple[int, ...], overlaps: bool) -> None:
+def test_overlaps_of_given_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], overlaps: bool
+) -> None:
     assert overlaps_itself(strided(shape, strides)) is overlaps
 
 

@@ -1,4 +1,4 @@
-"""The accuracy policy accepts what is right to rounding, and catches every planted error."""
+"""The accuracy policy accepts results that are right up to rounding and catches planted errors."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def compute(op: str, pattern: CsrPattern, inputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.fixture
 def full() -> CsrPattern:
-    """Rows long enough that a wrong accumulation shows in SpMM too."""
+    """A pattern with rows so long that a wrong accumulation shows in SpMM too."""
     return uniform_pattern(24, 96, 0.7, seed=5)
 
 
 @sweep(op=OPS, dtype=DTYPES, bound=BOUNDS)
-def test_accepts_the_exact_result_rounded(
+def test_the_rounded_exact_result_is_accepted(
     op: str, full: CsrPattern, bound: str, dtype: torch.dtype
 ) -> None:
     inputs = inputs_of(op, full, K, dtype)
@@ -46,10 +46,10 @@ def test_accepts_the_exact_result_rounded(
 
 
 @sweep(op=OPS, dtype=DTYPES, bound=BOUNDS)
-def test_accepts_any_order_of_summation(
+def test_any_order_of_summation_is_accepted(
     op: str, full: CsrPattern, bound: str, dtype: torch.dtype
 ) -> None:
-    """Accumulated in float32 from the first token to the last, or from the last to the first."""
+    """Sums in float32 may run from the first token to the last, or from the last to the first."""
     inputs = inputs_of(op, full, K, dtype)
     assert_accurate(op, full, inputs, compute(op, full, inputs), adversarial=bound == "adversarial")
     if op == "sddmm":
@@ -63,13 +63,13 @@ def test_accepts_any_order_of_summation(
             assert_accurate(op, full, inputs, total.to(dtype), adversarial=bound == "adversarial")
 
 
-# -- planted errors: each takes a right result, and returns one that is wrong in one way -----------
+# -- planted errors: each function returns a result that is wrong in one way -----------------------
 
 
 def bfloat16_accumulation(
     op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor
 ) -> Tensor:
-    """Sums kept in bfloat16, as a careless half-precision kernel would."""
+    """The sums are kept in bfloat16, as in a careless kernel."""
     if op == "sddmm":
         a = inputs["a"][pattern.row_indices.long()].bfloat16()
         b = inputs["b"][pattern.col_indices.long()].bfloat16()
@@ -85,7 +85,7 @@ def bfloat16_accumulation(
 
 
 def tf32_products(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
-    """Operands cut to TF32's 10 bits, exact from there on."""
+    """The operands are cut to TF32's 10 bits. The rest is exact."""
     cut = {
         name: (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
         for name, x in inputs.items()
@@ -94,7 +94,7 @@ def tf32_products(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: 
 
 
 def dropped_term(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
-    """One nonzero or token too few, in one row."""
+    """One row lacks one nonzero or one token."""
     cut = {name: x.clone() for name, x in inputs.items()}
     if op == "sddmm":
         cut["a"][7, -1] = 0
@@ -109,14 +109,14 @@ def one_nan(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor
 
 
 def all_nan(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
-    """What a kernel that never ran leaves in a prefilled output."""
+    """The output was filled with NaN, and no kernel ran."""
     return torch.full_like(got, torch.nan)
 
 
 def one_wrong_element(
     op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor
 ) -> Tensor:
-    """Off by one part in 2000 (in bfloat16 and float16, by three units in the last place)."""
+    """One element is off by 1/2048, or in a 16-bit dtype by three units in the last place."""
     flat = got.view(-1)
     at = int(flat.abs().argmax())
     flat[at] *= 1 + max(3 * torch.finfo(got.dtype).eps, 2.0**-11)
@@ -137,7 +137,7 @@ def exchanged_elements(
 
 
 def stale_zeros(op: str, pattern: CsrPattern, inputs: dict[str, Tensor], got: Tensor) -> Tensor:
-    """The last tile forgotten."""
+    """The last eight elements were never written."""
     got.view(-1)[-8:] = 0
     return got
 
@@ -175,24 +175,26 @@ def assert_caught(
 
 @pytest.mark.parametrize("plant", EVERYWHERE)
 @sweep(op=OPS, dtype=DTYPES, bound=BOUNDS)
-def test_catches(plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: str) -> None:
+def test_planted_errors_are_caught(
+    plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: str
+) -> None:
     assert_caught(plant, op, full, dtype, bound)
 
 
 @pytest.mark.parametrize("plant", [bfloat16_accumulation, dropped_term])
 @sweep(op=["sddmm", "spmm"], dtype=DTYPES, bound=BOUNDS)
-def test_catches_wrong_sums(
+def test_wrong_sums_are_caught(
     plant: Plant, op: str, full: CsrPattern, dtype: torch.dtype, bound: str
 ) -> None:
     assert_caught(plant, op, full, dtype, bound)
 
 
 @sweep(op=["sddmm", "spmm"], bound=BOUNDS)
-def test_catches_tf32(op: str, full: CsrPattern, bound: str) -> None:
+def test_tf32_products_are_caught(op: str, full: CsrPattern, bound: str) -> None:
     assert_caught(tf32_products, op, full, torch.float32, bound)
 
 
-def test_catches_values_rounded_twice(full: CsrPattern) -> None:
+def test_values_rounded_twice_are_caught(full: CsrPattern) -> None:
     """float32 master values must not pass through bfloat16 on their way into a bfloat16 weight."""
     inputs = inputs_of("csr_add", full, dtype=torch.bfloat16)
     inputs["values"] = inputs_of("csr_add", full)["values"]
@@ -202,7 +204,7 @@ def test_catches_values_rounded_twice(full: CsrPattern) -> None:
         assert_accurate("csr_add", full, inputs, compute("csr_add", full, twice))
 
 
-def test_inf_and_nan_are_met_exactly(full: CsrPattern) -> None:
+def test_inf_and_nan_must_match_exactly(full: CsrPattern) -> None:
     inputs = inputs_of("sddmm", full)
     inputs["a"][3, 0], inputs["a"][4, 0] = torch.inf, torch.nan
     right = compute("sddmm", full, inputs)
@@ -232,7 +234,7 @@ def test_the_message_names_the_worst_element(full: CsrPattern) -> None:
 
 
 @sweep(bound=BOUNDS)
-def test_alpha_counts(full: CsrPattern, bound: str) -> None:
+def test_a_wrong_alpha_is_caught(full: CsrPattern, bound: str) -> None:
     inputs = inputs_of("csr_add", full)
     got = rk.csr_add(pattern=full, alpha=-0.3, **inputs)
     assert_accurate("csr_add", full, inputs, got, alpha=-0.3, adversarial=bound == "adversarial")
@@ -246,7 +248,7 @@ def test_alpha_counts(full: CsrPattern, bound: str) -> None:
 @pytest.mark.parametrize(
     ("m", "n", "density"), [(10, 20, 0.33), (7, 5, 1.0), (0, 5, 0.5), (4, 4, 0)]
 )
-def test_uniform_pattern(m: int, n: int, density: float) -> None:
+def test_uniform_patterns_follow_density_and_seed(m: int, n: int, density: float) -> None:
     pattern = uniform_pattern(m, n, density, seed=1)
     assert pattern.shape == (m, n)
     assert pattern.nnz == int(density * m * n)
@@ -258,7 +260,7 @@ def test_uniform_pattern(m: int, n: int, density: float) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_inputs_depend_on_the_seed_alone(op: str, pattern: CsrPattern, dtype: torch.dtype) -> None:
+def test_inputs_depend_only_on_the_seed(op: str, pattern: CsrPattern, dtype: torch.dtype) -> None:
     case = Case(op, *pattern.shape, 8, pattern.density, dtype)
     first, again = make_inputs(case, pattern), make_inputs(case, pattern)
     other = make_inputs(Case(op, *pattern.shape, 8, pattern.density, dtype, seed=1), pattern)
@@ -276,12 +278,14 @@ def test_inputs_depend_on_the_seed_alone(op: str, pattern: CsrPattern, dtype: to
     ],
     ids=["make_inputs", "oracle"],
 )
-def test_unknown_op(function: Callable[[CsrPattern], object], pattern: CsrPattern) -> None:
+def test_unknown_ops_are_refused(
+    function: Callable[[CsrPattern], object], pattern: CsrPattern
+) -> None:
     with pytest.raises(ValueError, match=r"expected an op among .*, got 'conv'"):
         function(pattern)
 
 
-def test_max_error(full: CsrPattern) -> None:
+def test_max_error_of_right_and_wrong_results(full: CsrPattern) -> None:
     inputs = inputs_of("spmm", full, K)
     exact = oracle("spmm", full, inputs)[0]
     assert max_error("spmm", full, inputs, exact) == 0

@@ -1,12 +1,13 @@
-"""Threads: results are accurate with any number of them, and equal with the same number.
+"""Results are accurate with any number of threads, and equal with the same number.
 
-Emulated kernels have no threads, and would need minutes for this much work.
+Most tests leave out emulated kernels, which have no threads and would need minutes.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -36,7 +37,7 @@ def big() -> CsrPattern:
 
 @pytest.mark.ops(*OPS, where=has_threads)
 @sweep(threads=[1, 2, 3], k=[7, 50])
-def test_every_number_of_threads_is_accurate(
+def test_results_are_accurate_with_1_to_3_threads(
     kernel: Served, big: CsrPattern, threads: int, k: int, dtype: torch.dtype
 ) -> None:
     torch.set_num_threads(threads)
@@ -46,7 +47,7 @@ def test_every_number_of_threads_is_accurate(
 
 @pytest.mark.ops(*OPS, where=has_threads)
 @sweep(threads=[1, 2, 3])
-def test_the_same_threads_give_the_same_bits(kernel: Served, big: CsrPattern, threads: int) -> None:
+def test_equal_thread_counts_give_equal_bits(kernel: Served, big: CsrPattern, threads: int) -> None:
     torch.set_num_threads(threads)
     results = []
     for _ in range(4):
@@ -62,7 +63,7 @@ def test_more_threads_than_rows_or_tokens(kernel: Served, nasty: CsrPattern, thr
     check(kernel, nasty, inputs_of(kernel.op, nasty, 40, kernel.dtype, kernel.device))
 
 
-def test_gradients_do_not_depend_on_the_thread_that_asks(big: CsrPattern) -> None:
+def test_gradients_do_not_depend_on_the_calling_thread(big: CsrPattern) -> None:
     def gradient() -> torch.Tensor:
         torch.set_num_threads(1)
         inputs = {n: x.requires_grad_() for n, x in inputs_of("sddmm", big, 20).items()}
@@ -79,13 +80,15 @@ def test_gradients_do_not_depend_on_the_thread_that_asks(big: CsrPattern) -> Non
     where=lambda kernel: (kernel.op, kernel.backend) != ("sddmm", "simt/gather"),
 )  # fmt: skip
 @sweep(threads=[1, 2])
-def test_two_callers_at_once(kernel: Served, big: CsrPattern, threads: int) -> None:
-    """Each gets the same result as alone, although their workspaces come and go together."""
+def test_two_concurrent_callers_get_right_results(
+    kernel: Served, big: CsrPattern, threads: int
+) -> None:
+    """Both callers allocate and free workspaces, and get the same results as alone."""
     jobs = [inputs_of(kernel.op, big, k, kernel.dtype, kernel.device, seed=k) for k in (20, 33, 64)]
     start = threading.Barrier(2)
 
     def work(order: int) -> list[torch.Tensor]:
-        torch.set_num_threads(threads)  # it belongs to the calling thread
+        torch.set_num_threads(threads)  # the number is that of the calling thread
         start.wait()
         return [kernel(big.to(kernel.device), **inputs) for inputs in jobs[::order] * 3][::order]
 
@@ -98,15 +101,23 @@ def test_two_callers_at_once(kernel: Served, big: CsrPattern, threads: int) -> N
                 assert torch.equal(got, expected)
 
 
-def test_two_callers_of_one_fresh_pattern() -> None:
-    """Both build the derived structure. Either one that is kept is right."""
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda p: (p.T.T.T.col_indices, p.transpose_permutation, p.row_swizzle),
+        lambda p: (p.tile_plan.blob,),
+    ],
+    ids=["structure", "tile plan"],
+)
+def test_two_threads_derive_structure_of_one_pattern(read: Callable[[CsrPattern], tuple]) -> None:
+    """Both threads build the same structure. Whichever result is kept is right."""
     for seed in range(5):
         pattern = uniform_pattern(200, 300, 0.05, seed=seed)
         start = threading.Barrier(2)
 
         def build(pattern: CsrPattern = pattern, start: threading.Barrier = start) -> tuple:
             start.wait()
-            return pattern.T.T.T.col_indices, pattern.transpose_permutation, pattern.row_swizzle
+            return read(pattern)
 
         with ThreadPoolExecutor(2) as pool:
             first, second = [f.result() for f in [pool.submit(build), pool.submit(build)]]
@@ -124,7 +135,7 @@ def test_the_gil_is_released(kernel: Served) -> None:
     pattern = uniform_pattern(600, 600, 0.2).to(kernel.device)
     inputs = inputs_of(kernel.op, pattern, 1000, device=kernel.device)
     kernel(pattern, **inputs)
-    for _ in range(5):  # the system may give one core to the two of them for a while
+    for _ in range(5):  # the system may run both threads on one core for a while
         seen: list[float] = []
         running = threading.Event()
         call: list[float] = []

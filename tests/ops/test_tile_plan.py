@@ -1,12 +1,10 @@
-"""TilePlan: the same from two builders, kept, moved and handed to the kernels that want it."""
+"""TilePlan: its two builders, when it is built and kept, movement, and what kernels get."""
 
 from __future__ import annotations
 
 import copy
 import pickle
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,7 @@ def build(how: object, pattern: CsrPattern, *options: object) -> tuple[Tensor, T
 
 
 def skewed() -> CsrPattern:
-    """Heavy tiles, light entries and rows that are cut, at once."""
+    """A pattern with heavy tiles, light entries and cut rows."""
     generator = torch.Generator().manual_seed(4)
     share = torch.rand(300, 1, generator=generator) ** 4 * torch.rand(1, 2000, generator=generator)
     return CsrPattern.from_mask(torch.rand(300, 2000, generator=generator) < share)
@@ -40,7 +38,9 @@ def skewed() -> CsrPattern:
 
 @needs_native
 @sweep(nasty=NASTY, tile=TILES, fill=[HEAVY_FILL, 0.0, 0.2, 2.0])
-def test_native_and_reference_agree(nasty: CsrPattern, tile: tuple[int, int], fill: float) -> None:
+def test_native_and_reference_plans_are_equal(
+    nasty: CsrPattern, tile: tuple[int, int], fill: float
+) -> None:
     for pattern in (nasty, skewed()):
         header, blob = build(native, pattern, *tile, fill)
         expected_header, expected_blob = build(reference_plan, pattern, *tile, fill)
@@ -49,8 +49,8 @@ def test_native_and_reference_agree(nasty: CsrPattern, tile: tuple[int, int], fi
         assert (header.dtype, blob.dtype) == (torch.int64, torch.int32)
 
 
-def test_python_knows_the_header_of_the_kernels() -> None:
-    """Field by field, in their order."""
+def test_python_and_cpp_headers_have_equal_fields() -> None:
+    """The fields have equal names in equal order."""
     source = Path(__file__).parents[2] / "cpp/include/rosa/tile_plan.h"
     if not source.is_file():
         pytest.skip("needs the C++ sources")
@@ -64,7 +64,7 @@ def test_python_knows_the_header_of_the_kernels() -> None:
 
 
 @sweep(nasty=NASTY)
-def test_slab_offsets_are_those_of_the_rows(nasty: CsrPattern) -> None:
+def test_slab_offsets_agree_with_crow_indices(nasty: CsrPattern) -> None:
     m = nasty.shape[0]
     offsets = tile_plan.slab_offsets(nasty.tile_plan.header)
     assert offsets == [int(nasty.crow_indices[m * s // SLABS]) for s in range(SLABS + 1)]
@@ -98,7 +98,7 @@ def test_stats_agree_with_brute_force() -> None:
     assert plan.seconds > 0
 
 
-def test_it_prints() -> None:
+def test_plans_print_a_summary() -> None:
     plan = uniform_pattern(40, 30, 0.5).tile_plan
     assert str(plan) == plan.summary()
     lines = str(plan).splitlines()
@@ -107,10 +107,10 @@ def test_it_prints() -> None:
     assert repr(plan) == "TilePlan(40 x 30, 1 heavy tiles of 128 x 128, device='cpu')"
 
 
-# -- when, and what is kept ------------------------------------------------------------------------
+# -- when plans are built and kept -----------------------------------------------------------------
 
 
-def test_built_once(pattern: CsrPattern) -> None:
+def test_a_plan_is_built_once(pattern: CsrPattern) -> None:
     assert not pattern.has_tile_plan
     plan = pattern.tile_plan
     assert pattern.has_tile_plan
@@ -122,13 +122,13 @@ def test_built_once(pattern: CsrPattern) -> None:
 
 
 @sweep(nasty=NASTY)
-def test_the_transpose_has_a_plan_of_its_own(nasty: CsrPattern) -> None:
+def test_the_transpose_has_its_own_plan(nasty: CsrPattern) -> None:
     fresh = CsrPattern(nasty.T.crow_indices, nasty.T.col_indices, nasty.T.shape)
     assert torch.equal(nasty.T.tile_plan.blob, fresh.tile_plan.blob)
     assert torch.equal(nasty.T.tile_plan.header, fresh.tile_plan.header)
 
 
-def test_other_tiles(pattern: CsrPattern) -> None:
+def test_plans_can_have_other_tiles(pattern: CsrPattern) -> None:
     plan = pattern.build_tile_plan(32, 64, 0.05)
     assert pattern.tile_plan is plan
     assert plan.tile == (32, 64)
@@ -139,7 +139,7 @@ def test_other_tiles(pattern: CsrPattern) -> None:
 
 @pytest.mark.parametrize("builder", [native, reference_plan], ids=["native", "reference"])
 @pytest.mark.parametrize("bad", [(0, 128, 0.1), (128, 24, 0.1), (-16, 16, 0.1), (512, 256, 0.1)])
-def test_tiles_that_no_plan_can_have(
+def test_invalid_tiles_are_refused(
     builder: object, bad: tuple[int, int, float], pattern: CsrPattern
 ) -> None:
     if builder is native and native.MISSING is not None:
@@ -154,15 +154,15 @@ def test_tiles_that_no_plan_can_have(
     assert not pattern.has_tile_plan
 
 
-def test_a_changed_pattern_gets_none(pattern: CsrPattern) -> None:
-    """Its indices may point anywhere."""
+def test_a_changed_pattern_gets_no_plan(pattern: CsrPattern) -> None:
+    """Changed indices may point anywhere."""
     pattern.col_indices.fill_(10**6)
     with pytest.raises(RuntimeError, match="changed in place"):
         pattern.tile_plan  # noqa: B018
     assert not pattern.has_tile_plan
 
 
-def test_without_the_native_library(
+def test_plans_are_built_without_the_native_library(
     pattern: CsrPattern, sandbox: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
@@ -171,38 +171,24 @@ def test_without_the_native_library(
     assert pattern.tile_plan.sizes.nnz == pattern.nnz
 
 
-def test_copies_drop_it(pattern: CsrPattern) -> None:
+def test_copies_have_no_plan(pattern: CsrPattern) -> None:
     assert pattern.tile_plan
     for other in (copy.copy(pattern), copy.deepcopy(pattern), pickle.loads(pickle.dumps(pattern))):
         assert not other.has_tile_plan
         assert torch.equal(other.tile_plan.blob, pattern.tile_plan.blob)
 
 
-def test_built_in_inference_mode_it_serves_training(pattern: CsrPattern) -> None:
+def test_plans_are_never_inference_tensors(pattern: CsrPattern) -> None:
     with torch.inference_mode():
         tensors = pattern.tile_plan.tensors + pattern.T.tile_plan.tensors
     assert not any(x.is_inference() for x in tensors)
 
 
-def test_two_threads_of_one_fresh_pattern() -> None:
-    for seed in range(5):
-        pattern = uniform_pattern(200, 300, 0.05, seed=seed)
-        start = threading.Barrier(2)
-
-        def touch(pattern: CsrPattern = pattern, start: threading.Barrier = start) -> Tensor:
-            start.wait()
-            return pattern.tile_plan.blob
-
-        with ThreadPoolExecutor(2) as pool:
-            first, second = [f.result() for f in [pool.submit(touch), pool.submit(touch)]]
-        assert torch.equal(first, second)
-
-
 # -- movement ------------------------------------------------------------------------------------
 
 
-def test_it_moves_with_its_pattern(pattern: CsrPattern) -> None:
-    """The blob moves, the header stays on the host; the transpose keeps all that is its own."""
+def test_plans_move_with_their_pattern(pattern: CsrPattern) -> None:
+    """The blob moves, the header stays on the host, and the transpose keeps what it derived."""
     plans = pattern.tile_plan, pattern.T.tile_plan
     assert pattern.T.row_nnz.numel() == 53
     pattern.T.stats()
@@ -219,13 +205,13 @@ def test_it_moves_with_its_pattern(pattern: CsrPattern) -> None:
 
 
 @pytest.mark.parametrize(("asked_for", "stays"), [(None, False), ((32, 32), True)])
-def test_other_tiles_are_wanted_there(
+def test_only_plans_with_chosen_tiles_move(
     pattern: CsrPattern,
     asked_for: tuple[int, int] | None,
     stays: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A plan of this device's usual tiles is built anew there; one that was asked for stays."""
+    """A plan with default tiles is dropped, because the other device has other default tiles."""
 
     def default(device: torch.device) -> tuple[int, int]:
         return (128, 128) if device.type == "cpu" else (128, 256)
@@ -235,7 +221,7 @@ def test_other_tiles_are_wanted_there(
     assert pattern.to("meta").has_tile_plan == stays
 
 
-def test_default_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_tiles_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tile_plan.default_tile(torch.device("cpu")) == (128, 128)
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
@@ -243,12 +229,12 @@ def test_default_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tile_plan.default_tile(torch.device("cuda", 1)) == (128, wide)
 
 
-# -- what kernels get ------------------------------------------------------------------------------
+# -- the plans that kernels get --------------------------------------------------------------------
 
 
 @pytest.fixture
 def seen(sandbox: None) -> list[tuple[str, list[Tensor]]]:
-    """A backend "planner", the reference with a log of the plans that it is handed."""
+    """The log of the backend "planner": reference kernels that log the plans they get."""
     log: list[tuple[str, list[Tensor]]] = []
 
     def planner(op: str, run: object) -> object:
@@ -285,10 +271,10 @@ def which(pattern: CsrPattern, plan: list[Tensor]) -> str:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("op", ["sddmm", "spmm"])
-def test_forward_and_backward_hand_it_on(
+def test_kernels_get_plans_in_forward_and_backward(
     op: str, compiled: bool, pattern: CsrPattern, seen: list[tuple[str, list[Tensor]]]
 ) -> None:
-    """Each product gets the plan of the pattern that it is about, built before or on the way."""
+    """Each product gets its own pattern's plan, which is built before or during the call."""
     torch._dynamo.reset()
     inputs = {name: x.requires_grad_() for name, x in inputs_of(op, pattern).items()}
     if compiled:
@@ -310,13 +296,13 @@ def test_forward_and_backward_hand_it_on(
     ]
 
 
-def test_only_what_is_wanted_is_built(
+def test_only_plans_that_kernels_read_are_built(
     pattern: CsrPattern, seen: list[tuple[str, list[Tensor]]]
 ) -> None:
     inputs = inputs_of("sddmm", pattern)
     rk.sddmm(pattern, **inputs)
     rk.sddmm(pattern, **inputs, backend="reference")
-    assert not pattern.has_tile_plan  # no kernel of a CPU's own wants one
+    assert not pattern.has_tile_plan  # no CPU kernel reads a plan
     inputs["a"].requires_grad_()
     rk.sddmm(pattern, **inputs, backend="planner").sum().backward()
     assert pattern.has_tile_plan
@@ -324,10 +310,10 @@ def test_only_what_is_wanted_is_built(
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_under_compile_none_is_built(
+def test_compiled_calls_build_no_plan(
     grad: bool, pattern: CsrPattern, seen: list[tuple[str, list[Tensor]]]
 ) -> None:
-    """A graph cannot hold the building. What is built later is used from then on."""
+    """A graph cannot build a plan. A plan that is built later is used from then on."""
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -343,8 +329,10 @@ def test_under_compile_none_is_built(
     assert which(pattern, seen[-1][1]) == "plan"
 
 
-def test_double_backward(pattern: CsrPattern, seen: list[tuple[str, list[Tensor]]]) -> None:
-    """The second order has plans where it has indices, and does without elsewhere."""
+def test_kernels_get_plans_in_double_backward(
+    pattern: CsrPattern, seen: list[tuple[str, list[Tensor]]]
+) -> None:
+    """Products of the second order have a plan if they have its pattern, and otherwise none."""
     inputs = {n: x.requires_grad_() for n, x in inputs_of("sddmm", pattern, 3).items()}
     grads = torch.autograd.grad(
         rk.sddmm(pattern, **inputs, backend="planner").square().sum(),

@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, values: Tensor, lora_a: Tensor, lora_b: Te
     return x @ (weight + dense(values)).T + 0.5 * x @ lora_a.T @ lora_b.T
 
 
-# Each op beside the same in dense torch ops.
+# Each op, and the same formula in dense torch ops.
 OURS: dict[str, Callable[..., Tensor]] = {
     "sddmm": lambda a, b: rk.sddmm(PATTERN, a, b),
     "spmm": lambda values, b: rk.spmm(PATTERN, values, b),
@@ -63,13 +63,13 @@ def assert_equal(transform: Callable[[Callable[..., Tensor]], Any], op: str) -> 
 
 
 @sweep(op=DIFFERENTIABLE)
-def test_jvp(op: str) -> None:
+def test_jvp_equals_that_of_dense_ops(op: str) -> None:
     x, tangents = operands(op), operands(op, seed=1)
     assert_equal(lambda f: torch.func.jvp(f, x, tangents), op)
 
 
 @sweep(op=DIFFERENTIABLE)
-def test_jvp_of_each_operand(op: str) -> None:
+def test_jvp_of_one_operand_at_a_time(op: str) -> None:
     x, tangents = operands(op), operands(op, seed=1)
     for i in range(len(x)):
         if (op, i) == ("rosa_linear", 1):
@@ -82,7 +82,7 @@ def test_jvp_of_each_operand(op: str) -> None:
 
 
 @sweep(op=DIFFERENTIABLE)
-def test_dual_tensors(op: str) -> None:
+def test_dual_tensors_equal_those_of_dense_ops(op: str) -> None:
     def transform(f: Callable[..., Tensor]) -> Any:
         with forward_ad.dual_level():
             pairs = zip(operands(op), operands(op, seed=1), strict=True)
@@ -92,7 +92,7 @@ def test_dual_tensors(op: str) -> None:
 
 
 @sweep(op=DIFFERENTIABLE, transform=["grad", "jacrev", "jacfwd", "hessian"])
-def test_derivatives(op: str, transform: str) -> None:
+def test_derivatives_equal_those_of_dense_ops(op: str, transform: str) -> None:
     x = operands(op)
     at = tuple(i for i in range(len(x)) if (op, i) != ("rosa_linear", 1))
 
@@ -106,7 +106,7 @@ def test_derivatives(op: str, transform: str) -> None:
 
 
 @sweep(op=DIFFERENTIABLE, batched=["first", "last", "all"])
-def test_vmap(op: str, batched: str) -> None:
+def test_vmap_equals_that_of_dense_ops(op: str, batched: str) -> None:
     x = operands(op)
     chosen = {"first": {0}, "last": {len(x) - 1}, "all": set(range(len(x)))}[batched]
     stacked = tuple(
@@ -117,7 +117,7 @@ def test_vmap(op: str, batched: str) -> None:
 
 
 @sweep(op=DIFFERENTIABLE)
-def test_gradients_per_sample(op: str) -> None:
+def test_gradients_per_sample_equal_dense_ones(op: str) -> None:
     x = operands(op)
     first = torch.stack([x[0], 2 * x[0]])
 
@@ -128,7 +128,7 @@ def test_gradients_per_sample(op: str) -> None:
     assert_equal(transform, op)
 
 
-def test_a_merged_weight_has_tangents_of_s() -> None:
+def test_merged_layers_have_tangents_of_values() -> None:
     x, weight, values, _, _ = operands("rosa_linear")
     merged = rk.csr_add(weight, PATTERN, values)
     tangents = operands("rosa_linear", seed=1)
@@ -141,8 +141,8 @@ def test_a_merged_weight_has_tangents_of_s() -> None:
 
 
 @pytest.mark.parametrize("op", ["csr_add_", "csr_scatter_"])
-def test_tangents_of_ops_in_place_are_refused(op: str) -> None:
-    """torch allows no autograd for an op that mutates its input. Zeros would be wrong."""
+def test_in_place_ops_refuse_tangents(op: str) -> None:
+    """torch allows no autograd for an op that changes its input. Zero tangents would be wrong."""
     w, values = operands("csr_add")
     for written in ((w, torch.ones_like(values)), (torch.ones_like(w), values)):
         with forward_ad.dual_level():
@@ -157,7 +157,7 @@ def test_tangents_of_ops_in_place_are_refused(op: str) -> None:
     assert torch.equal(got, getattr(rk, op)(w.clone(), PATTERN, values))
 
 
-def test_ops_in_place_under_vmap() -> None:
+def test_in_place_ops_under_vmap() -> None:
     w, values = operands("csr_add")
     batch = torch.stack([w, 2 * w])
     expected = torch.stack([rk.csr_add(x, PATTERN, values) for x in batch])
@@ -169,7 +169,7 @@ def test_ops_in_place_under_vmap() -> None:
 
 @pytest.mark.compiled
 @sweep(op=DIFFERENTIABLE)
-def test_compiled_transforms(op: str) -> None:
+def test_compiled_and_eager_transforms_are_equal(op: str) -> None:
     torch._dynamo.reset()
     x, tangents = operands(op), operands(op, seed=1)
 
@@ -182,7 +182,7 @@ def test_compiled_transforms(op: str) -> None:
         torch.testing.assert_close(compiled(*x), f(*x), rtol=1e-12, atol=1e-12)
 
 
-def test_a_tangent_of_a_frozen_weight_is_not_lost(pattern: CsrPattern) -> None:
+def test_tangents_of_frozen_weights_are_kept(pattern: CsrPattern) -> None:
     x, weight, values, _, _ = operands("rosa_linear")
     _, got = torch.func.jvp(
         lambda w: rk.rosa_linear(x, w, PATTERN, values), (weight,), (torch.ones_like(weight),)

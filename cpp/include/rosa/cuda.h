@@ -1,8 +1,8 @@
 // Every CUDA entry point. Shapes and dtypes are those of ops.h, without float64. Arrays live on
 // `device`.
 //
-// An entry sets the device for its own launches and launches on `stream`. It allocates nothing and
-// never waits for the device. Errors are exceptions: std::invalid_argument for arguments, and
+// An entry point sets the device for its launches and launches on `stream`. It allocates nothing
+// and never waits for the device. Errors are exceptions: std::invalid_argument for arguments, and
 // std::runtime_error with CUDA's message for what the device refuses.
 #pragma once
 

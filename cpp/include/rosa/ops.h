@@ -22,7 +22,8 @@ int64_t sddmm_workspace_bytes(const CsrView& pattern, int64_t k, DType dtype, in
 int64_t spmm_workspace_bytes(const CsrView& pattern, int64_t k, DType dtype, int threads, Isa isa);
 
 // out[t] = sum_l a[i_t, l] * b[j_t, l]. Shapes: a (m, k), b (n, k), out (nnz). a and b have one
-// dtype. out has that dtype or float32. Sums are float32, or float64 for float64.
+// dtype. out has that dtype or float32. Sums are taken in float32, or in float64 if that is the
+// dtype of a and b.
 void sddmm(const CsrView& pattern, const MatrixView& a, const MatrixView& b, const VectorView& out,
            void* workspace, int threads, Isa isa);
 
@@ -32,8 +33,9 @@ void sddmm(const CsrView& pattern, const MatrixView& a, const MatrixView& b, con
 void spmm(const CsrView& pattern, const VectorView& values, const MatrixView& b,
           const MatrixView& c, void* workspace, int threads, Isa isa);
 
-// w[i_t, j_t] += alpha * values[t], rounded once. w (m, n) must not overlap itself. values have w's
-// dtype or float32.
+// w[i_t, j_t] += alpha * values[t], computed in float64 and then rounded to w's dtype. A 16-bit
+// result is rounded to float32 first. w (m, n) must not overlap itself. values have w's dtype or
+// float32.
 void csr_add_(const MatrixView& w, const CsrView& pattern, const VectorView& values, double alpha,
               int threads);
 

@@ -47,7 +47,7 @@ struct PlanAxis {
   int64_t size;             // of the original axis
   int32_t active;           // number of rows or columns with a nonzero
   int32_t padded;           // `active` rounded up to whole tiles
-  int32_t sectors;          // groups of kSector originals with an active one
+  int32_t sectors;          // groups of kSector originals, one of them active
   const int32_t* position;  // (size) original -> position, -1 where empty
   const int32_t* order;     // (active) position -> original
   const int32_t* sector;    // (sectors) numbers of these groups, ascending

@@ -1,4 +1,5 @@
-// Non-owning views, the arguments of every native entry. They need neither torch nor pybind11.
+// Non-owning views, the arguments of every native entry point. They need neither torch nor
+// pybind11.
 #pragma once
 
 #include <cstdint>

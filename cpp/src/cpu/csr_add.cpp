@@ -9,8 +9,8 @@
 namespace rosa::cpu {
 namespace {
 
-// w + alpha * value in double, rounded to T by way of T's accumulator. Double is exact enough for
-// every T, and costs nothing beside the scattered access.
+// w + alpha * value in double, rounded to T. A 16-bit result is rounded to float first. Double is
+// exact enough for every T, and costs nothing beside the scattered access.
 template <class T>
 T add(T w, double alpha, double value) {
   return Narrow<T>::from(static_cast<Accumulator<T>>(widen(w) + alpha * value));

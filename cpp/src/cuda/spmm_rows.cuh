@@ -28,9 +28,9 @@ struct CutRow {
 // chunks. One set is cleared while the other is in use.
 template <int kMostRows, int kMostWarps>
 struct RowTasks {
-  // A piece has at least the share of one warp, and only rows with more than two pieces' entries
-  // are cut. So fewer rows are cut than half the number of warps, into fewer than 3/2 pieces per
-  // warp.
+  // `piece` in list_rows is more than one warp's share of the entries, and only rows with more than
+  // twice that are cut. So fewer rows are cut than half the number of warps, into fewer than 3/2
+  // pieces per warp.
   static constexpr int kMostPieces = kMostWarps * 3 / 2;
   static constexpr int kMostCuts = kMostWarps / 2;
 
@@ -46,7 +46,8 @@ struct RowTasks {
   }
 };
 
-// The fewest entries of a piece; shorter rows are not cut. A warp reads this many in 4 to 16 steps.
+// Only rows with more than twice this many entries are cut. A warp reads this many in 4 to 16
+// steps.
 constexpr int kLeastPiece = 128;
 
 // All threads of a block list the rows of a chunk. A barrier must follow. Rows of at most

@@ -55,10 +55,11 @@ constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kMaxGridYZ = 65535;
 
 // Sets how much shared memory the device gives a block, for launches by this operating-system
-// thread. The initial value is kMaxSharedBytes, the least kDefaultSharedBytes. Returns the previous
-// value.
+// thread. At first it is kMaxSharedBytes. Any device gives at least kDefaultSharedBytes. Returns
+// the previous value.
 int64_t set_shared_bytes(int64_t bytes);
-// Lets only this thread's next launch use all of it, instead of kDefaultSharedBytes.
+// Lets this thread's next launch use all that the device gives. Other launches may use only
+// kDefaultSharedBytes.
 void allow_shared_memory();
 
 struct KernelCall {

@@ -309,8 +309,8 @@ std::string describe(Where where);
 
 void land_bulk_copy(Block& block, size_t index);
 void land_copies(Thread& thread);  // the copies that the thread did not wait for
-// Executes the oldest wgmma of some warp. Unless `forced`, a warp whose eagerness is 0 is left
-// alone.
+// Executes the oldest wgmma of some warp. Unless `forced`, it does nothing if that warp's eagerness
+// is 0.
 void advance_wgmma(Block& block, bool forced);
 // Why `warp` may not end here, or "".
 std::string unfinished_wgmma(const Warp& warp);

@@ -80,7 +80,7 @@ void test_conversions() {
     const double want = load(kDType<T>, reinterpret_cast<const char*>(&x));
     const float got = cuda::to_float(x);
     ROSA_CHECK(std::isnan(want) ? std::isnan(got) : got == want, std::to_string(bits));
-    // The value itself, a midpoint between values, and values above and below.
+    // The value itself, and other numbers, which must be rounded up or down.
     const double next = std::nextafter(std::fabs(want) * 1.001 + 1e-30, 1e300);
     for (const double value : {want, want + (next - want) / 2, want * 1.002, want * 0.998}) {
       const float narrow = static_cast<float>(value);

@@ -36,7 +36,7 @@ const Kernels& kernels(Isa isa) {
 }
 
 int64_t l2_bytes() {
-  // The result is 0 if the system does not tell: in containers, other C libraries, most of aarch64.
+  // `reported` is 0 if the system does not tell: in containers, other C libraries, most of aarch64.
 #ifdef _SC_LEVEL2_CACHE_SIZE
   static const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #else
