@@ -3,7 +3,8 @@
 #
 #   make            build into the checkout
 #   make check      tests for the editing loop: CPU kernels, ops and layer, in under two minutes
-#   make test       native tests (also of the CUDA kernels, in an emulator), then pytest
+#   make test       native tests (also of the CUDA kernels, in an emulator), then pytest, without
+#                   slow tests
 #   make bench      the quick benchmark suite, also on the GPU if there is one
 #   make demo       RoSA on SmolLM2-135M and generated data: minutes on a CPU, into build/demo
 #   make lint       ruff, mypy, clang-format (`make format` fixes what they can fix)
@@ -15,7 +16,8 @@
 #   make clean      remove all that make created
 #
 # If nvcc is found, CUDA kernels are built for the GPU of the machine. If the machine has an NVIDIA
-# GPU but no nvcc, nvcc is installed from the index into .venv (105 MB).
+# GPU but no nvcc, nvcc is installed from the index into .venv (105 MB). To leave them out, use
+#   make test CMAKE_ARGS=-DROSA_CUDA=OFF
 #
 # On Linux, torch from the default index brings gigabytes of CUDA. CPU-only machines avoid them with
 #   make test TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -25,7 +27,7 @@ TORCH_INDEX_URL ?=
 PIP_EXTRA ?=
 PRESET ?= release
 CMAKE_ARGS ?=
-CTEST_ARGS ?=
+CTEST_ARGS ?= --label-exclude slow
 MUTANTS_ARGS ?=
 PYTEST_ARGS ?= -q -m "not slow"
 DEMO_ARGS ?=
@@ -43,7 +45,8 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 export PATH := $(VIRTUAL_ENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: check test build bench demo lint format sanitize asan tsan mutants cuda-all gpu gpu-more clean
+.PHONY: check test build bench demo lint format sanitize asan tsan mutants cuda-all gpu gpu-more \
+  clean FORCE
 .DELETE_ON_ERROR:
 
 # Leaves out emulated kernels and torch.compile. Of the instruction sets, it tests only the one that
@@ -109,8 +112,10 @@ clean:
 
 CPP_FILES = $(shell find cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-build/%/build.ninja: $(READY) CMakePresets.json
-	CUDACXX="$$(python cpp/tools/cuda_toolchain.py --install)" cmake --preset $* $(CMAKE_ARGS)
+INSTALL_NVCC = $(if $(findstring ROSA_CUDA=OFF,$(CMAKE_ARGS)),,--install)
+# CMAKE_ARGS configure again. CMake keeps them in build/%.
+build/%/build.ninja: $(READY) CMakePresets.json $(if $(CMAKE_ARGS),FORCE)
+	CUDACXX="$$(python cpp/tools/cuda_toolchain.py $(INSTALL_NVCC))" cmake --preset $* $(CMAKE_ARGS)
 	@touch $@
 
 # Names missing tools before minutes are spent on downloads. $(call need,test,what is missing)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+
+from .cli import parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    The status is 2, with a message, if numpy is not installed.
+    The status is 1 after a finding that the command is for, 2 with a message for bad input, 130
+    after Ctrl-C, and 141 if the reader of the output has gone, as `| head` does.
     """
     try:
-        from .cli import parser
-    except ModuleNotFoundError as error:
-        if error.name != "numpy":  # a bug, not a missing extra
-            raise
-        print("bench: expected numpy, got none: pip install 'rosa-kernels[bench]'", file=sys.stderr)
-        return 2
-    return parser.main(argv)
+        try:
+            return parser.main(argv)
+        finally:
+            sys.stdout.flush()  # here, and not at exit, where Python would report a closed pipe
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

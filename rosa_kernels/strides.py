@@ -29,6 +29,20 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of `a` may share memory with one of `b`, if their address ranges overlap.
+
+    Column blocks of one matrix do not, such as the parts of a fused weight.
+    """
+    if a.dtype != b.dtype or a.stride() != b.stride() or a.dim() != 2 or min(a.stride()) != 1:
+        return True
+    pitch = max(a.stride())
+    column = a.stride().index(1)
+    between, odd = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
+    after = between % pitch
+    return bool(odd) or after < a.shape[column] or after + b.shape[column] > pitch
+
+
 def readable_in_place(x: Tensor) -> bool:
     """Whether kernels can read the rows of a matrix as vectors of 16 bytes, without a copy."""
     size = x.element_size()

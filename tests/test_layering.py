@@ -105,7 +105,7 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.tile_plan",
     },
     # The subpackages of rosa_train, from the lowest layer up.
-    "rosa_train.config": {"rosa_kernels.bounds"},
+    "rosa_train.config": {"rosa_kernels.bounds", "rosa_train.files"},
     "rosa_train.files": {"rosa_kernels.files"},
     "rosa_train.methods": {"rosa_kernels.bounds", "rosa_kernels.masks"},
     "rosa_train.cli": {"rosa_train.config"},
@@ -130,6 +130,7 @@ ALLOWED: dict[str, set[str]] = {
         "rosa_kernels.masks",
         "rosa_train.cli",
         "rosa_train.config",
+        "rosa_train.data",
         "rosa_train.files",
         "rosa_train.methods",
         "rosa_train.run",

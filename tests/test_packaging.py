@@ -154,6 +154,35 @@ sys.exit(main(["list"]))
 
 
 @pytest.mark.parametrize(
+    ("given", "configures", "tests"),
+    [
+        ((), False, "--parallel 4 --label-exclude slow"),
+        (("CMAKE_ARGS=-DROSA_CUDA=OFF",), True, "--parallel 4 --label-exclude slow"),
+        (("CTEST_ARGS=",), False, "--parallel 4"),
+    ],
+)
+def test_make_takes_options_after_the_first_build(
+    tmp_path: Path, given: tuple[str, ...], configures: bool, tests: str
+) -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("needs make")
+    for file in ("Makefile", "CMakePresets.json", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / file, tmp_path)
+    for made in (".venv/ready", "build/release/build.ninja"):  # the later one is newer
+        (tmp_path / made).parent.mkdir(parents=True)
+        (tmp_path / made).touch()
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS")}
+    command = [make, "--dry-run", "test", *given]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ("cmake --preset release -DROSA_CUDA=OFF" in done.stdout) == configures
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("ctest"))
+    assert line.strip().endswith(tests)
+
+
+@pytest.mark.parametrize(
     ("lacks", "package"),
     [("ensurepip", "python3-venv"), ("sysconfig", "python3-dev"), ("compiler", "g++")],
 )

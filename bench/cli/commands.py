@@ -1,4 +1,4 @@
-"""All commands except `run`. Each takes parsed arguments and returns an exit status."""
+"""The commands. Each takes parsed arguments and returns an exit status."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from rosa_train.cli.tables import Table
 
 from ..contenders import cusparse_api
 from ..contenders.base import Problem
-from ..contenders.ours import ops
 from ..measuring import console, environment, results
+from ..measuring.console import UsageError
+from ..measuring.names import OPS
 from ..report import calibrate, compare, experiments, ratios, tables
 from ..report import layer as layer_tables
 from ..report import stages as stage_tables
 from ..run import stages
-from ..run.plan import UsageError, parts
+from ..run.plan import parts
 from ..suites import SUITES
 from ..suites.cases import case_id, contenders, suite
 from .run import draw, summarise
+from .run import run as run  # the parser takes it from here
 
 
 def list_suites(args: argparse.Namespace) -> int:
@@ -30,10 +32,10 @@ def list_suites(args: argparse.Namespace) -> int:
     device = _this_device() if args.device == "auto" else args.device
     if args.suite is None:
         table = Table(f"Suites on {device}", ["suite", "cases", "pairs", "description"])
-        for name, described in SUITES.items():
+        for name, what in SUITES.items():
             cases = suite(name, device=device)
             pairs = sum(len(contenders(case, device)) for case in cases)
-            table.rows.append([name, str(len(cases)), str(pairs), described.what])
+            table.rows.append([name, str(len(cases)), str(pairs), what])
         console.show(table)
         return 0
     table = Table(f"Suite {args.suite} on {device}", ["case", "contenders"])
@@ -54,11 +56,19 @@ def measure_stages(args: argparse.Namespace) -> int:
         stages.bare(args.device, plan, end)
         return 0
     base = environment.run_record(args.argv) | environment.device_record(args.device)
-    rows = stages.measure(args.device, plan, base, args.out, end)
+    rows: list[results.Row] = []
+    status = 0
+    try:
+        for row in stages.measure(args.device, plan, base, args.out, end):
+            rows.append(row)
+    except KeyboardInterrupt:
+        status = console.INTERRUPTED
     for table in stage_tables.tables(rows):
         console.show(table)
     print(f"\nWrote\n  {args.out}" if rows else "\nNo kernel was timed")
-    return 0
+    if status:
+        print("\nInterrupted. To go on, choose the other cases with --suite, --ops or --kernels")
+    return status
 
 
 def _this_device() -> str:
@@ -131,7 +141,7 @@ def show_environment(args: argparse.Namespace) -> int:
     for name, value in record.items():
         table.rows.append([name, "-" if value is None else str(value)])
     console.show(table)
-    for op in ops():
+    for op in OPS:
         table = Table(f"Contenders of {op} on {device}", ["kernel", "state"])
         case = Case(op, 64, 64, 16, 0.1)
         problem = Problem.of(case, device)

@@ -1,4 +1,7 @@
-"""The arguments of every command."""
+"""The arguments of every command.
+
+Nothing here imports torch, which takes seconds. A command is imported when its arguments are right.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..contenders.ours import ops
-from ..layer.case import OPS as LAYER_OPS
-from ..measuring import clocks, results
-from ..run.plan import UsageError
+from ..measuring.console import UsageError
+from ..measuring.names import DEVICE_TIMERS, LAYER_OPS, OPS
+from ..measuring.results import ResultsError
 from ..suites import SUITES
-from .commands import (
-    compare_runs,
-    draw_plots,
-    keep_calibration,
-    list_suites,
-    measure_stages,
-    show_environment,
-    show_ratios,
-    show_report,
-)
-from .run import run
 
-_CHOICES = (*ops(), *LAYER_OPS)
+_CHOICES = (*OPS, *LAYER_OPS)
 _COMMANDS = "run | stages | list | plot | report | ratios | calibrate | ..."
 
 
@@ -35,9 +26,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.argv = argv
     try:
-        return args.command(args)
-    except (results.ResultsError, UsageError) as error:
+        from . import commands
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":  # a bug, not a missing extra
+            raise
+        print("bench: expected numpy, got none: pip install 'rosa-kernels[bench]'", file=sys.stderr)
+        return 2
+    command: Callable[[argparse.Namespace], int] = getattr(commands, args.command)
+    try:
+        return command(args)
+    except (ResultsError, UsageError) as error:
         parser.error(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        not_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "not a folder" if not_folder else error.strerror or str(error)
+        parser.error(f"expected a path that can be used, got {error.filename} ({reason})")
 
 
 def _positive(kind: type) -> Callable[[str], float]:
@@ -59,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(required=True, metavar="command")
 
-    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
+    def add(name: str, command: str, text: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
         return sub
@@ -109,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
             help="on CUDA: also measure our tile SDDMM kernels with non-default settings",
         )
 
-    sub = add("run", run, "measure suites, print their tables and draw their plots")
+    sub = add("run", "run", "measure suites, print their tables and draw their plots")
     add_choice(sub)
     sub.add_argument(
         "--out",
@@ -123,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--timer",
-        choices=clocks.DEVICE_TIMERS,
-        default=clocks.COLD,
+        choices=DEVICE_TIMERS,
+        default=DEVICE_TIMERS[0],
         help="on CUDA: cold flushes the L2 cache before every call; hot does not; graph flushes it "
         "and replays the call as a CUDA graph (default: %(default)s)",
     )
@@ -152,9 +157,16 @@ def _parser() -> argparse.ArgumentParser:
         "(default: no limit; quick has 200 per device)",
     )
     sub.add_argument("--no-plots", action="store_true", help="draw no plots")
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the last run in DIR: measure only the cases without rows",
+    )
 
     sub = add(
-        "stages", measure_stages, "time each stage of our kernels and show it beside its prediction"
+        "stages",
+        "measure_stages",
+        "time each stage of our kernels and show it beside its prediction",
     )
     add_choice(sub)
     sub.add_argument(
@@ -174,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bare", action="store_true", help="call every kernel once without timing, for ncu"
     )
 
-    sub = add("list", list_suites, "list the suites, or the cases and contenders of one suite")
+    sub = add("list", "list_suites", "list the suites, or the cases and contenders of one suite")
     sub.add_argument("--suite", choices=list(SUITES), help="list this suite's cases")
     sub.add_argument(
         "--device",
@@ -186,25 +198,25 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, text in (
         (
             "calibrate",
-            keep_calibration,
+            "keep_calibration",
             "save the rates that a CUDA run measured as rates of the cost model",
         ),
-        ("plot", draw_plots, "draw the plots of a run again"),
-        ("report", show_report, "show every case of a run, and its summary"),
+        ("plot", "draw_plots", "draw the plots of a run again"),
+        ("report", "show_report", "show every case of a run, and its summary"),
     ):
         sub = add(name, command, text)
         sub.add_argument("results", type=Path, help="a results.jsonl file")
         sub.add_argument("--run-id", help="default: the last run in the file")
-        if command is draw_plots:
+        if name == "plot":
             sub.add_argument("--out", type=Path, metavar="DIR", help="default: the results' folder")
-        if command is keep_calibration:
+        if name == "calibrate":
             sub.add_argument("--out", type=Path, metavar="FILE", help="default: the user's cache")
 
-    sub = add("ratios", show_ratios, "show ratios to every peer by kind of case, and the targets")
+    sub = add("ratios", "show_ratios", "show ratios to every peer by kind of case, and the targets")
     sub.add_argument("results", type=Path, nargs="+", help="results.jsonl files, read together")
     sub.add_argument("--run-id", help="default: the last run in each file")
 
-    sub = add("compare", compare_runs, "compare the last runs of two files")
+    sub = add("compare", "compare_runs", "compare the last runs of two files")
     sub.add_argument("base", type=Path, help="the results.jsonl file to compare with")
     sub.add_argument("new", type=Path, help="the results.jsonl file to judge")
     sub.add_argument(
@@ -218,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add(
         "env",
-        show_environment,
+        "show_environment",
         "show the machine, the versions, and which contenders can run here",
     )
     return parser

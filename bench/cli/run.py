@@ -16,11 +16,12 @@ from rosa_kernels import registry
 
 from ..contenders import ours
 from ..measuring import clocks, console, results
+from ..measuring.console import UsageError
 from ..report import experiments, ratios, tables
 from ..report import layer as layer_tables
 from ..report import stages as stage_tables
 from ..report.rows import by_device
-from ..run.plan import Part, UsageError, parts
+from ..run.plan import Part, parts
 from ..run.session import Session, end_of_part
 
 # The share of the time budget that --stages takes.
@@ -31,9 +32,9 @@ _STAGE_LINES = 30
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the tables and draw the plots.
+    """Measure, print the tables and draw the plots; after Ctrl-C, of what was measured.
 
-    Returns 1 if a device was lost.
+    Returns 1 if a device was lost, and 130 after Ctrl-C.
     """
     found = parts(args)
     unwanted = {k.name for k in rk.kernels() if ours.row_name(k.name) in (args.without or ())}
@@ -48,21 +49,25 @@ def _run(args: argparse.Namespace, found: Sequence[Part]) -> int:
     start = time.monotonic()
     session = Session(args, found)
     reserved = _STAGES_SHARE * (args.time_budget or 0.0) if args.stages else 0.0
-    for number, part in enumerate(found):
-        left = len(found) - number
-        session.measure(part, *end_of_part(args.time_budget, start, part.suite, left, reserved))
-    print(f"Measured in {time.monotonic() - start:.0f} s")
     short = set(args.suite) <= {"first", "second"}
-    staged: list[results.Row] = []
-    if args.stages:
-        if short:  # first, as the profiler hangs on some machines
-            _show_short(session.rows)
-            sys.stdout.flush()
-        staged = session.stages(start + (args.time_budget or float("inf")))
+    interrupted = False
+    try:
+        for number, part in enumerate(found):
+            left = len(found) - number
+            session.measure(part, *end_of_part(args.time_budget, start, part.suite, left, reserved))
+        print(f"Measured in {time.monotonic() - start:.0f} s")
+        if args.stages:
+            if short:  # first, as the profiler hangs on some machines
+                _show_short(session.rows)
+                sys.stdout.flush()
+            session.stages(start + (args.time_budget or float("inf")))
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\nInterrupted: what follows is of the cases so far", flush=True)
     summarise(session.rows, limit=10, short=short)
-    for table in stage_tables.tables(staged, _STAGE_LINES if short else None):
+    for table in stage_tables.tables(session.staged, _STAGE_LINES if short else None):
         console.show(table)
-    written = [session.out, *([session.stages_out] if staged else [])]
+    written = [session.out, *([session.stages_out] if session.staged else [])]
     if not args.no_plots:
         try:
             written += draw(session.rows, args.out)
@@ -73,6 +78,14 @@ def _run(args: argparse.Namespace, found: Sequence[Part]) -> int:
     print("\nWrote", *(f"  {path}" for path in written), sep="\n")
     if short:  # last, because a log that is cut keeps its end
         _show_short(session.rows)
+    if interrupted:
+        how = (
+            "the same command with --resume measures them"
+            if session.rows
+            else "nothing was measured"
+        )
+        print(f"\nInterrupted: {session.left()} cases have no rows yet; {how}")
+        return console.INTERRUPTED
     return int(bool(session.lost))
 
 

@@ -8,7 +8,7 @@ import rosa_kernels as rk
 from rosa_kernels.kernel import AUTO_FINITE
 from rosa_kernels.testing import Case
 
-from ..measuring.names import FROM_TOKEN_MAJOR, OP
+from ..measuring.names import FROM_TOKEN_MAJOR, OP, PRODUCTS
 from .base import Contender, Problem, Run
 from .peers import peer_names
 from .workspace import workspace_bytes
@@ -16,7 +16,6 @@ from .workspace import workspace_bytes
 # Above this many multiply-adds the oracle, which is written to be read, takes longer than all other
 # contenders together.
 TIMED_LIMIT = 2**26
-_OPS = ("sddmm", "spmm", "csr_add_", "csr_gather", "csr_scatter_")
 # The registry's GEMM fallback and the dense peer are both called "dense". This prefix tells them
 # apart in rows.
 _PREFIX = "rosa-"
@@ -43,12 +42,6 @@ def auto_may_take(op: str, name: str) -> bool:
     return not any(kernel.finite_only or kernel.on_request for kernel in found)
 
 
-def ops() -> tuple[str, ...]:
-    """The benchmarked ops for which this version has kernels."""
-    registered = {kernel.op for kernel in rk.kernels()}
-    return tuple(op for op in _OPS if op in registered)
-
-
 def _contender(op: str, name: str, backend: str) -> Contender:
     return Contender(
         op,
@@ -59,7 +52,7 @@ def _contender(op: str, name: str, backend: str) -> Contender:
         token_major=True,
         serves=lambda problem: selected(problem, name).name,
         workspace=lambda problem: workspace_bytes(problem, selected(problem, name)),
-        charges=(OP, FROM_TOKEN_MAJOR) if op in ("sddmm", "spmm") else (OP,),
+        charges=(OP, FROM_TOKEN_MAJOR) if op in PRODUCTS else (OP,),
     )
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from rosa_kernels.testing import Case
 
+from ..measuring.names import LAYER_OPS
 from .parametrization import LayerSpec, rosa_nnz
 
-LAYER, MODEL = "rosa_layer", "rosa_model"
-OPS = (LAYER, MODEL)
+LAYER, MODEL = LAYER_OPS
 FWD_BWD, STEP, STEP_FUSED = "fwd_bwd", "step", "step_fused"
 MODES = (FWD_BWD, STEP, STEP_FUSED)
 # Sizes of the small model. Its blocks are SmolLM2's, but it has 4 of the 30 blocks, and 6144 of the

@@ -11,9 +11,9 @@ that. The term 4 u is for roundings between the products (of W + S, x A^T, dy B)
 do not have.
 
 The four blocks of the model amplify errors in a way that the products do not show. For the model,
-the norm of each error is bounded instead. A missing or doubled term exceeds this bound a hundred
-times. Only the first tokens of each sequence are checked, because float64 of all tokens would take
-longer than the rest.
+the norm of each error is bounded instead. A missing or doubled term exceeds this bound by a factor
+of a hundred. Only the first tokens of each sequence are checked, because float64 of all tokens
+would take longer than the rest.
 """
 
 from __future__ import annotations

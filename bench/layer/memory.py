@@ -12,9 +12,11 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -50,11 +52,25 @@ class MemoryMeter:
         """The memory columns of one contender in one mode."""
         if device != "cpu":
             return measure_memory(case, name, mode, device, threads)
-        with ProcessPoolExecutor(1, self._context, _settle_heap) as pool:
+        with _interrupts_ignored():  # the server and its children inherit it
+            forkserver.ensure_running()
+        with ProcessPoolExecutor(1, self._context, _settle) as pool:
             return pool.submit(measure_memory, case, name, mode, device, threads).result()
 
 
-def _settle_heap() -> None:
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C. A terminal sends it to children as well, whose tracebacks help nobody."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _settle() -> None:
+    """Prepare a child: Ctrl-C ends it at once, and its C heap returns memory."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)

@@ -19,11 +19,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .names import DEVICE_TIMERS
+
 Call = Callable[[], Any]
 Clock = Callable[[Call, int], float]
 
-COLD, HOT, GRAPH, HOST = "cold", "hot", "graph", "host"
-DEVICE_TIMERS = (COLD, HOT, GRAPH)
+COLD, HOT, GRAPH = DEVICE_TIMERS
+HOST = "host"
 WITH_HOST = "+host"
 
 # The device waits this long while the host enqueues the launches of one op, which takes the host 50

@@ -27,7 +27,8 @@ def time_vs_density(
         0.6 + 4.2 * len(masks),
         0.9 + 3.3 * len(ops),
         title,
-        f"{plot_rows.shape(sample)}, {sample['dtype']}, {plot_rows.CHARGE_NOTE}",
+        f"{plot_rows.shape(sample)}, {sample['dtype']}, {plot_rows.CHARGE_NOTE}; "
+        f"bands: {plot_rows.RANGE}",
         sample,
     )
     grid = fig.subplots(len(ops), len(masks), squeeze=False, sharex=True, sharey="row")
@@ -40,6 +41,7 @@ def time_vs_density(
         line[0].set_ylabel("ms per call")
     for axes in grid[-1]:
         axes.set_xlabel("density")
+    style.legend(fig)
     fig.draw_without_rendering()  # label_ends needs the final layout
     for axes, ends in endings:
         style.label_ends(axes, ends)
@@ -55,20 +57,11 @@ def _time_panel(
         points = sorted(swept.get((op, mask, kernel), {}).items())
         if not points:
             continue
-        xs = [density for density, _ in points]
-        ys = [row["median_s"] * 1e3 for _, row in points]
         look = style.line_style(kernel)
-        axes.plot(xs, ys, **look)
-        axes.fill_between(
-            xs,
-            [row["p20_s"] * 1e3 for _, row in points],
-            [row["p80_s"] * 1e3 for _, row in points],
-            color=look["color"],
-            alpha=0.15,
-            linewidth=0,
-        )
-        ends.append((style.name_of(kernel), xs[-1], ys[-1], look["color"]))
-        densities |= set(xs)
+        style.curve(axes, points, 1e3, look)
+        last, row = points[-1]
+        ends.append((style.name_of(kernel), last, row["median_s"] * 1e3, look["color"]))
+        densities |= {density for density, _ in points}
     style.plain_log(axes, "y")
     style.density_axis(axes, plot_rows.densities(swept))  # of all panels, which share the axis
     xs = sorted(densities)
@@ -76,10 +69,15 @@ def _time_panel(
     # A GPU has no such line: reading the operands takes longer than such a small part of the GEMM.
     if dense and next(iter(dense.values()))["device"] == "cpu":
         typical = sorted(row["median_s"] for row in dense.values())[len(dense) // 2]
-        ys = [typical * density * 1e3 for density in xs]
-        axes.plot(xs, ys, color=style.INK, linestyle=(0, (5, 3)), linewidth=1, zorder=2)
-        middle = len(xs) // 2
-        along(axes, xs[middle], ys[middle], "limit: dense × density")
+        axes.plot(
+            xs,
+            [typical * density * 1e3 for density in xs],
+            color=style.INK,
+            linestyle=(0, (5, 3)),
+            linewidth=1,
+            zorder=2,
+            label="limit: dense × density",
+        )
     ours = swept.get((op, mask, AUTO), {})
     if ours and bandwidth:
         floor = {density: row["bytes"] / bandwidth * 1e3 for density, row in ours.items()}
@@ -90,16 +88,7 @@ def _time_panel(
             linestyle=":",
             linewidth=1.2,
             zorder=2,
-        )
-        last = max(floor)
-        axes.annotate(
-            "operands at copy bandwidth",
-            (last, floor[last]),
-            xytext=(0, -9),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7,
-            color="#777777",
+            label=plot_rows.AT_BANDWIDTH,
         )
     axes.margins(x=0.04)
     return ends
@@ -133,6 +122,7 @@ def memory_vs_density(swept: plot_rows.Sweep, out: Path, name: str) -> list[Path
         axes.set_title(plot_rows.TITLES[op])
         axes.set_xlabel("density")
     grid[0].set_ylabel("MB, result included")
+    style.legend(fig)
     fig.draw_without_rendering()
     for axes, ends in endings:
         style.label_ends(axes, ends)
@@ -165,26 +155,25 @@ def _memory_panel(
     style.plain_log(axes, "y")
     style.density_axis(axes, sorted(densities))
     xs = sorted(least)
-    axes.plot(xs, [least[x] for x in xs], color=style.INK, linestyle=(0, (5, 3)), linewidth=1)
-    along(axes, xs[len(xs) // 2], least[xs[len(xs) // 2]], "result only")
+    axes.plot(
+        xs,
+        [least[x] for x in xs],
+        color=style.INK,
+        linestyle=(0, (5, 3)),
+        linewidth=1,
+        label="result only",
+    )
     if stated:
-        # The memory that the kernel states. The measured line above it adds pages and threads.
+        # The measured line adds pages and threads.
         xs = sorted(stated)
-        ys = [stated[x] for x in xs]
-        axes.plot(xs, ys, color=style.OURS_COLOR, linestyle=":", linewidth=1.4, zorder=2)
-        if ys[0] > 1.5 * least[xs[0]]:  # else it coincides with the labelled line of the result
-            along(axes, xs[0], ys[0], "result + stated workspace")
+        axes.plot(
+            xs,
+            [stated[x] for x in xs],
+            color=style.OURS_COLOR,
+            linestyle=":",
+            linewidth=1.4,
+            zorder=2,
+            label=f"result + workspace that {style.OURS_NAME} states",
+        )
     axes.margins(x=0.04)
     return ends
-
-
-def along(axes: Axes, x: float, y: float, text: str) -> None:
-    """Write a short label beside a line."""
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(3, -9),
-        textcoords="offset points",
-        fontsize=7,
-        color="#555555",
-    )

@@ -30,7 +30,6 @@ def speedup_over_dense(
         sample,
     )
     grid = fig.subplots(1, len(tokens), squeeze=False, sharey=True)[0]
-    seen: dict[str, object] = {}
     for k, axes in zip(tokens, grid, strict=True):
         densities: set[float] = set()
         for kind, by_density in curves[k].items():
@@ -38,9 +37,7 @@ def speedup_over_dense(
             xs = sorted(by_density)
             means = [geomean(by_density[x]) for x in xs]
             line = "none" if len(xs) == 1 else "-"
-            (handle,) = axes.plot(xs, means, color=color, marker=marker, linestyle=line)
-            if label not in seen or line == "-":
-                seen[label] = handle
+            axes.plot(xs, means, color=color, marker=marker, linestyle=line, label=label)
             low, high = ([pick(by_density[x]) for x in xs] for pick in (min, max))
             if len(xs) == 1:
                 axes.vlines(xs, low, high, color=color, alpha=0.4)
@@ -54,7 +51,5 @@ def speedup_over_dense(
         axes.set_title(f"{k} tokens")
         axes.set_xlabel("density")
     grid[0].set_ylabel("t(dense GEMM + gather) / t")
-    fig.legend(
-        seen.values(), seen, loc="outside lower center", ncols=len(seen), frameon=False, fontsize=8
-    )
+    style.legend(fig)
     return style.save(fig, out, name)

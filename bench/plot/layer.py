@@ -10,7 +10,9 @@ from ..layer.case import FWD_BWD, MODEL
 from ..layer.contenders import REFERENCE
 from ..measuring.results import Row
 from ..report import layer
+from ..report.rows import ranges_overlap
 from . import style
+from .rows import RANGE
 
 _OURS = {
     "rosa": "RoSA",
@@ -53,7 +55,7 @@ def bars(group: layer.Group, out: Path, name: str) -> list[Path]:
         sample,
     )
     left, right = fig.subplots(1, 2, sharey=True)
-    _panel(left, group, shown, "time over LoRA's", layer.seconds, whiskers=True)
+    _panel(left, group, shown, "time over LoRA's", layer.seconds, timed=True)
     _panel(right, group, shown, "peak training memory over LoRA's", layer.peak)
     left.set_yticks(range(len(shown)), [_NAMES[kernel] for kernel in shown])
     left.invert_yaxis()
@@ -68,16 +70,25 @@ def _panel(
     shown: list[str],
     title: str,
     of: object,
-    whiskers: bool = False,
+    timed: bool = False,
 ) -> None:
     values = [layer.ratio(group, kernel, REFERENCE, of) for kernel in shown]  # type: ignore[arg-type]
     base = group[REFERENCE]["median_s"]
     for i, (kernel, value) in enumerate(zip(shown, values, strict=True)):
         if value is None:
             continue
-        axes.barh(i, min(value, _WIDEST), height=0.66, color=_color(kernel))
+        same = timed and kernel != REFERENCE and ranges_overlap(group[kernel], group[REFERENCE])
+        color = _color(kernel)
+        axes.barh(
+            i,
+            min(value, _WIDEST),
+            height=0.66,
+            facecolor="white" if same else color,
+            edgecolor=color,
+            linewidth=1.5,
+        )
         end = value
-        if whiskers:
+        if timed:
             low, high = (group[kernel][key] / base for key in ("p20_s", "p80_s"))
             axes.hlines(i, min(low, _WIDEST), min(high, _WIDEST), color=style.INK, linewidth=1.2)
             end = max(high, value)
@@ -89,6 +100,7 @@ def _panel(
             textcoords="offset points",
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the dashed line
         )
     axes.axvline(1, color=style.INK, linestyle=(0, (5, 3)), linewidth=1)
     axes.set_xlim(0, _WIDEST * 1.12)
@@ -112,7 +124,8 @@ def _what(row: Row) -> str:
 
 def _note(row: Row) -> str:
     dropout = f", dropout {row['dropout']:g}" if row["dropout"] else ""
+    mask = "generated masks" if row["op"] == MODEL else f"{row['mask']} mask"
     return (
-        f"{row['k']} tokens, {row['dtype']}, {row['mask']} mask, "
-        f"{row['trainable']} parameters trained{dropout}"
+        f"{row['k']} tokens, {row['dtype']}, {mask}, {row['trainable']} parameters trained{dropout}"
+        f"; hollow: {RANGE} overlap LoRA's"
     )

@@ -11,6 +11,9 @@ from ..measuring.results import Row
 from . import rows as plot_rows
 from . import style
 
+# The two marks of a pair lie this far above and below its line, so that their ranges are apart.
+_APART = 0.15
+
 
 def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
     """One line per real mask, comparing it with a uniform mask of the same shape and density.
@@ -28,27 +31,24 @@ def real_vs_uniform(rows: list[Row], out: Path, name: str) -> list[Path]:
         1.6 + 4.0 * len(ops),
         1.5 + sum(0.32 * count + 0.6 for count in tallest),
         f"Real masks and uniform masks of the same density, {sample['dtype']}",
-        f"{sample['k']} tokens, {plot_rows.CHARGE_NOTE}",
+        f"{sample['k']} tokens, {plot_rows.CHARGE_NOTE}; lines: {plot_rows.RANGE}",
         sample,
     )
     heights = [count + 1 for count in tallest]
     grid = fig.subplots(len(sizes), len(ops), squeeze=False, height_ratios=heights)
     for line, large in zip(grid, sizes, strict=True):
         for op, axes in zip(ops, line, strict=True):
-            _dumbbells(axes, pairs.get((op, large), []))
+            _pairs(axes, pairs.get((op, large), []))
             axes.set_title(f"{plot_rows.TITLES[op]}{', replicated masks' if large else ''}")
             if op != ops[0]:
                 axes.set_yticklabels([])
     for axes in grid[-1]:
         axes.set_xlabel("GFLOP/s on the nonzeros")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    fig.legend(
-        handles, labels, loc="outside lower center", ncols=2 * len(ops), frameon=False, fontsize=8
-    )
+    style.legend(fig)
     return style.save(fig, out, name)
 
 
-def _dumbbells(axes: Axes, pairs: list[plot_rows.RealPair]) -> None:
+def _pairs(axes: Axes, pairs: list[plot_rows.RealPair]) -> None:
     """Draw ours and the fastest sparse peer for each layer: real filled, uniform hollow."""
     seen: set[str] = set()
     for i, (_, real, uniform) in enumerate(pairs):
@@ -60,15 +60,20 @@ def _dumbbells(axes: Axes, pairs: list[plot_rows.RealPair]) -> None:
         ):
             if kernel is None or kernel not in real or kernel not in uniform:
                 continue
-            x, u = (row["flops"] / row["median_s"] / 1e9 for row in (real[kernel], uniform[kernel]))
-            axes.plot([x, u], [i, i], color=color, linewidth=1.5, alpha=0.5, zorder=2)
-            for value, face, what in ((x, color, "real mask"), (u, "white", "uniform mask")):
+            for row, y, face, what in (
+                (real[kernel], i - _APART, color, "real mask"),
+                (uniform[kernel], i + _APART, "white", "uniform mask"),
+            ):
                 label = f"{who}, {what}"
+                value, low, high = (
+                    row["flops"] / row[column] / 1e9 for column in ("median_s", "p80_s", "p20_s")
+                )
+                axes.hlines(y, low, high, color=color, linewidth=1.5, alpha=0.6, zorder=2)
                 axes.plot(
                     [value],
-                    [i],
+                    [y],
                     "o",
-                    markersize=6,
+                    markersize=5,
                     markerfacecolor=face,
                     markeredgecolor=color,
                     label=None if label in seen else label,

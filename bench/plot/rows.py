@@ -15,6 +15,8 @@ from ..report.rows import Ratio, is_ours, mask_kind
 
 TITLES = {"sddmm": "SDDMM", "spmm": "SpMM"}
 CHARGE_NOTE = "token-major inputs, conversions timed"
+RANGE = "p20 to p80 of the times"
+AT_BANDWIDTH = "operands at copy bandwidth"
 # Real masks are at most 1536 x 576; larger ones are replicated.
 _LARGE = 2**21
 # The least number of points of a curve over density, and of one over tokens.

@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -37,6 +38,7 @@ _OWN = {
     "dense": ("#555555", "P"),
 }
 OURS_NAME = "rosa-kernels"
+_LINE = 0.17  # inches from one line of a note to the next
 
 _RC: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -80,18 +82,65 @@ def context() -> AbstractContextManager[None]:
 
 
 def figure(width: float, height: float, title: str, note: str, row: Row) -> Figure:
-    """An empty figure with a bold title; the line below has the note and the machine."""
-    width = max(width, 7.5)  # or the note would not fit
-    # Two lines of text at fixed height, whatever the height of the figure.
-    engine = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.62 / height), w_pad=0.08, h_pad=0.08)
-    fig = Figure(figsize=(width, height), layout=engine)
-    FigureCanvasAgg(fig)
+    """An empty figure with a bold title; the lines below have the note and the machine."""
+    width = max(width, 7.5)  # or the title would not fit
     threads = f", {row['threads']} threads" if row["device"] == "cpu" else ""
     machine = f"{row['device_name']}{threads}, torch {row['torch']}, {row['utc'][:10]}"
+    fig = Figure(figsize=(width, height))
+    canvas = FigureCanvasAgg(fig)
+    lines = _wrapped(canvas, f"{note}. {machine}.", width - 0.2)
+    if len(lines) > 1:  # the machine gets lines of its own
+        lines = [line for text in (note, machine) for line in _wrapped(canvas, text, width - 0.2)]
+    # Lines of text at fixed heights, whatever the height of the figure. It grows with them.
+    head = 0.62 + _LINE * (len(lines) - 1)
+    height += head - 0.62
+    fig.set_size_inches(width, height)
+    fig.set_layout_engine(
+        ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - head / height), w_pad=0.08, h_pad=0.08)
+    )
     left = 0.1 / width
     fig.text(left, 1 - 0.1 / height, title, va="top", fontsize=13, fontweight="bold")
-    fig.text(left, 1 - 0.36 / height, f"{note}. {machine}.", va="top", color="#666666")
+    for i, line in enumerate(lines):
+        fig.text(left, 1 - (0.36 + _LINE * i) / height, line, va="top", color="#666666")
     return fig
+
+
+def _wrapped(canvas: FigureCanvasAgg, text: str, width: float) -> list[str]:
+    """The lines of a text that is at most `width` inches wide in the font of notes."""
+    renderer, font = canvas.get_renderer(), FontProperties(size=_RC["font.size"])
+    lines = [""]
+    for word in text.split():
+        line = f"{lines[-1]} {word}".strip()
+        pixels, _, _ = renderer.get_text_width_height_descent(line, font, ismath=False)
+        if pixels > width * canvas.figure.dpi and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = line
+    return lines
+
+
+def legend(fig: Figure) -> None:
+    """Name the labelled lines of all panels, each once, below the panels.
+
+    Labels beside the lines would be struck through by other lines.
+    """
+    found: dict[str, object] = {}
+    for axes in fig.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        where = {"loc": "outside lower center", "ncols": len(found)}
+        fig.legend(found.values(), found, **where, frameon=False, fontsize=8)
+
+
+def curve(axes: Axes, points: list[tuple[float, Row]], per_second: float, look: Any) -> None:
+    """A line of medians over x, in units of which a second has `per_second`; a band p20 to p80."""
+    xs = [x for x, _ in points]
+    median, p20, p80 = (
+        [row[column] * per_second for _, row in points] for column in ("median_s", "p20_s", "p80_s")
+    )
+    axes.plot(xs, median, **look)
+    axes.fill_between(xs, p20, p80, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def save(fig: Figure, out: Path, name: str) -> list[Path]:

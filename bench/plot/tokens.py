@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 
 from ..measuring.names import AUTO
 from ..measuring.results import Row
-from . import density, style
 from . import rows as plot_rows
+from . import style
 
 
 def over_tokens(
@@ -26,7 +26,8 @@ def over_tokens(
         1.2 + 4.2 * len(curves),
         4.2,
         f"{plot_rows.TITLES[op]} over the number of tokens",
-        f"{m}×{n}, {plot_rows.percent(share)}, {dtype}, {plot_rows.CHARGE_NOTE}",
+        f"{m}×{n}, {plot_rows.percent(share)}, {dtype}, {plot_rows.CHARGE_NOTE}; "
+        f"bands: {plot_rows.RANGE}",
         sample,
     )
     grid = fig.subplots(1, len(curves), squeeze=False, sharey=True)[0]
@@ -37,6 +38,7 @@ def over_tokens(
         axes.set_title(plot_rows.mask_title(mask))
         axes.set_xlabel("tokens")
     grid[0].set_ylabel("us per call")
+    style.legend(fig)
     fig.draw_without_rendering()  # label_ends needs the final layout
     for axes, ends in endings:
         style.label_ends(axes, ends)
@@ -49,15 +51,21 @@ def _token_panel(
     ends = []
     for kernel in plot_rows.drawn(by_kernel):
         points = sorted(by_kernel[kernel].items())
-        xs, ys = [k for k, _ in points], [row["median_s"] * 1e6 for _, row in points]
         look = style.line_style(kernel)
-        axes.plot(xs, ys, **look)
-        ends.append((style.name_of(kernel), xs[-1], ys[-1], look["color"]))
+        style.curve(axes, points, 1e6, look)
+        last, row = points[-1]
+        ends.append((style.name_of(kernel), last, row["median_s"] * 1e6, look["color"]))
     ours = sorted(by_kernel[AUTO].items())
     if bandwidth is not None:
         floor = [row["bytes"] / bandwidth * 1e6 for _, row in ours]
-        axes.plot([k for k, _ in ours], floor, color=style.FAINT, linestyle=":", linewidth=1.2)
-        density.along(axes, ours[0][0], floor[0], "operands at copy bandwidth")
+        axes.plot(
+            [k for k, _ in ours],
+            floor,
+            color=style.FAINT,
+            linestyle=":",
+            linewidth=1.2,
+            label=plot_rows.AT_BANDWIDTH,
+        )
     axes.set_xscale("log", base=2)
     style.plain_log(axes, "y")
     axes.set_xticks([k for k, _ in ours], [str(k) for k, _ in ours], fontsize=7)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rosa_train.cli.tables import Table
 
 from ..measuring.results import Row, key
-from .rows import milliseconds
+from .rows import milliseconds, ranges_overlap
 
 VERDICTS = (
     "slower",
@@ -57,11 +57,9 @@ def verdict(base: Row, new: Row, threshold: float) -> str:
         return "other timer"
     if abs(new["median_s"] / base["median_s"] - 1) <= threshold:
         return "same"
-    if new["p80_s"] < base["p20_s"]:
-        return "faster"
-    if new["p20_s"] > base["p80_s"]:
-        return "slower"
-    return "ambiguous"
+    if ranges_overlap(base, new):
+        return "ambiguous"
+    return "faster" if new["median_s"] < base["median_s"] else "slower"
 
 
 def compare(base: list[Row], new: list[Row], threshold: float = 0.05) -> list[Comparison]:

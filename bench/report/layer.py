@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from rosa_train.cli.tables import Table
 
-from ..layer.case import FWD_BWD, LAYER, MODEL, OPS, STEP
+from ..layer.case import FWD_BWD, LAYER, MODEL, STEP
 from ..layer.contenders import FULL, OURS, PEFT_REFERENCE, REFERENCE, SHIRA, SUPER_TUNING
+from ..measuring.names import LAYER_OPS
 from ..measuring.results import Row
 from .rows import geomean, milliseconds
 
@@ -20,7 +21,7 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, str, str, str], Group]:
     """Rows that are compared: (run, device, case, mode) -> kernel -> row, with any status."""
     found: dict[tuple[str, str, str, str], Group] = defaultdict(dict)
     for row in rows:
-        if row["op"] in OPS:
+        if row["op"] in LAYER_OPS:
             found[row["run_id"], row["device"], row["case"], row["mode"]][row["kernel"]] = row
     return dict(found)
 

@@ -24,10 +24,20 @@ class Ratio(NamedTuple):
         """t_peer / t_ours: above 1 ours is faster."""
         return self.peer["median_s"] / self.ours["median_s"]
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the largest ratio of times between p20 and p80 of both."""
+        return self.peer["p20_s"] / self.ours["p80_s"], self.peer["p80_s"] / self.ours["p20_s"]
+
 
 def timed(rows: Iterable[Row]) -> list[Row]:
     """The rows that have a time."""
     return [row for row in rows if row["status"] == "ok"]
+
+
+def ranges_overlap(a: Row, b: Row) -> bool:
+    """Whether the p20-p80 ranges of two times overlap, so that noise may explain a difference."""
+    return bool(a["p20_s"] <= b["p80_s"] and b["p20_s"] <= a["p80_s"])
 
 
 def milliseconds(row: Row, digits: int = 3) -> str:

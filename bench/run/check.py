@@ -20,7 +20,9 @@ _ENTRIES_PER_ROW = 64
 
 
 class Check:
-    """Checks a few rows by the accuracy policy of rosa_kernels.testing, and all rows for NaN.
+    """Checks a few rows by the accuracy policy of rosa_kernels.testing.
+
+    All rows are checked for NaN, and the result for its shape.
 
     The checked rows are the first, the last, the fullest, and random ones until `terms` is spent.
     If `terms` suffices, all rows are checked. All tokens of a checked row are checked. The entries

@@ -12,13 +12,10 @@ from rosa_kernels.testing import Case
 from ..contenders import experiments
 from ..contenders.base import Contender
 from ..layer.contenders import LayerContender
+from ..measuring.console import UsageError
 from ..suites.cases import contenders, suite
 
 Entry = tuple[Case, list[Contender | LayerContender]]
-
-
-class UsageError(ValueError):
-    """Arguments that parse but contradict each other or this machine."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rosa_kernels.testing import Case
 
-from ..measuring import console, environment, results, timing
+from ..measuring import environment, results, timing
+from ..measuring.console import UsageError
 from ..report import calibrate
 from ..suites.cases import case_id
 from . import runner, stages
@@ -30,7 +31,13 @@ _BUDGETS = {"quick": 200.0}
 
 
 class Session:
-    """One run over all its parts: its rows, and the state of its devices."""
+    """One run over all its parts: its rows, and the state of its devices.
+
+    Attributes:
+        rows: the rows so far. They are in `out` as well.
+        staged: the rows of the stages so far. They are in `stages_out` as well.
+        lost: why a device accepts no more work, by device.
+    """
 
     def __init__(self, args: argparse.Namespace, parts: Sequence[Part]) -> None:
         self._args, self._parts = args, parts
@@ -39,36 +46,54 @@ class Session:
         self.out: Path = args.out / "results.jsonl"
         self.stages_out: Path = args.out / "stages.jsonl"
         self.rows: list[results.Row] = []
+        self.staged: list[results.Row] = []
         self.lost: dict[str, str] = {}
+        if args.resume:
+            self._resume()
+        results.append(self.out, [])  # fails now, not after minutes, if rows cannot be written
+        self._resumed = self._done()
+
+    def left(self) -> int:
+        """The number of cases without rows."""
+        planned = {(p.device, case_id(case)) for p in self._parts for case, _ in p.plan}
+        return len(planned - self._done())
 
     def measure(self, part: Part, end: float, spent: str) -> None:
-        """Measure a part's cases that begin before `end`; `spent` is the reason of the others."""
+        """Measure a part's cases that begin before `end`; `spent` is the reason of the others.
+
+        Raises:
+            UsageError: the run is resumed on another machine, or with another number of threads.
+        """
         device = part.device
+        plan = [entry for entry in part.plan if (device, case_id(entry[0])) not in self._resumed]
+        if not plan:
+            return
         if device not in self._base:
             self._begin(device, part.suite)
         rule = _rule(self._args, part.suite)
-        print(f"{part.suite} suite on {device}, {len(part.plan)} cases")
-        with console.progress(len(part.plan)) as advance:
-            for case, competing in part.plan:
-                if device in self.lost:
-                    reason = f"not run: {device} was lost ({self.lost[device]})"
-                    new = runner.skipped(case, competing, reason)
-                elif time.monotonic() > end:
-                    new = runner.skipped(case, competing, f"not run: {spent}")
-                else:
-                    new = runner.run_case(case, competing, rule, device, self._args.timer)
-                    self._check_device(device)
-                self._write(device, new)
-                advance(_line(case, new))
+        print(f"{part.suite} suite on {device}, {len(plan)} cases")
+        width = len(str(len(plan)))
+        for number, (case, competing) in enumerate(plan, start=1):
+            if device in self.lost:
+                reason = f"not run: {device} was lost ({self.lost[device]})"
+                new = runner.skipped(case, competing, reason)
+            elif time.monotonic() > end:
+                new = runner.skipped(case, competing, f"not run: {spent}")
+            else:
+                new = runner.run_case(case, competing, rule, device, self._args.timer)
+                self._check_device(device)
+            self._write(device, new)
+            # Not a progress bar: it would redraw ten times a second beside the timed calls.
+            print(f"[{number:{width}}/{len(plan)}] {_line(case, new)}", flush=True)
 
-    def stages(self, end: float) -> list[results.Row]:
+    def stages(self, end: float) -> None:
         """Measure stage times of the cases of all parts that begin before `end`."""
-        rows: list[results.Row] = []
         for device, base in self._base.items():
             if device not in self.lost:
-                rows += stages.measure(device, self._plan(device), base, self.stages_out, end)
+                plan = self._plan(device)
+                for row in stages.measure(device, plan, base, self.stages_out, end):
+                    self.staged.append(row)
                 self._check_device(device)
-        return rows
 
     def _plan(self, device: str) -> list[Entry]:
         return [entry for part in self._parts if part.device == device for entry in part.plan]
@@ -76,12 +101,14 @@ class Session:
     def _begin(self, device: str, suite: str) -> None:
         """Warm a device up and measure its roofs."""
         base = self._base[device] = self._identity | environment.device_record(device)
+        before = next((row for row in self.rows if row["device"] == device), base)
+        self._must_agree(before, base, set(results.DEVICE_COLUMNS) - {"sm_clock_mhz"})
         threads = f", {base['threads']} threads" if device == "cpu" else ""
         print(f"{base['device_name']}{threads}, torch {base['torch']}")
         cases = self._plan(device)
         runner.warm_up({(c.op, c.name): c for _, cs in cases for c in cs}.values(), device)
         self._check_device(device)
-        if device not in self.lost:
+        if device not in self.lost and before is base:
             dtypes = sorted({case.dtype for case, _ in cases}, key=str)
             rule = _rule(self._args, suite)
             try:
@@ -91,6 +118,32 @@ class Session:
             self._check_device(device)
         if device == "cuda" and self._args.calibrate and device not in self.lost:
             calibrate.adopt(self.rows, self._args.calibrate)
+
+    def _resume(self) -> None:
+        """Take over the last run in the file, and its identity.
+
+        Raises:
+            UsageError: there is no run, or it is of another version of this repository.
+        """
+        self.rows = results.latest_run(results.read(self.out))
+        if not self.rows:
+            raise UsageError(f"--resume: expected a run in {self.out}, got none")
+        now, first = self._identity, self.rows[0]
+        self._must_agree(first, now, {"git_sha"})
+        self._identity = {column: first[column] for column in results.RUN_COLUMNS}
+
+    @staticmethod
+    def _must_agree(before: results.Row, now: results.Row, columns: set[str]) -> None:
+        for column in sorted(columns):
+            if now[column] != before[column]:
+                raise UsageError(
+                    f"--resume: expected {column} {before[column]} as in run {before['run_id']}, "
+                    f"got {now[column]}"
+                )
+
+    def _done(self) -> set[tuple[str, str]]:
+        """The device and name of every case with rows."""
+        return {(row["device"], row["case"]) for row in self.rows}
 
     def _check_device(self, device: str) -> None:
         reason = runner.lost(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,13 +36,13 @@ _COLUMNS = ("kernel", "status", "reason", "timer", "call_us", "kernels_us", "sta
 _EMPTY: Row = dict.fromkeys((*_COLUMNS, "predicted_us"))
 
 
-def measure(device: str, plan: Plan, base: Row, out: Path, end: float) -> list[Row]:
+def measure(device: str, plan: Plan, base: Row, out: Path, end: float) -> Iterator[Row]:
     """Rows of all cases that begin before `end`. Each row is written to `out` at once."""
+    _append(out, [])  # fails now, not after minutes, if rows cannot be written
     profiler = kernel_times.Profiler(device)
     if profiler.missing is not None:
         print(f"Stages on {device} have no times: {profiler.missing}")
     chosen = _chosen(device, plan)
-    rows: list[Row] = []
     for number, (case, contenders) in enumerate(chosen):
         if time.monotonic() > end:
             left = len(chosen) - number
@@ -50,13 +50,12 @@ def measure(device: str, plan: Plan, base: Row, out: Path, end: float) -> list[R
             break
         new = [base | row for row in _case_rows(case, contenders, device, profiler)]
         _append(out, new)
-        rows += new
         print(f"stages of {case_id(case)} in us: {', '.join(map(_line, new))}", flush=True)
+        yield from new
         reason = runner.lost(device)
         if reason is not None:
             print(f"Stages end here: {device} was lost ({reason})")
             break
-    return rows
 
 
 def _line(row: Row) -> str:

@@ -9,8 +9,7 @@ import torch
 from rosa_kernels.testing import Case
 
 from .. import masks
-from ..contenders import ours
-from ..measuring.names import PRODUCTS
+from ..measuring.names import OPS, PRODUCTS
 
 ROSA_DENSITY = 0.006
 DECODE_TOKENS = (1, 16, 64, 4, 8, 32, 2)
@@ -69,13 +68,13 @@ def elementwise(
     dtype: torch.dtype,
     seed: int,
 ) -> list[Case]:
-    """Cases of the ops on a dense weight, for each of these ops that has a kernel."""
-    ops = [op for op in ours.ops() if op not in PRODUCTS]
+    """Cases of the ops on a dense weight."""
     return [
         Case(op, *shape, 1, density, dtype, mask, seed)
         for mask in names
         for density in densities
-        for op in ops
+        for op in OPS
+        if op not in PRODUCTS
     ]
 
 

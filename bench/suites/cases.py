@@ -13,14 +13,15 @@ from ..layer.case import LayerCase
 from ..layer.contenders import LayerContender
 from ..layer.contenders import contenders as layer_contenders
 from ..measuring.names import dtype_name
-from . import SUITES
+from . import SUITES, cpu, cuda
 
 
 def suite(name: str, seed: int = 0, device: str = "cpu") -> list[Case]:
-    """The cases of a suite on a device, the most informative first."""
+    """The cases of a suite on a device without duplicates, the most informative first."""
     if name not in SUITES:
         raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
-    return SUITES[name].cases(device, seed)
+    build = getattr(cuda if device == "cuda" else cpu, name)
+    return list(dict.fromkeys(build(seed)))
 
 
 def contenders(case: Case, device: str = "cpu") -> list[Contender] | list[LayerContender]:

@@ -9,6 +9,7 @@ from rosa_kernels.testing import Case
 from .. import masks
 from ..contenders.overhead import overhead_cases
 from ..measuring.names import PRODUCTS
+from . import layer as layers
 from .builders import (
     BF16,
     DECODE_TOKENS,
@@ -25,6 +26,9 @@ _SQUARE = (4096, 4096)
 _BOTH = ("uniform", "q_proj")
 # RoSA papers train 0.1 to 2 %; 5 % shows where dense starts to win.
 _DENSITIES = (0.001, 0.003, 0.005, 0.01, 0.02, 0.05)
+
+# Suites that are made elsewhere.
+layer, overhead = layers.cpu, overhead_cases
 
 
 def quick(seed: int) -> list[Case]:

@@ -15,6 +15,7 @@ from rosa_kernels.testing import Case
 
 from .. import masks
 from ..contenders.overhead import overhead_cases
+from . import layer as layers
 from .builders import (
     BF16,
     DECODE_TOKENS,
@@ -45,6 +46,9 @@ _NATURAL: dict[str, Sequence[Shape]] = {
     "down_proj": (WIDE,),
 }
 _ONE_SHAPE = {kind: shapes[:1] for kind, shapes in _NATURAL.items()}
+
+# Suites that are made elsewhere.
+layer, overhead = layers.cuda, overhead_cases
 
 
 def quick(seed: int) -> list[Case]:

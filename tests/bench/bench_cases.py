@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import suites
 from bench.contenders.base import Problem
 from bench.measuring import timing
-from bench.suites import cases
+from bench.suites import cpu
 from rosa_kernels.testing import Case
 
 # Two samples of each contender, whatever their noise.
@@ -35,6 +34,6 @@ def run_bench(out: Path, *options: str) -> int:
     return cli.main(["run", "--cap", "0.001", "--no-plots", "--out", str(out), *options])
 
 
-def replace_suite(monkeypatch: pytest.MonkeyPatch, name: str, case: object) -> None:
-    """Makes suite `name` consist of one case."""
-    monkeypatch.setitem(cases.SUITES, name, suites.Suite("one case", lambda seed: [case], None))
+def replace_suite(monkeypatch: pytest.MonkeyPatch, name: str, *chosen: object) -> None:
+    """Makes suite `name` consist of these cases on a CPU."""
+    monkeypatch.setattr(cpu, name, lambda seed: [*chosen])

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +18,19 @@ pytest.importorskip("numpy")
 
 from bench_cases import FAST, replace_suite, right_sddmm, run_bench, small_case
 from bench_rows import a_row, failed
+from conftest import sweep
 
 from bench import __main__ as cli
 from bench.contenders import ours
 from bench.contenders.base import Contender, Problem, Unsupported
-from bench.measuring import memory, results, timing
+from bench.measuring import environment, memory, results, timing
 from bench.measuring.names import FROM_TOKEN_MAJOR, OP
 from bench.run import check, runner
 from bench.suites import cases
 from rosa_kernels import registry
 from rosa_kernels.testing import Case
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "sddmm": small_case("sddmm"),
     "spmm": small_case("spmm"),
@@ -360,6 +367,113 @@ def test_contenders_can_be_chosen_and_left_out(tmp_path, monkeypatch):
     assert run_bench(tmp_path, "--suite", "quick", *chosen) == 0
     rows = results.read(tmp_path / "results.jsonl")
     assert {row["kernel"] for row in rows if row["op"] == "spmm"} == {"auto"}
+
+
+def run_in_python(code: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_help_and_bad_options_need_no_torch():
+    """Importing torch takes seconds."""
+    done = run_in_python(
+        """
+import sys
+sys.modules["torch"] = sys.modules["numpy"] = None  # importing them now raises
+from bench.__main__ import main
+commands = ("run", "stages", "list", "plot", "report", "ratios", "calibrate", "compare", "env")
+for argv, expected in (
+    (["--help"], 0),
+    *(([command, "--help"], 0) for command in commands),
+    ([], 2),
+    (["frobnicate"], 2),
+    (["run", "--suite", "fast"], 2),
+    (["run", "--ops", "gemm"], 2),
+    (["run", "--threads", "0"], 2),
+    (["run", "--timer", "warm"], 2),
+    (["list", "--suite", "fast"], 2),
+    (["compare", "one.jsonl"], 2),
+):
+    try:
+        main(argv)
+        raise AssertionError(argv)
+    except SystemExit as end:
+        assert end.code == expected, argv
+""",
+        stdout=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_closed_pipe_ends_without_a_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from bench.__main__ import main; sys.exit(main(['--help']))"
+    # Unbuffered, argparse itself would ignore the closed pipe.
+    done = run_in_python(code, stdout=write, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_ctrl_c_shows_what_there_is(tmp_path, monkeypatch, capsys):
+    replace_suite(monkeypatch, "quick", SMALL["spmm"], SMALL["sddmm"])
+    measure, options = runner.run_case, ("--suite", "quick", "--device", "cpu")
+
+    def interrupted(case, *arguments):
+        if case.op == "sddmm":
+            raise KeyboardInterrupt
+        return measure(case, *arguments)
+
+    monkeypatch.setattr(runner, "run_case", interrupted)
+    assert run_bench(tmp_path, *options) == 130
+    out = capsys.readouterr().out
+    assert "How many times faster auto is than each peer" in out
+    assert f"Wrote\n  {tmp_path / 'results.jsonl'}" in out
+    assert out.endswith("1 cases have no rows yet; the same command with --resume measures them\n")
+    kept = results.read(tmp_path / "results.jsonl")
+    assert {row["op"] for row in kept} == {"roof", "spmm"}
+
+    monkeypatch.setattr(runner, "run_case", measure)
+    assert run_bench(tmp_path, *options, "--resume") == 0
+    rows = results.read(tmp_path / "results.jsonl")
+    assert rows[: len(kept)] == kept
+    assert {row["op"] for row in rows[len(kept) :]} == {"sddmm"}
+    assert len({row["run_id"] for row in rows}) == 1
+
+
+@sweep(column=["git_sha", "threads", "torch"])
+def test_a_run_is_resumed_only_on_its_machine(tmp_path_factory, monkeypatch, capsys, column):
+    out = tmp_path_factory.mktemp("out")
+    replace_suite(monkeypatch, "quick", SMALL["spmm"])
+    options = ("--suite", "quick", "--device", "cpu")
+    with pytest.raises(SystemExit):
+        run_bench(out, *options, "--resume")
+    assert "results.jsonl: expected a results file" in capsys.readouterr().err
+    row = environment.run_record([]) | environment.device_record("cpu")
+    results.append(out / "results.jsonl", [a_row(case="another case", **(row | {column: "old"}))])
+    with pytest.raises(SystemExit):
+        run_bench(out, *options, "--resume")
+    assert f"--resume: expected {column} old as in run {row['run_id']}" in capsys.readouterr().err
+
+
+def test_unusable_paths_are_bad_input(tmp_path, capsys):
+    file = tmp_path / "results.jsonl"
+    results.append(file, [a_row(), a_row(kernel="spops")])
+    overhead = ("--suite", "overhead", "--device", "cpu")
+    for argv in (
+        ["run", *overhead, "--no-plots", "--out", file],
+        ["run", *overhead, "--no-plots", "--out", file / "deeper"],
+        ["stages", "--suite", "second", "--device", "cpu", "--out", file / "stages.jsonl"],
+        ["plot", file, "--out", file],
+        ["report", tmp_path],
+        ["compare", file, tmp_path],
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main([*map(str, argv)])
+        assert exit_info.value.code == 2
+        assert str(tmp_path) in capsys.readouterr().err.splitlines()[-1]
+    assert len(results.read(file)) == 2
 
 
 def test_list_and_env(capsys):

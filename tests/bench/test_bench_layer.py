@@ -170,11 +170,13 @@ def test_a_wrong_gradient_is_incorrect_and_not_timed(part):
 def test_a_stale_weight_after_the_step_is_incorrect():
     def adapt(root, parametrizations, dropout):
         adapted = contender("rosa").adapt(root, parametrizations, dropout)
-        return dataclasses.replace(adapted, attach=partial(attach_and_forget, adapted.attach))
+        return dataclasses.replace(adapted, attach=partial(attach_and_undo, adapted))
 
-    def attach_and_forget(attach, optimizer):
-        handle = attach(optimizer)
-        handle._hook.remove()
+    def attach_and_undo(adapted, optimizer):
+        handle = adapted.attach(optimizer)
+        weight = adapted.module.linear.weight
+        stale = weight.detach().clone()
+        optimizer.register_step_post_hook(lambda *_: weight.data.copy_(stale))
         return handle
 
     competing = [dataclasses.replace(contender("rosa", mode=STEP), adapt=adapt)]

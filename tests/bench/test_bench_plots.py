@@ -7,15 +7,19 @@ import xml.etree.ElementTree
 
 import pytest
 
-from bench.report.rows import ratios_to_peers
+from bench.report.rows import Ratio, ratios_to_peers
 
 pytest.importorskip("matplotlib")
 
 from bench_rows import a_row, gpu_rows
+from conftest import sweep
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
 
 from bench import __main__ as cli
 from bench import plot
 from bench.measuring import results
+from bench.plot import heatmap, layer, style
 from bench.plot import rows as plot_rows
 from bench.suites import cases
 
@@ -48,6 +52,55 @@ def test_plots_need_only_rows(tmp_path, capsys):
         assert "Test CPU, 2 threads, torch 2.13.0, 2026-01-02" in text
     assert cli.main(["report", str(path)]) == 0
     assert "a peer is faster" in capsys.readouterr().out.lower()
+
+
+@sweep(width=[5.0, 7.5, 12.0], name=["CPU", "A processor of many words, " * 6])
+def test_notes_stay_within_the_figure(width, name):
+    with style.context():
+        fig = style.figure(width, 4.0, "Title", f"{'a long note, ' * 6}", a_row(device_name=name))
+        text = " ".join(text.get_text() for text in fig.texts)
+        machine = " ".join(f"{name}, 2 threads, torch 2.13.0, 2026-01-02".split())
+        assert text.rstrip(".").endswith(machine)
+        boxes = [text.get_window_extent() for text in fig.texts]
+        assert max(box.x1 for box in boxes) <= fig.bbox.width
+        for above, below in itertools.pairwise(boxes):
+            assert above.y0 >= below.y1 - 2
+        top_of_panels = fig.get_layout_engine().get()["rect"][3] * fig.bbox.height
+        assert min(box.y0 for box in boxes) > top_of_panels
+
+
+@sweep(
+    case=[
+        (2.0, 0.01, "2.0", False),
+        (2.0, 0.2, "~2.0", False),
+        (1.3, 0.2, "~1.3", True),
+        (1.1, 0.1, "1.1", True),
+        (0.5, 0.01, "0.50", False),
+        (9.96, 0.01, "10", False),
+    ]
+)
+def test_heat_map_cells_show_their_noise(case):
+    value, spread, text, hollow = case
+    ours, peer = (
+        a_row(ms=ms) | {"p20_s": ms / 1e3 * (1 - spread), "p80_s": ms / 1e3 * (1 + spread)}
+        for ms in (1.0, value)
+    )
+    axes = Figure().subplots()
+    heatmap._cell(axes, 0, 0, [Ratio(ours, peer)], TwoSlopeNorm(0.0, -4.0, 4.0))
+    assert [found.get_text() for found in axes.texts] == [text]
+    assert (axes.patches[0].get_facecolor() == (1.0, 1.0, 1.0, 1.0)) == hollow
+
+
+def test_bars_within_noise_are_hollow():
+    group = {
+        "lora": a_row(ms=1.0),
+        "rosa": a_row(ms=1.03),  # p20 to p80 of a_row are 4 % wide
+        "full": a_row(ms=1.3),
+    }
+    axes = Figure().subplots()
+    layer._panel(axes, group, [*group], "time", lambda row: row["median_s"], timed=True)
+    hollow = [bar.get_facecolor() == (1.0, 1.0, 1.0, 1.0) for bar in axes.patches]
+    assert hollow == [False, True, False]
 
 
 def test_gpu_rows_get_plots_of_their_own(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 
 from bench.report.rows import geomean, milliseconds, ratios_to_peers
@@ -9,12 +11,14 @@ from bench.report.rows import geomean, milliseconds, ratios_to_peers
 pytest.importorskip("numpy")
 
 from bench_rows import a_row, failed, gpu_rows
+from conftest import sweep
 
 from bench import __main__ as cli
-from bench.measuring import results
+from bench.measuring import console, results
 from bench.measuring.names import FROM_TOKEN_MAJOR, OP
 from bench.report import case_results, compare, ratios, tables, targets
 from bench.suites import cases
+from bench.suites.cases import case_id
 from rosa_kernels.testing import Case
 from rosa_train.cli.tables import Table
 
@@ -284,6 +288,31 @@ def test_synthetic_rows_follow_the_schema(tmp_path):
     rows = gpu_rows([Case("csr_add_", 64, 64, 1, 0.1), Case("sddmm", 64, 64, 8, 0.1)])
     results.append(tmp_path / "results.jsonl", rows)
     assert results.read(tmp_path / "results.jsonl") == rows
+
+
+@sweep(width=[60, 80, 100])
+def test_narrow_tables_cut_no_cell(width):
+    suite = cases.suite("second", device="cuda")
+    rows = [
+        row | {"case": case_id(suite[0])} if row["op"] == "sddmm" else row
+        for row in gpu_rows(suite)
+    ]
+    made = [
+        *tables.summary(rows),
+        *tables.case_tables(rows),
+        *ratios.tables(rows),
+        ratios.short_table(rows),
+        *compare.tables(compare.compare(rows, [row | {"p20_s": 9, "median_s": 9} for row in rows])),
+        tables.status_table([failed("oom", charge=OP) | {"reason": "no " * 60}]),
+        Table("T", ["name", "nothing"], [["a", ""]]),
+    ]
+    assert len(made) > 12
+    for table in made:
+        lines = console.narrow(table, width).splitlines()
+        assert max(map(len, lines)) <= width
+        words = " ".join(lines).split()
+        for cells in (table.columns, *table.rows):
+            assert not collections.Counter(" ".join(cells).split()) - collections.Counter(words)
 
 
 def test_a_table_aligns_text_left_and_numbers_right():

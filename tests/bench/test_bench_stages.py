@@ -147,7 +147,7 @@ def test_every_kernel_gets_a_row_and_a_reason(tmp_path, capsys):
         Contender("sddmm", "dense", "torch", right_sddmm),
     ]
     out = tmp_path / "stages.jsonl"
-    rows = stages.measure("cpu", [(CASE, competing)], {"run_id": "r"}, out, float("inf"))
+    rows = list(stages.measure("cpu", [(CASE, competing)], {"run_id": "r"}, out, float("inf")))
     by_kernel = {row["kernel"]: row for row in rows}
     assert [row["status"] for row in rows] == ["ok", "error", "incorrect", "unsupported"]
     assert by_kernel["cpu/avx2"]["call_us"] > 0
@@ -156,7 +156,7 @@ def test_every_kernel_gets_a_row_and_a_reason(tmp_path, capsys):
     assert by_kernel["cpu/avx2 panels=32"]["reason"] == "not on Sundays"
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     assert "Stages on cpu have no times: a CPU has no GPU kernels" in capsys.readouterr().out
-    assert not stages.measure("cpu", [(CASE, competing)], {}, out, 0.0)
+    assert not list(stages.measure("cpu", [(CASE, competing)], {}, out, 0.0))
     assert "Stages of 1 of 1 cases: not run" in capsys.readouterr().out
 
 

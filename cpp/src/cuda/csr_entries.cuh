@@ -1,9 +1,10 @@
 // Kernels that touch one element of a matrix per nonzero: csr_add_, csr_gather, csr_scatter_.
 //
-// The scattered sectors of `w`, 32 bytes per element, bound each kernel. So they are parallel over
-// the entries, in whatever rows these lie, and read no array of row indices. A warp searches
-// crow_indices for the rows of its first and last entry, 16 samples at a time (4096 rows take 3
-// steps). Each lane then searches between the two rows, which are 6 apart at 24 entries per row.
+// The scattered sectors of `w`, 32 bytes per element, bound each kernel. So the kernels are
+// parallel over entries, in whatever rows these lie, and read no array of row indices. A warp
+// searches crow_indices for the rows of its first and last entry, 16 samples at a time (4096 rows
+// take 3 steps). Each lane then searches between the two rows, which are 6 apart at 24 entries per
+// row.
 #pragma once
 
 #include <type_traits>

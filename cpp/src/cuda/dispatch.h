@@ -1,4 +1,4 @@
-// Helpers of every entry: the type of a run-time dtype, argument checks, sizes of grids.
+// Helpers of every entry point: the type of a run-time dtype, argument checks, sizes of grids.
 #pragma once
 
 #include <string>

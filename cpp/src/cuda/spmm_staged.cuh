@@ -137,7 +137,7 @@ __device__ __forceinline__ int64_t first_row_of_part(const StagedArgs& args, uin
   for (int step = 0; step < 2; ++step) {
     const int64_t sample = begin + (end - begin) * lane / kWarp;
     const bool before = args.crow[sample] + sample <= target;
-    const int count = __popc(__ballot_sync(0xffffffffu, before));  // at least 1: lane 0's
+    const int count = __popc(__ballot_sync(0xffffffffu, before));  // lane 0 is before
     const int64_t span = end - begin;
     end = begin + span * count / kWarp;
     begin += span * (count - 1) / kWarp;
