@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -49,6 +50,11 @@ def is_number(value: Any) -> bool:
         return is_integer(value)
     # Dynamo cannot trace math.isfinite of a float that changes between calls.
     return isinstance(value, Real) and -math.inf < value < math.inf  # type: ignore[operator]
+
+
+def is_regex(rule: str) -> bool:
+    """Whether a string is a regular expression, and not a name. A name may have dots."""
+    return re.search(r"[*+?()\[\]|^$\\{]", rule) is not None
 
 
 POSITIVE_INTEGER = Bound("a positive integer", lambda value: is_integer(value) and value > 0)

@@ -29,11 +29,23 @@ def overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of `a` may share memory with one of `b`, if their address ranges overlap.
+def addresses(x: Tensor) -> tuple[int, int]:
+    """The first address of a tensor's elements, and the one after the last."""
+    start = x.data_ptr()
+    if x.numel() == 0:
+        return start, start
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return start, start + (last + 1) * x.element_size()
 
-    Column blocks of one matrix do not, such as the parts of a fused weight.
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of `a` may share memory with one of `b`.
+
+    Row blocks and column blocks of one matrix do not, such as the parts of a fused weight.
     """
+    (start, end), (other, last) = addresses(a), addresses(b)
+    if a.device != b.device or start >= last or other >= end:
+        return False
     if a.dtype != b.dtype or a.stride() != b.stride() or a.dim() != 2 or min(a.stride()) != 1:
         return True
     pitch = max(a.stride())

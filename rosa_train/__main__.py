@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 # Imports of torch and transformers take seconds, so each command imports only what it needs.
-from rosa_train.cli.parse import Parser, no_bars_in_files, parse_run
+from rosa_train.cli.parse import Parser, no_bars_in_files, parse_run, unescape
 from rosa_train.cli.tables import Table, show
 
 # Bad input, which the user can correct, and failures while a command runs. Any other exception is a
@@ -24,6 +26,17 @@ def main(argv: list[str] | None = None) -> int:
     An error is one message on stderr. The traceback is shown only if ROSA_TRACEBACK is set.
     """
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, and not at exit, where Python would report a closed pipe
+    except BrokenPipeError:  # `| head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -38,15 +51,18 @@ def main(argv: list[str] | None = None) -> int:
         # The trainer's Interrupted names the signal, and the checkpoint that was saved.
         print(f"rosa_train {name}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return int(getattr(interrupt, "code", 128 + signal.SIGINT))
-    except BrokenPipeError:  # `| head` has closed the pipe; Python would report it again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        raise
     except (*_BAD_INPUT, *_FAILURE) as error:
         if os.environ.get("ROSA_TRACEBACK"):
             raise
         # Decoding and JSON errors are ValueErrors. FloatingPointError is not.
         bad_input = isinstance(error, _BAD_INPUT)
         message = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.filename is not None:  # of the system, not ours
+            not_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+            reason = "not a folder" if not_folder else error.strerror
+            message = f"expected a path that can be used, got {error.filename} ({reason})"
         if isinstance(error, RuntimeError):
             message += "\n(ROSA_TRACEBACK=1 shows where)"
         print(f"rosa_train {name}: error: {message}", file=sys.stderr)
@@ -55,10 +71,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(argv: list[str]) -> int:
     arguments, _ = parse_run("train", COMMANDS["train"].help, argv)
-    from rosa_train.run.load import check_model
+    from rosa_train.run.load import check_models
     from rosa_train.run.train import train
 
-    check_model(arguments[0].model_name_or_path)
+    check_models(arguments[0])
     no_bars_in_files()
     result = train(*arguments)
     numbers = [f"{result.trainable:,} trainable parameters", f"{result.steps} steps"]
@@ -67,6 +83,12 @@ def _train(argv: list[str]) -> int:
     if result.exact_match is not None:
         numbers.append(f"exact match {result.exact_match:.1%}")
     print(f"{result.method}: {', '.join(numbers)}\nWrote {result.final}")
+    run = shlex.quote(result.output_dir)
+    print(f"Try it        python -m rosa_train generate {run} PROMPT")
+    print(f"Draw it       python -m rosa_train plot {run}")
+    if (Path(result.final) / "adapter_config.json").is_file():
+        merged = shlex.quote(f"{result.output_dir.rstrip('/')}-merged")
+        print(f"Merge it      python -m rosa_train export {run} {merged}")
     return 0
 
 
@@ -112,19 +134,23 @@ _SOURCE = "folder of a run, a checkpoint or an adapter"
 def _export(argv: list[str]) -> int:
     parser = Parser("export", COMMANDS["export"].help)
     parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
-    parser.add_argument("directory", metavar="DIR", help="where the merged model goes")
+    parser.add_argument("directory", metavar="DIR", help="a new or empty folder")
     parser.add_argument("--model", help="base model (default: the one that the adapter names)")
     parser.add_argument("--dtype", help="type of the weights (default: that of the run)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the earlier export that is in DIR"
+    )
     args = parser.parse_args(argv)
-    from rosa_train.adapters.merge import export_merged
+    from rosa_train.adapters.merge import check_export_folder, export_merged
     from rosa_train.run.load import load, locate
 
     trained = locate(args.source, args.model)
     if trained.adapter is None:
         raise ValueError(f"expected an adapter to merge, got the model {trained.base}")
+    check_export_folder(args.directory, trained.base, overwrite=args.overwrite)
     no_bars_in_files()
     model, tokenizer = load(trained, args.dtype)
-    export_merged(model, tokenizer, args.directory)
+    export_merged(model, tokenizer, args.directory, overwrite=args.overwrite)
     print(f"Wrote {args.directory}")
     return 0
 
@@ -140,10 +166,20 @@ def _generate(argv: list[str]) -> int:
     )
     parser.add_argument("--model", help="base model (default: the one that the adapter names)")
     parser.add_argument("--dtype", help="type of the base weights (default: that of the run)")
-    parser.add_argument("--prompt_template", help="default: the run's, otherwise {prompt}")
-    parser.add_argument("--completion_template", help="default: the run's, otherwise {completion}")
+    parser.add_argument(
+        "--prompt_template", type=unescape, help="default: the run's, otherwise {prompt}"
+    )
+    parser.add_argument(
+        "--completion_template", type=unescape, help="default: the run's, otherwise {completion}"
+    )
     parser.add_argument(
         "--chat", action="store_true", default=None, help="use the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--split_special_tokens",
+        action="store_true",
+        default=None,
+        help="text of special tokens in prompts is tokenised like other text",
     )
     parser.add_argument(
         "--max_length", type=int, metavar="N", help="most tokens of prompt and reference"
@@ -157,16 +193,14 @@ def _generate(argv: list[str]) -> int:
         raise ValueError("expected prompts or --file, got " + ("both" if args.file else "neither"))
     if args.output and not args.file:
         raise ValueError("expected --file beside --output, got prompts")
+    if args.output and os.path.realpath(args.output) == os.path.realpath(args.file):
+        raise ValueError(f"--output: expected another file than --file, got {args.output}")
     for name in ("batch_size", "limit", "max_length", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected a positive integer, got {value}")
-    import json
-    from pathlib import Path
-
-    from rosa_train.config import unescape
     from rosa_train.data.records import read_records
-    from rosa_train.files import write_file
+    from rosa_train.files import json_lines, write_file
     from rosa_train.run.load import complete, load, locate, prompts_as_records
 
     trained = locate(args.source, args.model)
@@ -178,12 +212,11 @@ def _generate(argv: list[str]) -> int:
             ("prompt_template", "{prompt}"),
             ("completion_template", "{completion}"),
             ("chat", False),
+            ("split_special_tokens", False),
             ("max_length", 512),
             ("max_new_tokens", 128),
         )
     }
-    for name in ("prompt_template", "completion_template"):
-        chosen[name] = unescape(chosen[name])
     if args.file:
         records = read_records(args.file, limit=args.limit)
     else:
@@ -193,8 +226,7 @@ def _generate(argv: list[str]) -> int:
     model, tokenizer = load(trained, args.dtype)
     share, predictions = complete(model, tokenizer, records, batch_size=args.batch_size, **chosen)
     if args.output:
-        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        write_file(Path(args.output), text)
+        write_file(Path(args.output), json_lines(predictions))
     if args.file:
         print(f"exact match on {len(predictions)} examples: {share:.1%}")
     else:

@@ -26,7 +26,9 @@ from rosa_kernels.bounds import (
     POSITIVE_INTEGER,
     Bound,
     is_integer,
+    is_regex,
 )
+from rosa_train.files import absolute_if_folder
 
 _TOKENS = Bound("at least 2 tokens", lambda value: is_integer(value) and value >= 2)
 _SCHEDULE = Bound(
@@ -36,8 +38,6 @@ _SCHEDULE = Bound(
 _MAX_STEPS = Bound(
     "a positive integer, or -1", lambda value: value == -1 or POSITIVE_INTEGER.holds(value)
 )
-# A single name is a regex if it has one of these characters. Otherwise it is a list of one name.
-_REGEX = re.compile(r"[*+?()\[\]|^$\\{]")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -45,11 +45,6 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
     """Raises `ValueError` as `--name: expected ..., got ...` unless the condition holds."""
     if not condition:
         raise ValueError(f"--{name}: expected {expected}, got {got}")
-
-
-def unescape(template: str) -> str:
-    """The template with real newlines and tabs: a shell passes \\n as two characters."""
-    return template.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
@@ -65,11 +60,9 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 def _names(value: Any) -> list[str] | str | None:
     """A choice of modules: "all-linear" or a regex as a str, otherwise a list of names."""
-    if value is None or isinstance(value, str):
-        value = [value] if value else []
-    if len(value) == 1 and (value[0] == "all-linear" or _REGEX.search(value[0])):
+    if value and len(value) == 1 and (value[0] == "all-linear" or is_regex(value[0])):
         return str(value[0])
-    return list(value) or None
+    return list(value or []) or None
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -95,6 +88,8 @@ class _Checked:
 class ModelArguments(_Checked):
     """The model to fine-tune, and the form in which it is held."""
 
+    _argument_group_name = "model"  # HfArgumentParser reads it for --help
+
     model_name_or_path: Annotated[str, Bound("a folder or a name", bool)] = field(
         metadata={"help": "Folder of a Hugging Face causal LM, or its name on the hub."}
     )
@@ -112,12 +107,23 @@ class ModelArguments(_Checked):
         False, "Recompute each layer in the backward pass: less memory, more time."
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The adapter and args.json record these names. They are read from other folders, too.
+        self.model_name_or_path = absolute_if_folder(self.model_name_or_path)
+        if self.tokenizer_name is not None:
+            self.tokenizer_name = absolute_if_folder(self.tokenizer_name)
+
 
 @dataclass
 class DataArguments(_Checked):
     """The data files, and how a record becomes an example."""
 
-    train_file: str | None = option(None, "JSON lines (.jsonl, .json) or .csv to train on.")
+    _argument_group_name = "data"
+
+    train_file: str | None = option(
+        None, "JSON lines (.jsonl, .json) or .csv to train on. It or --dataset_name is required."
+    )
     eval_file: str | None = option(
         None, "JSON lines or .csv for the evaluation loss and generation."
     )
@@ -130,7 +136,9 @@ class DataArguments(_Checked):
         None, "NAME or NAME:CONFIG, and [SPLIT], instead of --eval_file."
     )
     prompt_template: str = option(
-        "{prompt}", "The prompt, with {fields} of a record; \\n is a newline."
+        "{prompt}",
+        "The prompt, with {fields} of a record. On the command line, \\n is a newline, \\t a tab "
+        "and \\\\ a backslash.",
     )
     completion_template: str = option(
         "{completion}", "What is learned after the prompt, with {fields} of a record."
@@ -142,8 +150,15 @@ class DataArguments(_Checked):
         "What happens to an example longer than --max_length.",
         choices=["error", "truncate", "drop"],
     )
+    split_special_tokens: bool = option(
+        False,
+        "Text of special tokens in the data, such as <|im_end|>, is tokenised like other text. "
+        "Otherwise it becomes that token. Templates keep theirs.",
+    )
     packing: bool = option(
-        False, "Put several examples into a row of max_length tokens, not padding."
+        False,
+        "Put several examples into a row of max_length tokens, instead of padding. A model that "
+        "does not keep them apart is refused.",
     )
     max_train_examples: Annotated[int | None, POSITIVE_INTEGER] = option(
         None, "Train on this many examples, the first ones."
@@ -154,8 +169,6 @@ class DataArguments(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.prompt_template = unescape(self.prompt_template)
-        self.completion_template = unescape(self.completion_template)
         sources = [bool(self.train_file), bool(self.dataset_name)]
         expect(sum(sources) == 1, "train_file", "it or --dataset_name", f"{sum(sources)} of them")
         both = bool(self.eval_file) and bool(self.eval_dataset_name)
@@ -170,6 +183,8 @@ class DataArguments(_Checked):
 @dataclass
 class MethodArguments(_Checked):
     """The method, a name of `rosa_train.METHODS`, with its size and its masks."""
+
+    _argument_group_name = "method and masks"
 
     method: str = option("rosa", "The method: full, lora, lora+, spa or rosa.")
     rank: Annotated[int | None, NON_NEGATIVE_INTEGER] = option(None, "Rank of the low-rank branch.")
@@ -223,13 +238,18 @@ class MethodArguments(_Checked):
         choices=["layer", "global"],
     )
     mask_memory: str | None = option(
-        None, "Memory that scores may take at a time, such as 512M or 2G."
+        None,
+        "Memory for sums of gradients in the mask phase, such as 512M or 2G (default: a quarter of "
+        "the free memory). The run says what takes one pass.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
             self.budget = str(self.budget)
+        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(getattr(self, option), str):  # a single name, in JSON or YAML
+                setattr(self, option, [getattr(self, option)] if getattr(self, option) else None)
         for option, words, bound in (
             ("rank_pattern", "integers >= 0", NON_NEGATIVE_INTEGER),
             ("density_pattern", "numbers in [0, 1)", FRACTION_BELOW_1),
@@ -264,6 +284,8 @@ class MethodArguments(_Checked):
 @dataclass
 class TrainArguments(_Checked):
     """Batches and learning rates, and when a run evaluates, logs and saves."""
+
+    _argument_group_name = "training, evaluation and checkpoints"
 
     output_dir: Annotated[str, Bound("a folder", bool)] = field(
         metadata={"help": "The folder into which a run writes everything."}
@@ -313,8 +335,10 @@ class TrainArguments(_Checked):
         0, "Evaluation examples to complete at the end, for exact match."
     )
     max_new_tokens: Annotated[int, POSITIVE_INTEGER] = option(128, "Longest completion, in tokens.")
-    save_steps: Annotated[int | None, POSITIVE_INTEGER] = option(
-        None, "Steps between checkpoints. The mask phase is saved before and after, too."
+    save_steps: Annotated[int | None, NON_NEGATIVE_INTEGER] = option(
+        None,
+        "Steps between checkpoints. If it is not given, 10 minutes are between them. The mask "
+        "phase is saved before and after, too. With 0 nothing is saved before the end.",
     )
     save_total_limit: Annotated[int | None, POSITIVE_INTEGER] = option(
         2, "Number of checkpoints to keep, the newest ones."
@@ -327,8 +351,8 @@ class TrainArguments(_Checked):
     )
     resume_from_checkpoint: str | None = option(
         None,
-        "A checkpoint folder, or `last` for the newest one in output_dir. With `last` "
-        "and no checkpoint, the run starts from the beginning.",
+        "A checkpoint folder, or `last` for the newest one in output_dir. With `last` and no "
+        "run there, the run starts from the beginning.",
     )
     report_to: str = option(
         "none", "Where to log beside metrics.jsonl.", choices=["none", "tensorboard"]
@@ -372,6 +396,7 @@ _FREE = {
     "mask_memory",
     "train_file",  # a folder may move; the checkpoint has a hash of the data
     "dataset_name",
+    "split_special_tokens",
     "model_name_or_path",
     "tokenizer_name",
 }

@@ -5,6 +5,7 @@ A row is one (run, case, kernel, mode, charge). Ratios are computed from rows an
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _parse(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):

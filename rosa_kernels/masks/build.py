@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_kernels.masks.scores import NEEDS_BATCHES, SCORES, SIGNED, Data, count_tokens, give_scores
+from rosa_kernels.masks.scores import (
+    NEEDS_BATCHES,
+    SCORES,
+    SIGNED,
+    Data,
+    count_tokens,
+    default_memory,
+    give_scores,
+)
 from rosa_kernels.masks.targets import is_layer, target_shapes
 from rosa_kernels.masks.topk import Pool, pattern_of, top_k
 from rosa_kernels.pattern import CsrPattern
@@ -44,9 +52,10 @@ def build_masks(
     Scores are float32. Of equal scores the first wins, by module and then by row-major place. So
     weights, batches and seed determine the mask.
 
-    Memory: one layer's weight in float32, the masks, and temporaries of at most an eighth of the
-    layer. This is beside an ordinary forward and backward that keeps the targets' inputs. `grasp`
-    takes twice that memory, and `rpca` 12 times one layer's weight.
+    Memory: with one batch, one layer's weight in float32, the masks, and temporaries of at most an
+    eighth of the layer. With more batches, the sums of one group instead of the one weight. This is
+    beside an ordinary forward and backward that keeps the targets' inputs. `grasp` takes twice that
+    memory, and `rpca` 12 times one layer's weight.
 
     Passes: one if there is one batch. K batches take K passes for each group of targets that fit
     `memory_bytes` together. `grasp` takes 3 K passes for each group.
@@ -67,8 +76,9 @@ def build_masks(
         scope: "layer" chooses nnz entries in each target. "global" chooses the sum of nnz, wherever
             in the model the scores are highest; it keeps candidates of 8 bytes each.
         seed: seed of `random`, used with each module's name and not with the global generators.
-        memory_bytes: most memory for the sums of one group; by default what the largest target
-            needs.
+        memory_bytes: most memory for the sums of one group; by default a quarter of the free
+            memory, but at least what the largest target needs. For `grasp`, whose scores depend on
+            the groups, and with `reduce`, as ranks need equal groups, it is what the largest needs.
         reduce: averages a tensor over the ranks, in place. All ranks must have equally many
             batches.
         broadcast: overwrites a tensor with rank 0's.
@@ -93,6 +103,8 @@ def build_masks(
                 f"{len(batches)} batches{'' if loss_fn else ' and no loss_fn'}"
             )
         data = Data(batches, loss_fn, tokens_of, reduce)
+        if memory_bytes is None and reduce is None:
+            memory_bytes = default_memory(score, targets)
     signed = score in SIGNED
     patterns: dict[str, CsrPattern] = {}
     options: dict[str, Any] = {"data": data, "seed": seed, "memory_bytes": memory_bytes}

@@ -19,6 +19,7 @@ from rosa_kernels.masks.gradients import (
     frozen_for_scoring,
 )
 from rosa_kernels.masks.robust_pca import rpca
+from rosa_kernels.masks.spare_memory import spare_memory
 from rosa_kernels.masks.targets import layer_shape, target_shapes
 
 SCORES: Mapping[str, str] = MappingProxyType(
@@ -135,6 +136,26 @@ def groups_within(
         groups[-1].append(name)
         used += need
     return groups
+
+
+def default_memory(score: str, targets: Mapping[str, nn.Module], processes: int = 1) -> int:
+    """The memory in bytes for the sums of one group: a quarter of what is free, if that is enough.
+
+    It is at least what the largest target needs, and that for grasp: its scores depend on the
+    groups, so free memory must not choose them. On a CPU the processes of a run share the memory.
+    """
+    needs = {name: 4 * m * n for name, (m, n) in target_shapes(targets).items()}
+    largest = max(needs.values(), default=0)
+    if score == "grasp":
+        return largest
+    devices = {next(module.parameters()).device for module in targets.values()}
+    shared = processes if any(device.type == "cpu" for device in devices) else 1
+    return max(largest, spare_memory(devices) // shared)
+
+
+def one_pass_memory(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The memory in bytes with which all sums fit, so that every batch is read once."""
+    return sum(4 * m * n for m, n in shapes.values())
 
 
 def forwards(

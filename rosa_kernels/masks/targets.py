@@ -6,16 +6,23 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
+from rosa_kernels.bounds import is_regex
 from rosa_kernels.nn import RosaLinear
 from rosa_kernels.nn.replaced import why_not_plain
+from rosa_kernels.nn.wrapped import (
+    at_place,
+    get_module,
+    named_modules,
+    shared_tensors,
+    unwrapped,
+    wrappers,
+)
 
 ALL_LINEAR = "all-linear"
 # Most candidates in an error. SmolLM2-135M has 8 suffixes, models of vision and text about 20.
 _CANDIDATES_SHOWN = 20
-# A string with one of these characters is a regular expression, and not a name.
-_REGEX = re.compile(r"[*+?()\[\]|^$\\{]")
 # Modules, by class name, that read the weight of a child and do not call it: transformers' Mamba
 # mixers (x_proj and out_proj in fused kernels only), and torch's fused loss.
 _READ_WITHOUT_A_CALL = {
@@ -40,7 +47,10 @@ def find_targets(
     *,
     strict: bool = True,
 ) -> dict[str, nn.Module]:
-    """The layers that `target_modules` selects, by their names in `model`, in the model's order.
+    """The layers that `target_modules` selects, by their names, in the model's order.
+
+    Names are those of the plain model, also if torch.compile, DistributedDataParallel, FSDP or
+    activation checkpointing wraps the model or parts of it.
 
     A layer is ``nn.Linear``, the Conv1D of transformers (GPT-2's layer, with a transposed weight)
     or a :class:`rosa_kernels.RosaLinear` that replaced one of them. An adapter would change or miss
@@ -62,7 +72,8 @@ def find_targets(
     Raises:
         ValueError: nothing matches, or a name or `exclude_modules` matches no module (the message
             names it and lists candidates); a match cannot have an adapter
-            (the message says why); a match shares its weight with another module.
+            (the message says why); a match shares its weight's memory with another tensor; the
+            model has an adapter of PEFT.
     """
     everything = isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
     if not target_modules or (not everything and not _is_names(target_modules)):
@@ -76,11 +87,12 @@ def find_targets(
         _check_rule(option, rule)
         if rule and strict and not (rule is target_modules and everything):
             _check_matches(option, rule, model)
-    shared = _shared_with_others(model)
+    check_without_peft(model, "find_targets")
+    shared = shared_weights(model)
     head = _output_embeddings(model)
     targets: dict[str, nn.Module] = {}
     inside = tuple[str, ...]()  # prefixes of the submodules of a RosaLinear
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not name or name.startswith(inside):
             continue
         if isinstance(module, RosaLinear):
@@ -102,7 +114,8 @@ def find_targets(
         if name in shared:
             raise ValueError(
                 "target_modules: expected modules that share their weight with no other, got "
-                f"{name}, which shares it with {shared[name]}; exclude it, or untie the two"
+                f"{name}, which is tied: it shares its memory with {shared[name]}; exclude it, or "
+                "untie the two"
             )
         targets[name] = module
     if not targets:
@@ -142,12 +155,23 @@ def is_layer(module: nn.Module) -> bool:
 
 def why_not_a_target(model: nn.Module, name: str) -> str:
     """Why the module of that name cannot have an adapter, to follow the name; "" if it can."""
-    module = model.get_submodule(name)
+    module = get_module(model, name)
     parent, _, child = name.rpartition(".")
-    reader = type(model.get_submodule(parent)).__name__
+    reader = type(get_module(model, parent)).__name__
+    if any("_orig_mod" in wrapper._modules for wrapper in wrappers(at_place(model, name))):
+        return "that torch.compile wraps alone; compile it later, or a module around it"
+    if is_layer(module) and module.weight.is_meta and _is_offloaded(model, name):
+        return "whose weight accelerate has offloaded; attach before that"
     if isinstance(module, nn.Linear) and child in _READ_WITHOUT_A_CALL.get(reader, ()):
         return f"in {reader}, which reads its weight and does not always call it"
     return _why_not_a_layer(module)
+
+
+def _is_offloaded(model: nn.Module, name: str) -> bool:
+    """Whether a hook of accelerate, on the module or around it, may bring its weight."""
+    parts = name.split(".")
+    around = (get_module(model, ".".join(parts[:count])) for count in range(len(parts) + 1))
+    return any(hasattr(module, "_hf_hook") for module in around)
 
 
 def _why_not_a_layer(module: nn.Module) -> str:
@@ -155,25 +179,29 @@ def _why_not_a_layer(module: nn.Module) -> str:
         return ""
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
         return f"of class {type(module).__name__}"
+    if type(module).__module__.startswith("bitsandbytes."):
+        return f"of class {type(module).__name__}: bitsandbytes has quantised its weight"
     return why_not_plain(module)
 
 
 def matches(rule: str | Sequence[str], name: str) -> bool:
     """Whether a module's name matches names or a regular expression, by PEFT's rules.
 
-    A string without a character of regular expressions is a name. PEFT would match it only with a
-    module right inside the model.
+    A single name may be a string.
     """
+    rule = as_rule(rule)
     if isinstance(rule, str):
-        if is_regex(rule):
-            return re.fullmatch(rule, name) is not None
-        rule = [rule]
+        return re.fullmatch(rule, name) is not None
     return any(name == key or name.endswith(f".{key}") for key in rule)
 
 
-def is_regex(rule: str) -> bool:
-    """Whether a string is a regular expression, and not a name. A name may have dots."""
-    return _REGEX.search(rule) is not None
+def as_rule(rule: str | Sequence[str]) -> str | Sequence[str]:
+    """A rule as PEFT reads it: a string that is a single name becomes a list of that name.
+
+    PEFT takes every string but "all-linear" as a regular expression for the whole name.
+    """
+    name = isinstance(rule, str) and rule.lower() != ALL_LINEAR and not is_regex(rule)
+    return [rule] if name else rule  # type: ignore[list-item]
 
 
 def check_pattern(pattern: Iterable[str], names: Iterable[str], option: str) -> None:
@@ -204,11 +232,11 @@ def saved_modules(model: nn.Module, modules_to_save: str | Sequence[str]) -> dic
     """
     found: dict[str, nn.Module] = {}
     for key in [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save:
-        matched = {n: m for n, m in model.named_modules() if n.endswith(key)}
+        matched = {n: m for n, m in named_modules(model) if n.endswith(key)}
         if not key or not any(True for m in matched.values() for _ in m.parameters()):
             leaves = Counter(
                 name.rpartition(".")[2]
-                for name, module in model.named_modules()
+                for name, module in named_modules(model)
                 if name and any(True for _ in module.parameters(recurse=False))
             )
             raise ValueError(
@@ -230,7 +258,7 @@ def _check_rule(option: str, rule: str | Sequence[str] | None) -> None:
 
 
 def _check_matches(option: str, rule: str | Sequence[str], model: nn.Module) -> None:
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in named_modules(model) if name]
     parts = [rule] if isinstance(rule, str) else [[one] for one in rule]
     unused = [part for part in parts if not any(matches(part, name) for name in names)]
     if unused:
@@ -253,30 +281,39 @@ def _excluded(
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
+    getter = getattr(unwrapped(model), "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return unwrapped(head) if isinstance(head, nn.Module) else None
 
 
-def _shared_with_others(model: nn.Module) -> dict[str, str]:
-    """Layers that share their weight (a tied head), each with the name of the other module."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor):
-            owners.setdefault(id(weight), []).append(name)
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Modules whose weight shares memory with another tensor (a tied head), with its name."""
     return {
-        name: next(other for other in names if other != name)
-        for names in owners.values()
-        if len(names) > 1
-        for name in names
+        name.rpartition(".weight")[0]: others[0]
+        for name, others in shared_tensors(model).items()
+        if name.endswith(".weight") or name == "weight"
     }
 
 
+def check_without_peft(model: nn.Module, op: str) -> None:
+    """Raise `ValueError` for a model with an adapter of PEFT.
+
+    Its factors are linear layers, too, and files hold the names of a model without them.
+    """
+    for name, module in named_modules(model):
+        if any(cls.__module__.split(".")[0] == "peft" for cls in type(module).__mro__):
+            raise ValueError(
+                f"{op}: expected a model without adapters of PEFT, got PEFT's "
+                f"{type(module).__name__}{f' in {name}' if name else ''}; call its "
+                "merge_and_unload() or unload() first"
+            )
+
+
 def _candidates(model: nn.Module) -> str:
-    shared = _shared_with_others(model)
+    shared = shared_weights(model)
     counts: Counter[str] = Counter(
         name.rpartition(".")[2]
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if name and name not in shared and not why_not_a_target(model, name)
     )
     return _counted(counts)
@@ -284,7 +321,7 @@ def _candidates(model: nn.Module) -> str:
 
 def _left_out(model: nn.Module) -> str:
     """A linear layer that cannot have an adapter, with the reason: all of a model may be such."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         reason = why_not_a_target(model, name) if name and isinstance(module, nn.Linear) else ""
         if reason:
             return f"; left out: {name} {reason}"

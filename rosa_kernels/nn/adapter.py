@@ -112,6 +112,8 @@ class RosaAdapter(nn.Module):
         indices. torch.distributed.checkpoint asks each module, and loads what it finds here.
         """
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if "_old_forward" in vars(self):
+            return  # accelerate hooks this module, and would move what is listed as a buffer
         for name, index in self._indices().items():
             yield f"{prefix}.{name}" if prefix else name, index.detach()
 
@@ -219,17 +221,15 @@ class RosaAdapter(nn.Module):
             self.pattern = self.pattern.to(fn(self.pattern.col_indices).device)
         return self
 
-    def follow_fsdp(self) -> None:
-        """Move the pattern to the parameters' device, as FSDP moves parameters past ``_apply``.
+    def forward(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A, B and values. If accelerate has offloaded them, its hook brings them for a call."""
+        return self.lora_a, self.lora_b, self.values
 
-        Raises:
-            RuntimeError: a parameter is sharded.
-        """
-        for parameter in self._parameters.values():
-            check_whole(parameter)
-        pattern, values = self.pattern, self.values
-        if pattern is not None and values is not None and pattern.device != values.device:
-            self.pattern = pattern.to(values.device)
+    def follow(self, device: torch.device) -> CsrPattern | None:
+        """The pattern on a device: FSDP and accelerate move parameters past ``_apply``."""
+        if self.pattern is not None and self.pattern.device != device:
+            self.pattern = self.pattern.to(device)
+        return self.pattern
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

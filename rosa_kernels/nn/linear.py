@@ -218,24 +218,30 @@ class RosaLinear(nn.Module):
             if type(self.weight) is Tensor:
                 # FSDP1's view of its flat parameter. That one trains if any part of it does.
                 weight, bias = weight.detach(), None if bias is None else bias.detach()
+        if self._holds_adapter() and not torch.compiler.is_compiling():
+            self._refuse_another_weight()
         if self.active_adapter is None or self._merged is not None:
             return nn.functional.linear(x, weight, bias)
         adapter: RosaAdapter = self.adapters[self.active_adapter]  # type: ignore[assignment]
         if adapter.is_empty:
             return nn.functional.linear(x, weight, bias)
         if adapter._is_fsdp_managed_module:
-            adapter.follow_fsdp()
-        values = adapter.values
+            for parameter in adapter._parameters.values():
+                check_whole(parameter)
+        lora_a, lora_b, values = adapter.lora_a, adapter.lora_b, adapter.values
+        if (values if lora_b is None else lora_b).is_meta and not x.is_meta:  # type: ignore[union-attr]
+            lora_a, lora_b, values = adapter()
+        pattern = None if values is None else adapter.follow(values.device)
         if self._resident is not None and not torch.compiler.is_compiling() and self._stale(values):
             self.sync()
         mask = adapter.dropout_mask(x)
         return rosa_linear(
             x,
             weight,
-            adapter.pattern,
+            pattern,
             values,
-            adapter.lora_a,
-            adapter.lora_b,
+            lora_a,
+            lora_b,
             adapter.scaling,
             bias,
             merged=self._resident is not None,
@@ -270,9 +276,25 @@ class RosaLinear(nn.Module):
         """Why S cannot be written into the weight, or "" if it can."""
         if self._is_fsdp_managed_module:
             return "the weight is sharded by FSDP"
-        if self._write_check[0] is not self.weight:
+        if self._write_check[0] is not self.weight and not self._holds_adapter():
             self._check_weight()
         return self._write_check[1]
+
+    def _holds_adapter(self) -> bool:
+        """Whether S or a merged adapter is in the weight. A state_dict holds W all the same."""
+        return self._resident is not None or self._merged is not None
+
+    def _refuse_another_weight(self) -> None:
+        """Raise RuntimeError if another Parameter is in the place of the one that holds S."""
+        weight = self._parameters.get("weight")
+        if weight is self._write_check[0] or type(weight) is not nn.Parameter:
+            return
+        if not self._is_fsdp_managed_module:  # FSDP shards the weight with what it holds
+            raise RuntimeError(
+                "RosaLinear: expected the weight that holds the adapter, got another Parameter in "
+                "its place, as accelerate puts W there when it offloads a model; unmerge or end "
+                "residency before that"
+            )
 
     def _check_weight(self) -> None:
         """Check whether this weight can be written to, and remember the answer.
@@ -430,7 +452,15 @@ class RosaLinear(nn.Module):
         """A plain layer of the replaced class, with W itself or with an adapter's merged weight.
 
         It has the hooks of this layer.
+
+        Raises:
+            RuntimeError: an adapter is merged, or accelerate has hooked this layer's forward.
         """
+        if "_old_forward" in vars(self):
+            raise RuntimeError(
+                "RosaLinear.to_linear: expected a layer without accelerate's hooks, got one with; "
+                "call accelerate.hooks.remove_hook_from_module first"
+            )
         if adapter_name is None:
             self._refuse_while_merged("to_linear")
             self.leave_residency()  # the plain layer shares the weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ def why_not_plain(linear: object) -> str:
         return "of class NonDynamicallyQuantizableLinear: nn.MultiheadAttention reads its weight"
     if cls.forward is not known.forward:  # type: ignore[attr-defined]
         return f"of class {cls.__name__}, which has a forward of its own"
-    if "forward" in vars(linear):
+    # accelerate leaves the class's own forward on the instance when it removes its hooks.
+    if vars(linear).get("forward", linear.forward) != MethodType(cls.forward, linear):  # type: ignore[attr-defined]
         return "whose forward was replaced, as accelerate's dispatch_model does; dispatch later"
     groups = (linear._parameters, linear._buffers, linear._modules)
     held = [name for group in groups for name, value in group.items() if value is not None]
@@ -76,6 +78,7 @@ def template(linear: nn.Module) -> nn.Module:
     """
     copied = copy.copy(linear)
     copied._parameters = {"weight": None, "bias": None}
+    vars(copied).pop("forward", None)  # it is bound to `linear`
     vars(copied).update({kind: OrderedDict() for kind in _LOAD_HOOKS})
     return copied
 

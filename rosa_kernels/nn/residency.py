@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from rosa_kernels.nn.linear import RESIDENT, SCATTER, SEPARATE, RosaLinear
+from rosa_kernels.nn.wrapped import named_modules, shared_tensors
 
 
 class Residency:
@@ -52,8 +52,8 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
     the state_dict (an AveragedModel) or replaces them (torch.func.functional_call) sees W + S. Run
     such code inside :func:`base_weights`.
 
-    Weights that other modules share, or that cannot be written to, are left as they are: see
-    `paths` of the result.
+    Weights that share memory with another parameter or buffer of `model` (tied weights), or that
+    cannot be written to, are left as they are: see `paths` of the result. So give the whole model.
 
     Args:
         model: a model with RosaLinear layers, or one such layer.
@@ -110,13 +110,14 @@ def make_resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Residen
     # that is in a weight.
     hooks = [o.register_step_pre_hook(before_step) for o in stepping]
     hooks += [o.register_step_post_hook(write) for o in stepping]
-    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    shared = shared_tensors(model)
     paths = {}
     for name, layer in layers.items():
         path, reason = layer.path()
-        if users[id(layer.weight)] > 1:
+        others = shared.get(f"{name}.weight" if name else "weight")
+        if others:
             if path != SEPARATE:
-                path, reason = SCATTER, "another module shares the weight"
+                path, reason = SCATTER, f"{others[0]} shares the weight's memory"
         else:
             layer._may_reside = True  # also later, if load_state_dict brings another weight
             layer._insert_sparse()
@@ -177,4 +178,4 @@ def _with_step_hooks(optimizer: Any) -> list[torch.optim.Optimizer]:
 def _layers(model: nn.Module, op: str) -> dict[str, RosaLinear]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: expected an nn.Module, got {type(model).__name__}")
-    return {n: module for n, module in model.named_modules() if isinstance(module, RosaLinear)}
+    return {n: module for n, module in named_modules(model) if isinstance(module, RosaLinear)}

@@ -11,13 +11,25 @@ from rosa_kernels import choice, registry
 from rosa_kernels.kernel import Call
 from rosa_kernels.ops.csr_transpose import transpose_tensors
 from rosa_kernels.pattern import CsrPattern
-from rosa_kernels.strides import readable_in_place
+from rosa_kernels.strides import readable_in_place, share_memory
 from rosa_kernels.tile_plan import sizes_of
 
 
 def run_on_matrix(op: str, w: Tensor, backend: str, *args: Any) -> Any:
     """Choose the kernel of csr_add_, csr_gather or csr_scatter_ for w, and run it."""
     return choice.kernel_on_matrix(op, w, backend).run(w, *args)
+
+
+def run_in_place(op: str, w: Tensor, backend: str, *args: Any) -> None:
+    """Run csr_add_ or csr_scatter_, whose kernels read values while they write w."""
+    values = args[2]
+    # The first check costs 0.3 us, the second 3 us of a small call's 24.
+    if torch._C._is_alias_of(w, values) and share_memory(w, values):  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"{op}: expected values that share no memory with the target, got some that do; call "
+            "values.clone() first"
+        )
+    run_on_matrix(op, w, backend, *args)
 
 
 def run_product(

@@ -59,8 +59,8 @@ def csr_add_(
     allow that for an op that mutates its input. :func:`csr_add` is differentiable.
 
     Shapes and dtypes: as for :func:`csr_add`. w may have any strides without internal overlap.
-    Raises: what :func:`csr_add` raises; RuntimeError if elements of w share memory, if w requires
-    grad, or if values requires grad while grad mode is on.
+    Raises: what :func:`csr_add` raises; RuntimeError if elements of w share memory, with each
+    other or with values, if w requires grad, or if values requires grad while grad mode is on.
     """
     _check("csr_add_", w, pattern, values)
     _validate.check_target("csr_add_", w, values, "use csr_add")
@@ -86,7 +86,7 @@ def _check(op: str, w: Tensor, pattern: CsrPattern, values: Tensor) -> None:
 
 
 def _run_(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, alpha: float, backend: str) -> None:
-    _dispatch.run_on_matrix("csr_add_", w, backend, crow, col, values, alpha)
+    _dispatch.run_in_place("csr_add_", w, backend, crow, col, values, alpha)
     torch.autograd.graph.increment_version(w)
 
 

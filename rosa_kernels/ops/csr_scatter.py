@@ -24,8 +24,8 @@ def csr_scatter_(
     This op has no autograd, because torch does not allow that for an op that mutates its input.
     Raises: TypeError for a wrong type or dtype; ValueError for a wrong shape or an unknown backend;
     RuntimeError for a wrong device, a changed pattern or a backend that cannot serve the call.
-    RuntimeError also if elements of w share memory, if w requires grad, or if values requires grad
-    while grad mode is on.
+    RuntimeError also if elements of w share memory, with each other or with values, if w requires
+    grad, or if values requires grad while grad mode is on.
     """
     _validate.check_pattern("csr_scatter_", pattern)
     _validate.check_matrix("csr_scatter_", "w", w, pattern)
@@ -46,7 +46,7 @@ def csr_scatter_(
 
 
 def _run(w: Tensor, crow: Tensor, col: Tensor, values: Tensor, backend: str) -> None:
-    _dispatch.run_on_matrix("csr_scatter_", w, backend, crow, col, values)
+    _dispatch.run_in_place("csr_scatter_", w, backend, crow, col, values)
     torch.autograd.graph.increment_version(w)
 
 

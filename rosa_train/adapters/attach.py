@@ -15,13 +15,17 @@ from rosa_kernels import CsrPattern
 from rosa_kernels.bounds import FRACTION_BELOW_1, POSITIVE
 from rosa_kernels.masks.targets import (
     ALL_LINEAR,
+    as_rule,
     check_pattern,
+    check_without_peft,
     layer_shape,
     pattern_key,
     saved_modules,
+    shared_weights,
     why_not_a_target,
 )
 from rosa_kernels.nn import RosaLinear
+from rosa_kernels.nn.wrapped import get_module, named_modules, named_parameters
 from rosa_train.adapters.state import (
     AdapterSpec,
     activate,
@@ -29,9 +33,11 @@ from rosa_train.adapters.state import (
     check_not_merged,
     host_copy,
     put_modules,
+    retie,
     rosa_modules,
     saved_parameters,
     set_requires_grad,
+    untie,
 )
 from rosa_train.adapters.switch import adapter_names, adapter_spec, adapter_targets
 from rosa_train.methods.budget import Allocation
@@ -73,7 +79,7 @@ def attach(
         alpha_pattern: another alpha for layers. Each key must match the end of a layer's name.
         adapter_name: the adapter's name, without dots.
         modules_to_save: names of modules that train in full. If their weights are tied to another
-            module's, that one trains too.
+            module's, they get weights of their own, as in PEFT, until the adapter is removed.
         target_modules, exclude_modules: the rule to record in ``adapter_config.json``.
         seed: the seed of A.
         trainable: False for an adapter that is used and does not train.
@@ -81,7 +87,8 @@ def attach(
     Raises:
         ValueError: the model has an adapter of that name. The targets are not layers of the model,
             cannot have an adapter (the message says why), or are not those of the allocation. A
-            module to save is missing, or is a target too. A number is out of range.
+            module to save is missing, is offloaded, or is a target too. A number is out of range.
+            DistributedDataParallel wraps the model already, or it has an adapter of PEFT.
         RuntimeError: an adapter is merged.
     """
     method = method_named(method)
@@ -91,6 +98,7 @@ def attach(
                 f"attach: expected a model without adapters for {method.name}, "
                 f"got {adapter_names(model)}"
             )
+        check_without_peft(model, "attach")
         model.requires_grad_(True)
         return
     alpha_pattern = alpha_pattern or {}
@@ -107,8 +115,8 @@ def attach(
         alphas=alphas,
         nnz=dict(allocation.nnz),
         dropout=float(FRACTION_BELOW_1.check("attach", dropout, "dropout")),
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
+        target_modules=as_rule(target_modules),
+        exclude_modules=as_rule(exclude_modules) if exclude_modules else None,
         modules_to_save=tuple(saved_modules(model, modules_to_save)),
         trainable=trainable,
     )
@@ -128,10 +136,12 @@ def set_masks(
 
     Raises:
         ValueError: the method has no sparse branch, or the masks are not those of the adapter's
-            layers, or a shape differs. Nothing is changed then.
+            layers, or a shape differs. DistributedDataParallel wraps the model already, or a weight
+            is on the meta device. Nothing is changed then.
         RuntimeError: an adapter is merged.
     """
     check_not_merged(model, "set_masks")
+    _check_not_distributed(model, "set_masks")
     spec = adapter_spec(model, adapter_name)
     layers = adapter_targets(model, spec.name)
     if not spec.method.sparse:
@@ -145,6 +155,11 @@ def set_masks(
             f"{len(masks)}, differing in {', '.join(odd[:5])}"
         )
     for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"set_masks: expected weights with data, got {name} on the meta device; set masks "
+                "before accelerate offloads it"
+            )
         if masks[name].shape != layer_shape(layer):
             raise ValueError(
                 f"set_masks: expected a mask of shape {layer_shape(layer)} for {name}, "
@@ -164,7 +179,7 @@ def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module
     """
     check_installable(model, spec, targets)
     state = adapter_state(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in named_parameters(model) if p.requires_grad}
     replaced: dict[str, RosaLinear] = {}
     added: list[RosaLinear] = []
     try:
@@ -183,11 +198,14 @@ def install(model: nn.Module, spec: AdapterSpec, targets: Mapping[str, nn.Module
                 else:
                     replaced[name] = RosaLinear(layer)
                     replaced[name].add_adapter(spec.name, **options)
+        untie(model, spec)
     except BaseException:
         for layer in added:
             layer.delete_adapter(spec.name)
         for parameter in trained.values():
             parameter.requires_grad_(True)
+        if not state.specs:
+            retie(model)
         raise
     put_modules(model, replaced)
     if state.trained_before is None:
@@ -205,6 +223,9 @@ def check_installable(
 ) -> None:
     """Raise the errors of :func:`attach` for a spec that does not fit the model."""
     check_not_merged(model, "attach")
+    check_without_peft(model, "attach")
+    if spec.trainable:
+        _check_not_distributed(model, "attach")
     if not spec.name or "." in spec.name:
         raise ValueError(f"attach: expected an adapter name without dots, got {spec.name!r}")
     if spec.name in adapter_state(model).specs:
@@ -221,7 +242,8 @@ def check_installable(
                 f"attach: expected {what} of exactly the {len(targets)} targets, got {len(given)}, "
                 f"differing in {', '.join(odd[:5])}"
             )
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
+    shared = shared_weights(model)
     for name, layer in targets.items():
         if modules.get(name) is not layer:
             raise ValueError(
@@ -232,6 +254,11 @@ def check_installable(
             raise ValueError(
                 f"attach: expected plain modules of class Linear or Conv1D, got {name} {reason}"
             )
+        if name in shared:
+            raise ValueError(
+                f"attach: expected weights that share memory with no other tensor, got {name}, "
+                f"which is tied to {shared[name]}"
+            )
     adapted = {*targets, *rosa_modules(model)}
     specs = (spec, *adapter_state(model).specs.values())
     for module in (saved for spec in specs for saved in spec.modules_to_save):
@@ -241,6 +268,20 @@ def check_installable(
                 f"modules_to_save: expected modules without adapters, got {module} and an adapter "
                 f"in {inside[0]}"
             )
+    for module in spec.modules_to_save:
+        if any(parameter.is_meta for parameter in get_module(model, module).parameters()):
+            raise ValueError(
+                f"modules_to_save: expected weights with data, got {module} on the meta device; "
+                "attach before accelerate offloads it"
+            )
+
+
+def _check_not_distributed(model: nn.Module, op: str) -> None:
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        raise ValueError(
+            f"{op}: expected a model that DistributedDataParallel does not wrap yet, because it "
+            "would not average the new parameters' gradients; wrap it afterwards"
+        )
 
 
 def init_lora_a_(lora_a: Tensor, name: str, seed: int) -> None:

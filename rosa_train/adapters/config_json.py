@@ -54,7 +54,9 @@ class AdapterConfig:
         key = pattern_key(self.alpha_pattern, name)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         # rsLoRA scales by alpha / sqrt(rank). Nothing is scaled at rank 0, where alpha stays > 0.
-        return float(alpha) * math.sqrt(self.rank(name) or 1) if self.use_rslora else float(alpha)
+        scaled = float(alpha) * math.sqrt(self.rank(name) or 1) if self.use_rslora else float(alpha)
+        # The largest floats overflow here.
+        return float(POSITIVE.check("load_adapter", scaled, f"alpha of {name}"))
 
 
 def to_json(
@@ -137,6 +139,8 @@ def read_config(path: Path) -> AdapterConfig:
     for name, (neutral, why) in _UNSUPPORTED.items():
         if fields.get(name) and fields[name] not in neutral:
             raise wrong(name, f"unset ({why})")
+    if fields.get("ensure_weight_tying") and fields.get("modules_to_save"):
+        raise wrong("ensure_weight_tying", "unset (modules to save are untied from others)")
     known = AdapterConfig.__dataclass_fields__
     return AdapterConfig(**{k: v for k, v in fields.items() if k in known and v is not None})
 

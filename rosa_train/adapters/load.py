@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rosa_kernels.masks.targets import find_targets, saved_modules
+from rosa_kernels.masks.targets import check_without_peft, find_targets, saved_modules
+from rosa_kernels.nn.wrapped import named_modules, named_parameters
 from rosa_train.adapters.attach import install
 from rosa_train.adapters.config_json import read_config
 from rosa_train.adapters.state import AdapterSpec, set_requires_grad
@@ -45,25 +46,39 @@ def load_adapter(
         FileNotFoundError: a file is missing.
         ValueError: a file is malformed, or the adapter is of another model (the message has a
             table of shapes). Tensors are missing or unexpected, or have a wrong dtype. Indices
-            are not a CSR pattern, or numbers are not finite. The name is taken.
+            are not a CSR pattern, or numbers are not finite. The name is taken. The model has an
+            adapter of PEFT, or is offloaded, or DistributedDataParallel wraps it and the adapter
+            is to train.
         RuntimeError: an adapter is merged.
     """
     folder = Path(directory)
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no directory"
-            raise FileNotFoundError(f"load_adapter: expected {name} in {folder}, got {found}")
+            pickled = ""
+            if name == WEIGHTS_NAME and "adapter_model.bin" in found:
+                pickled = (
+                    "; a .bin file is pickled and can run code, so it is not read: load it with "
+                    "PEFT and save it with save_pretrained"
+                )
+            raise FileNotFoundError(
+                f"load_adapter: expected {name} in {folder}, got {found}{pickled}"
+            )
+    check_without_peft(model, "load_adapter")
     config = read_config(folder / CONFIG_NAME)
     file = AdapterFile.read(folder / WEIGHTS_NAME, config)
     # PEFT also lists names of heads that only other models have.
-    names = [key for key, _ in model.named_modules()]
+    names = [key for key, _ in named_modules(model)]
     saved = saved_modules(
         model, [s for s in config.modules_to_save if any(name.endswith(s) for name in names)]
     )
-    live = {name: p for key, m in saved.items() for name, p in m.named_parameters(prefix=key)}
-    file.check_model(model, live)
+    file.check_model(model, _parameters_of(saved))
     targets = find_targets(
-        model, config.target_modules, config.exclude_modules, config.modules_to_save
+        model,
+        config.target_modules,
+        config.exclude_modules,
+        config.modules_to_save,
+        strict=False,
     )
     targets = file.check_targets(targets, config)
     spec = AdapterSpec(
@@ -80,11 +95,16 @@ def load_adapter(
     )
     install(model, spec, targets)
     try:
-        _fill(model, spec, file, live)
+        _fill(model, spec, file, _parameters_of(saved))
     except BaseException:
         delete_adapter(model, adapter_name)
         raise
     return spec
+
+
+def _parameters_of(saved: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of modules to save. An adapter that unties them replaces them."""
+    return {f"{key}.{name}": p for key, m in saved.items() for name, p in named_parameters(m)}
 
 
 @torch.no_grad()

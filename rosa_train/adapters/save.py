@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rosa_kernels.masks.targets import find_targets, layer_shape
 from rosa_kernels.nn import RosaLinear
+from rosa_kernels.nn.wrapped import get_module, named_parameters, unwrapped
 from rosa_train.adapters.config_json import FORMAT_VERSION, LORA, ROSA, to_json
 from rosa_train.adapters.state import AdapterSpec, adapter_state, saved_parameters
 from rosa_train.adapters.switch import adapter_targets
@@ -24,7 +25,7 @@ from rosa_train.adapters.tensors import (
     VALUES,
     WEIGHTS_NAME,
 )
-from rosa_train.files import replacing
+from rosa_train.files import absolute_if_folder, replacing, write_json
 
 
 def save_adapter(
@@ -37,16 +38,19 @@ def save_adapter(
     """Write an adapter to `directory` as adapter_config.json and adapter_model.safetensors.
 
     An adapter with only low-rank branches is saved as a LoRA that PEFT can load. Writing is atomic:
-    if it fails, an earlier adapter in the folder is unchanged.
+    if it fails, an earlier adapter in the folder is unchanged. The names in the files are those of
+    the plain model, also if torch.compile or another wrapper is around it or its parts.
 
     Args:
         model: a model with adapters.
         directory: the folder to write.
         adapter_name: the adapter's name. By default it is the active adapter.
-        base_model_name_or_path: the base model to record. By default the model's config has it.
+        base_model_name_or_path: the base model to record, by default that of the model's config.
+            A folder is recorded by its absolute path.
 
     Raises:
-        ValueError: there is no such adapter, or it has no branches yet.
+        ValueError: there is no such adapter, or it has no branches yet. One of its tensors is
+            sharded, or on the meta device.
         OSError: the files cannot be written.
     """
     from safetensors import SafetensorError
@@ -71,9 +75,20 @@ def save_adapter(
         name.endswith(VALUES) for name in tensors
     )
     tensors |= _saved_values(model, spec)
+    for name, tensor in tensors.items():
+        if tensor.is_meta or hasattr(tensor, "__tensor_flatten__"):
+            got = "one on the meta device" if tensor.is_meta else f"a {type(tensor).__name__}"
+            raise ValueError(
+                f"save_adapter: expected whole tensors with data, got {got} in {name}; gather it "
+                "first, or save before accelerate offloads it"
+            )
     shapes = {name: layer_shape(layer) for name, layer in layers.items()}
     if base_model_name_or_path is None:
-        base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None)
+        base_model_name_or_path = getattr(
+            getattr(unwrapped(model), "config", None), "_name_or_path", None
+        )
+    if base_model_name_or_path:
+        base_model_name_or_path = absolute_if_folder(base_model_name_or_path)
     config = to_json(
         spec,
         peft_type=LORA if pure else ROSA,
@@ -87,10 +102,10 @@ def save_adapter(
         "rosa_format_version": str(FORMAT_VERSION),
         "method": spec.method.name,
         # The tensors of the sparse branch determine m, but not n.
-        "shapes": json.dumps(shapes),
+        "shapes": json.dumps(shapes, allow_nan=False),
     }
     with replacing(directory, last=CONFIG_NAME) as folder:
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(folder / CONFIG_NAME, config)
         try:
             _write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
         except SafetensorError as error:  # safetensors raises it for a full disk
@@ -104,9 +119,9 @@ def _saved_values(model: nn.Module, spec: AdapterSpec) -> dict[str, Tensor]:
     aside = state.base | state.saved.get(spec.name, {})
     names = {id(p): name for name, p in saved_parameters(model, spec).items()}
     return {
-        name: parameter if live else aside[names[id(parameter)]]
+        f"{module}.{name}": parameter if live else aside[names[id(parameter)]]
         for module in spec.modules_to_save
-        for name, parameter in model.get_submodule(module).named_parameters(prefix=module)
+        for name, parameter in named_parameters(get_module(model, module))
     }
 
 
@@ -140,7 +155,9 @@ def _sort_metadata(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = json.dumps(
+            header, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))

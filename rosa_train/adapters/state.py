@@ -10,6 +10,14 @@ from torch import Tensor, nn
 
 from rosa_kernels.masks.targets import ALL_LINEAR
 from rosa_kernels.nn import RosaLinear
+from rosa_kernels.nn.wrapped import (
+    get_module,
+    named_modules,
+    named_parameters,
+    set_module,
+    shared_tensors,
+    unwrapped,
+)
 from rosa_train.methods.method import Method
 
 _ATTRIBUTE = "_rosa_adapter_state"
@@ -58,6 +66,8 @@ class AdapterState:
             if there was no adapter yet.
         base: values of the parameters of modules to save, without any adapter.
         saved: values of the same parameters for each inactive adapter.
+        untied: the names of parameters that :func:`untie` has replaced, each with the name of the
+            same parameter elsewhere.
     """
 
     specs: dict[str, AdapterSpec] = field(default_factory=dict)
@@ -65,6 +75,7 @@ class AdapterState:
     trained_before: frozenset[str] | None = None
     base: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
 
     def spec(self, name: str | None) -> AdapterSpec:
         """The spec of an adapter. None stands for the active adapter."""
@@ -79,6 +90,7 @@ class AdapterState:
 
 def adapter_state(model: nn.Module) -> AdapterState:
     """The state of a model's adapters. It is empty if the model never had an adapter."""
+    model = unwrapped(model)
     state = getattr(model, _ATTRIBUTE, None)
     if state is None:
         state = AdapterState()
@@ -88,37 +100,70 @@ def adapter_state(model: nn.Module) -> AdapterState:
 
 def forget(model: nn.Module) -> None:
     """Delete the adapter state of a model whose adapters are removed."""
+    model = unwrapped(model)
     if hasattr(model, _ATTRIBUTE):
         delattr(model, _ATTRIBUTE)
 
 
 def rosa_modules(model: nn.Module) -> dict[str, RosaLinear]:
     """Every RosaLinear of a model by its name, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, RosaLinear)}
+    return {name: m for name, m in named_modules(model) if isinstance(m, RosaLinear)}
 
 
 def put_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """Replace modules of a model by their names, everywhere: a module may have several names."""
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    old = {name: model.get_submodule(name) for name in new}
+    old = {name: get_module(model, name) for name in new}
     for name, module in new.items():
         for place in names[id(old[name])]:
-            model.set_submodule(place, module)
+            set_module(model, place, module)
 
 
 def saved_parameters(model: nn.Module, spec: AdapterSpec | None) -> dict[str, nn.Parameter]:
-    """The parameters of an adapter's modules to save, by the names of ``named_parameters``.
-
-    A parameter that two modules share, such as a tied head's, appears once, under one name.
-    """
+    """The parameters of an adapter's modules to save, by the names of ``named_parameters``."""
     wanted = {
         id(parameter)
         for module in (spec.modules_to_save if spec is not None else ())
-        for parameter in model.get_submodule(module).parameters()
+        for parameter in get_module(model, module).parameters()
     }
-    return {name: p for name, p in model.named_parameters() if id(p) in wanted} if wanted else {}
+    return {name: p for name, p in named_parameters(model) if id(p) in wanted} if wanted else {}
+
+
+def untie(model: nn.Module, spec: AdapterSpec) -> None:
+    """Give an adapter's modules to save parameters of their own, with equal values, as PEFT does.
+
+    Training them, or loading an adapter of PEFT, then changes no tensor outside the module.
+    """
+    for saved in spec.modules_to_save:
+        inside = f"{saved}."
+        copies: dict[int, nn.Parameter] = {}
+        for name, others in shared_tensors(model).items():
+            outside = [other for other in others if not other.startswith(inside)]
+            old = _tensors_at(model, name).get(name.rpartition(".")[2])
+            if not name.startswith(inside) or not outside or old is None:
+                continue
+            if id(old) not in copies:
+                copies[id(old)] = nn.Parameter(old.detach().clone(), old.requires_grad)
+            _tensors_at(model, name)[name.rpartition(".")[2]] = copies[id(old)]
+            for other in outside:
+                if _tensors_at(model, other).get(other.rpartition(".")[2]) is old:
+                    adapter_state(model).untied[name] = other
+
+
+def retie(model: nn.Module) -> None:
+    """Undo :func:`untie`. The modules must have their values without any adapter."""
+    untied = adapter_state(model).untied
+    while untied:
+        name, other = untied.popitem()  # the latest first: its partner may be untied, too
+        partner = _tensors_at(model, other)[other.rpartition(".")[2]]
+        _tensors_at(model, name)[name.rpartition(".")[2]] = partner
+
+
+def _tensors_at(model: nn.Module, name: str) -> dict[str, nn.Parameter | None]:
+    """The parameters of the module that holds the tensor of that name."""
+    return get_module(model, name.rpartition(".")[0])._parameters
 
 
 def activate(model: nn.Module, name: str | None) -> None:
@@ -127,6 +172,12 @@ def activate(model: nn.Module, name: str | None) -> None:
     if state.active != name:
         before = saved_parameters(model, state.specs.get(state.active or ""))
         after = saved_parameters(model, state.specs.get(name or ""))
+        offloaded = [key for key, parameter in (before | after).items() if parameter.is_meta]
+        if offloaded:
+            raise RuntimeError(
+                f"adapter: expected modules to save with data, got {offloaded[0]} on the meta "
+                "device; remove accelerate's hooks first"
+            )
         if state.active is not None and before:
             state.saved[state.active] = {key: host_copy(p) for key, p in before.items()}
         values = state.base | state.saved.pop(name or "", {})

@@ -13,6 +13,7 @@ from rosa_train.adapters.state import (
     activate,
     adapter_state,
     check_not_merged,
+    retie,
     rosa_modules,
     saved_parameters,
 )
@@ -94,6 +95,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     state.saved.pop(name, None)
     used = {key for spec in state.specs.values() for key in saved_parameters(model, spec)}
     state.base = {key: value for key, value in state.base.items() if key in used}
+    if not used:
+        retie(model)
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

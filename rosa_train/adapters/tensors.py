@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rosa_kernels import CsrPattern
-from rosa_kernels.masks.targets import is_layer, layer_shape
+from rosa_kernels.masks.targets import is_layer, layer_shape, why_not_a_target
+from rosa_kernels.nn.wrapped import named_modules
 from rosa_train.adapters.config_json import LORA, ROSA, AdapterConfig
 from rosa_train.methods.method import METHODS, Method
 
@@ -82,13 +83,14 @@ class AdapterFile:
 
     def check_model(self, model: nn.Module, live: Mapping[str, Tensor]) -> None:
         """Raise ValueError if a tensor does not fit the model."""
-        modules = dict(model.named_modules())
+        modules = dict(named_modules(model))
         rows: list[tuple[str, str, str]] = []
         for name, shape in self.shapes.items():
             module = modules.get(name)
             here = layer_shape(module) if module is not None and is_layer(module) else None
             if here != shape:
-                rows.append((name, str(shape), str(here) if here else "no such layer"))
+                reason = why_not_a_target(model, name) if module is not None else "no such layer"
+                rows.append((name, str(shape), str(here) if here else reason))
         for name, tensor in self.saved.items():
             if name in live and live[name].shape != tensor.shape:
                 rows.append((name, str(tuple(tensor.shape)), str(tuple(live[name].shape))))
@@ -111,7 +113,11 @@ class AdapterFile:
     def check_targets(
         self, targets: Mapping[str, nn.Module], config: AdapterConfig
     ) -> dict[str, nn.Module]:
-        """The targets. Raise ValueError if the file lacks tensors of one, or has others."""
+        """The targets that the file is for.
+
+        Raises:
+            ValueError: the file lacks the tensors of a target, or has tensors of another layer.
+        """
         if config.layers_to_transform is not None:
             targets = {name: module for name, module in targets.items() if name in self.layers}
         # A layer may have rank 0 and no nonzeros. It then has no tensors.

@@ -70,9 +70,8 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
     """
     _row_length("pack", [len(example) for example in examples], max_length)
     rows: list[list[Example]] = []
-    free: list[
-        tuple[int, int]
-    ] = []  # sorted by (room left, -row): of equal rooms, the latest row is first
+    # Sorted by (room left, -row), so that of equal rooms the latest row comes first.
+    free: list[tuple[int, int]] = []
     for example in examples:
         at = bisect_left(free, (len(example), -len(rows)))
         if at == len(free):

@@ -93,6 +93,7 @@ def read_dataset(args: DataArguments, tokenizer: Any, *, training: bool) -> Data
         args.max_length,
         chat=args.chat,
         on_too_long=args.on_too_long,  # type: ignore[arg-type]
+        split_special_tokens=args.split_special_tokens,
     )
     name = "train_file" if training else "eval_file"
     expect(bool(examples), name, "at least one example that fits", f"none in {source}")

@@ -1,9 +1,6 @@
 """Turns records into token ids: a prompt, and the completion that has a loss.
 
-Prompt and completion are tokenised separately, and joined as ids. If they were tokenised together,
-a tokenizer might merge the prompt's end and the completion's start into one token. The model would
-then train after other ids than it generates after. Tokenised separately, the prompt's ids are the
-same in training and in generation.
+The prompt's ids are the same in training and in generation.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
 from rosa_train.data.records import Record
+from rosa_train.data.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +50,7 @@ def encode(
     *,
     chat: bool = False,
     on_too_long: OnTooLong = "error",
+    split_special_tokens: bool = False,
 ) -> list[Example]:
     """Fill the templates with each record and tokenise: ``prompt_ids + completion_ids``.
 
@@ -68,6 +67,9 @@ def encode(
             error, and "drop" leaves the record out. "truncate" cuts the end of the completion, its
             end-of-text token included, and drops the record if no completion is left. The last
             two log how many records are concerned.
+        split_special_tokens: text of special tokens in a record, such as ``<|im_end|>``, is
+            tokenised like other text. Otherwise it becomes that token. Templates keep theirs. The
+            number of such records is logged in both cases.
 
     Raises:
         ValueError: a template is malformed, or no examples are left. A record lacks a field or its
@@ -82,8 +84,9 @@ def encode(
         )
     prompt_of = parse_template(prompt_template, "prompt_template")
     completion_of = parse_template(completion_template, "completion_template")
-    prompts = [prompt_of(record) for record in records]
-    completions = [completion_of(record) for record in records]
+    tokens = Tokens(tokenizer, split_special_tokens)
+    prompts = [prompt_of(record, tokens.mark) for record in records]
+    completions = [completion_of(record, tokens.mark) for record in records]
     heads, tails = prompts, completions
     if chat:
         pairs = list(map(_chat_writer(tokenizer), prompts, completions, records))
@@ -94,17 +97,14 @@ def encode(
         Example(
             head if head[:1] == bos else bos + head,
             _ended(tail, int(tokenizer.eos_token_id), turn=chat),
-            completion,
+            tokens.plain(completion),
             record.where,
         )
-        for head, tail, completion, record in zip(
-            _tokenise(tokenizer, heads),
-            _tokenise(tokenizer, tails),
-            completions,
-            records,
-            strict=True,
+        for (head, tail), completion, record in zip(
+            tokens.pairs(heads, tails), completions, records, strict=True
         )
     ]
+    _say(tokens, [*zip(prompts, completions, records, strict=True)])
     fitting = _fit(examples, max_length, on_too_long)
     if not fitting:
         raise ValueError(f"encode: expected records to train on, got none of {len(examples)}")
@@ -123,8 +123,10 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def parse_template(template: str, name: str = "template") -> Callable[[Record], str]:
+def parse_template(template: str, name: str = "template") -> Callable[..., str]:
     """A function that fills ``template`` with a record's fields.
+
+    It takes a record and, if wanted, a function that changes each inserted text.
 
     Only whole fields are allowed. A template comes from a command line, and str.format would
     evaluate ``{a.__class__}`` or ``{a[0]}``.
@@ -148,7 +150,7 @@ def parse_template(template: str, name: str = "template") -> Callable[[Record], 
                 f"got {{{field}{tail}}} in {template!r}"
             )
 
-    def fill(record: Record) -> str:
+    def fill(record: Record, change: Callable[[str], str] = str) -> str:
         filled = []
         for text, field, _, _ in parts:
             filled.append(text)
@@ -159,7 +161,7 @@ def parse_template(template: str, name: str = "template") -> Callable[[Record], 
                     f"encode: {record.where}: expected field {field!r} of {name}, "
                     f"got {', '.join(map(str, record.fields)) or 'no fields'}"
                 )
-            filled.append(_as_text(record.fields[field], field, record.where))
+            filled.append(change(_as_text(record.fields[field], field, record.where)))
         return "".join(filled)
 
     return fill
@@ -168,7 +170,13 @@ def parse_template(template: str, name: str = "template") -> Callable[[Record], 
 def _as_text(value: Any, field: str, where: str) -> str:
     if value is None:
         raise ValueError(f"encode: {where}: expected a value in field {field!r}, got null")
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = value if isinstance(value, str) else _as_json(value)
+    except ValueError:
+        raise ValueError(
+            f"encode: {where}: expected a value in field {field!r}, got {value!r}, which JSON "
+            "does not have"
+        ) from None
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
@@ -177,6 +185,10 @@ def _as_text(value: Any, field: str, where: str) -> str:
             f"got the lone surrogate {text[error.start]!r}"
         ) from None
     return text
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
 
 
 def _chat_writer(
@@ -211,12 +223,31 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return added[:1] if added and added[0] == tokenizer.bos_token_id else []
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: the tokenizer would warn about lengths, which `_fit` checks.
-    ids: list[list[int]] = (
-        tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
-    )
-    return ids
+def _say(tokens: Tokens, rows: Sequence[tuple[str, str, Record]]) -> None:
+    """Logs how many records hold special tokens, or could not be tokenised as one text."""
+    special = [
+        (found, record.where)
+        for prompt, completion, record in rows
+        if (found := tokens.found(prompt + completion))
+    ]
+    if special:
+        _log.warning(
+            "%d of %d records hold text of special tokens, the first %s in %s: %s",
+            len(special),
+            len(rows),
+            *special[0],
+            "it is tokenised like other text"
+            if tokens.splits
+            else "it becomes that token; --split_special_tokens keeps it as text",
+        )
+    if tokens.apart:
+        _log.warning(
+            "in %d of %d records prompt and completion share a token, or change each other's "
+            "tokens: the prompt has the tokens as in generation, and the completion is tokenised "
+            "by itself (a prompt_template that ends before a space may avoid it)",
+            tokens.apart,
+            len(rows),
+        )
 
 
 def _ended(ids: list[int], eos: int, *, turn: bool) -> list[int]:

@@ -15,8 +15,8 @@ class BatchOrder:
     step. Each step takes the next ``batch_size * world`` examples of the shuffle, and deals them to
     the ranks in turn. The last step of an epoch takes the rest. If ``world`` does not divide the
     rest, at most ``world - 1`` of the epoch's first examples fill it up. So all ranks get equal
-    numbers, and no rank waits for another. Every example comes once per epoch, and exactly once if
-    ``world`` divides ``count``.
+    numbers, and no rank waits for another. Every example comes at least once per epoch, and exactly
+    once if ``world`` divides ``count``.
 
     Raises:
         ValueError: count, batch_size or world is below 1, or the rank is outside [0, world).

@@ -119,10 +119,7 @@ def _parse(text: str, where: str, *, whole_file: bool = False) -> Any:
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if whole_file else ""
         reason = f"{error.msg} at column {error.colno}"
-    except (
-        RecursionError,
-        ValueError,
-    ) as error:  # nested too deep, or a number with too many digits
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
         line, reason = "", str(error)
     raise ValueError(f"read_records: {where}{line}: expected JSON, got {reason}")
 

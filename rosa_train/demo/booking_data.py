@@ -8,10 +8,11 @@ memorising does not help.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Container, Mapping
 from pathlib import Path
+
+from rosa_train.files import json_lines
 
 PROMPT_TEMPLATE = "{utterance}\n=>"
 COMPLETION_TEMPLATE = " {meaning}"
@@ -101,7 +102,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "eval.jsonl"
     for path, rows in zip(paths, (learnt, held_out), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text(json_lines(rows), encoding="utf-8")
     return paths
 
 

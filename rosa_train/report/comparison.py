@@ -109,8 +109,9 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
         return []
     with plot.style():
         lines = {row["method"]: plot.read_run(row["output_dir"]) for row in drawn}
-        plot.save(plot.loss_figure(lines), folder / "loss.png")
-        plot.save(plot.tradeoff_figure(drawn), folder / "tradeoff.png")
+        title = plot.caption([Path(row["output_dir"]) for row in drawn])
+        plot.save(plot.loss_figure(lines, title), folder / "loss.png")
+        plot.save(plot.tradeoff_figure(drawn, title), folder / "tradeoff.png")
     return ["loss.png", "tradeoff.png"]
 
 

@@ -1,7 +1,7 @@
 """Training state on the disk. It is written atomically and without pickle.
 
     checkpoint-<step>/            after that many optimizer steps
-    checkpoint-<step>-masked/     the same, right after the masks were built
+    checkpoint-<step>-masked/     the same, right after the masks were chosen
         adapter/                  a complete adapter, from `save_adapter`
         model.safetensors         instead of adapter/ in full fine-tuning: weights by name
         optimizer.safetensors     <parameter>.exp_avg, .exp_avg_sq, .step
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rosa_train.adapters.save import save_adapter
-from rosa_train.files import replacing
+from rosa_train.files import json_text, replacing, write_json
 
 FORMAT_VERSION = 1
 
@@ -120,8 +120,7 @@ def save(
             else:
                 save_adapter(model, folder / "adapter")
             save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-            text = json.dumps(dataclasses.asdict(state), indent=2)
-            (folder / "state.json").write_text(text, encoding="utf-8")
+            write_json(folder / "state.json", dataclasses.asdict(state))
     except (OSError, SafetensorError) as error:
         earlier = checkpoints(output_dir)
         intact = f"{earlier[-1]} is intact" if earlier else "there is no earlier one"
@@ -157,19 +156,16 @@ def read_state(folder: Path) -> State:
     return State(**values)
 
 
-def check_arguments(folder: Path, state: State, arguments: Mapping[str, Any]) -> None:
-    """Raises `ValueError` with a table of differences, unless the arguments equal the state's."""
+def check_arguments(folder: Path, there: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Raises `ValueError` with a table of differences, unless the arguments equal those there."""
     # The saved arguments went through JSON, which makes lists of tuples, and strings of keys.
-    now = json.loads(json.dumps(arguments))
+    now = json.loads(json_text(arguments))
     differing = sorted(
-        name
-        for name in now.keys() | state.arguments.keys()
-        if now.get(name) != state.arguments.get(name)
+        name for name in now.keys() | there.keys() if now.get(name) != there.get(name)
     )
     if differing:
         rows = "\n".join(
-            f"  {name}: {state.arguments.get(name)!r} there, {now.get(name)!r} here"
-            for name in differing
+            f"  {name}: {there.get(name)!r} there, {now.get(name)!r} here" for name in differing
         )
         raise ValueError(
             f"--resume_from_checkpoint: expected the arguments of {folder}, got others:\n{rows}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rosa_train.config import TrainArguments
 from rosa_train.data.collate import IGNORED, pad_prompts
 from rosa_train.data.dataset import Dataset
 from rosa_train.data.examples import Example, pad_token_id
-from rosa_train.files import write_file
+from rosa_train.files import json_lines, write_file
 from rosa_train.run import distributed
 
 
@@ -82,14 +82,26 @@ def evaluate_loss(
 
     Batches are added in double precision, so that a large evaluation set loses no digits.
     """
-    total, count = 0.0, 0
+    measured = batch_losses(model, batches, device, autocast)
+    return sum(loss for loss, _ in measured), sum(targets for _, targets in measured)
+
+
+def batch_losses(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[tuple[float, int]]:
+    """For each batch, the loss summed over its targets, and their number."""
+    measured = []
     with eval_mode(model):
         for batch in batches:
-            if targets := target_count(batch):
+            loss, targets = 0.0, target_count(batch)
+            if targets:
                 with autocast():
-                    total += target_loss(model, batch, device).item()
-                count += targets
-    return total, count
+                    loss = target_loss(model, batch, device).item()
+            measured.append((loss, targets))
+    return measured
 
 
 def generate_exact_match(
@@ -104,7 +116,8 @@ def generate_exact_match(
 ) -> tuple[float, list[dict[str, Any]]]:
     """Completes prompts greedily, and compares the completions with their references.
 
-    White space at both ends is ignored. Batches are padded on the left.
+    White space at both ends is ignored, and any other difference counts. Batches are padded on the
+    left.
 
     Returns:
         The share of completions that equal their reference, in [0, 1] (0 without examples). For
@@ -152,8 +165,11 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int] | None:
 
 def evaluate_dataset(
     model: nn.Module, dataset: Dataset, args: TrainArguments, accelerator: Any
-) -> tuple[float, int]:
-    """The mean loss over all target tokens, and their number. Each process takes its share."""
+) -> tuple[float, int, list[list[int]]]:
+    """The mean loss over all target tokens, and their number. Each process takes its share.
+
+    The third value is this process's batches of rows whose loss is not finite.
+    """
     shares = dataset.share(
         range(len(dataset)),
         args.per_device_eval_batch_size,
@@ -161,11 +177,14 @@ def evaluate_dataset(
         accelerator.num_processes,
     )
     batches = (dataset.collate(share) for share in shares)
-    loss, count = evaluate_loss(model, batches, accelerator.device, accelerator.autocast)
+    measured = batch_losses(model, batches, accelerator.device, accelerator.autocast)
+    bad = [share for share, (one, _) in zip(shares, measured, strict=True) if not isfinite(one)]
+    loss: float = sum(one for one, _ in measured)
+    count = sum(targets for _, targets in measured)
     if distributed.is_parallel():
         totals = torch.tensor([loss, count], dtype=torch.float64, device=accelerator.device)
         loss, count = distributed.all_reduce(totals).tolist()
-    return loss / max(count, 1), int(count)
+    return loss / max(count, 1), int(count), bad
 
 
 def generate_predictions(
@@ -192,8 +211,7 @@ def generate_predictions(
 
         predictions = gather_object(predictions)
     if accelerator.is_main_process:
-        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
-        write_file(out / "predictions.jsonl", text)
+        write_file(out / "predictions.jsonl", json_lines(predictions))
     return _share_of_matches(predictions)
 
 

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 
 from rosa_train.adapters.load import load_adapter
+from rosa_train.config import ModelArguments
 from rosa_train.data.examples import Example, encode
 from rosa_train.data.records import Record
 from rosa_train.run.evaluate import generate_exact_match
+
+# How long the hub may take to answer whether it has a model.
+_HUB_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,19 @@ def locate(source: str | Path, base: str | None = None) -> Trained:
         if (folder / "adapter_config.json").is_file():
             args = _args(source, source.parent)
             config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-            base = base or config.get("base_model_name_or_path") or args.get("model_name_or_path")
-            if not base:
+            named = config.get("base_model_name_or_path") or args.get("model_name_or_path")
+            found: str | None = base or named
+            if not found:
                 raise ValueError(f"expected the base model of {folder} by --model, got none")
-            check_model(base)
-            return Trained(base, folder, args)
+            try:
+                check_model(found)
+            except FileNotFoundError as error:
+                if base:
+                    raise
+                raise FileNotFoundError(
+                    f"{error}. {folder} names this base model; --model gives another place"
+                ) from None
+            return Trained(found, folder, args)
     for folder in (source, source / "model"):
         if (folder / "config.json").is_file():
             if base is not None:
@@ -65,16 +77,56 @@ def locate(source: str | Path, base: str | None = None) -> Trained:
     )
 
 
-def check_model(name: str) -> None:
-    """Raises `FileNotFoundError` if `name` can only be a folder, and has no model.
+def check_model(name: str, *, tokenizer: bool = False) -> None:
+    """Raises `FileNotFoundError` unless `name` is a folder with a model, or a model of the hub.
 
-    transformers would first look on the hub, and report an error of the network.
+    The folder and the hub's cache are looked at first, then the hub is asked once. transformers
+    would ask for 64 s if the hub cannot be reached. A `tokenizer` needs only a folder.
     """
     path = Path(name).expanduser()
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.is_dir()
-    if is_path and not (path / "config.json").is_file():
-        got = "no config.json in it" if path.is_dir() else "no such folder"
-        raise FileNotFoundError(f"expected the folder of a Hugging Face model, got {name}: {got}")
+    if (path / "config.json").is_file() or (tokenizer and path.is_dir()):
+        return
+    kind = "tokenizer" if tokenizer else "model"
+    expected = f"expected the folder of a Hugging Face {kind}"
+    if path.is_dir():
+        raise FileNotFoundError(f"{expected}, got {name}: no config.json in it")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"{expected}, got {name}: no such folder")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    file = "tokenizer_config.json" if tokenizer else "config.json"
+    try:
+        if not isinstance(try_to_load_from_cache(name, file), str):
+            HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except Exception as error:  # the hub's errors and those of its HTTP client share no base
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"{expected} or its name on the hub, got {name}: no such folder, and the hub says: "
+            f"{said[0]}"
+        ) from error
+
+
+def check_models(args: ModelArguments) -> None:
+    """Checks that a run's model and tokenizer can be found, and that the model can be trained.
+
+    Raises:
+        FileNotFoundError: the model or the tokenizer is nowhere.
+        ValueError: the model is quantised.
+    """
+    from transformers import AutoConfig
+
+    check_model(args.model_name_or_path)
+    quantised = getattr(
+        AutoConfig.from_pretrained(args.model_name_or_path), "quantization_config", None
+    )
+    if quantised is not None:
+        how = dict(quantised).get("quant_method", "unknown")
+        raise ValueError(
+            f"expected a model with float weights, got {args.model_name_or_path} quantised by "
+            f"{how}: quantised base models cannot be trained; dequantise it first"
+        )
+    if args.tokenizer_name is not None:
+        check_model(args.tokenizer_name, tokenizer=True)
 
 
 def load(trained: Trained, dtype: str | None = None) -> tuple[Any, Any]:
@@ -82,6 +134,7 @@ def load(trained: Trained, dtype: str | None = None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = trained.args.get("tokenizer_name") or trained.base
+    check_model(name, tokenizer=True)
     tokenizer = AutoTokenizer.from_pretrained(name)
     dtype = dtype or trained.args.get("dtype") or "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(trained.base, dtype=dtype)
@@ -116,13 +169,20 @@ def complete(
     prompt_template: str,
     completion_template: str,
     chat: bool = False,
+    split_special_tokens: bool = False,
     max_length: int = 512,
     max_new_tokens: int = 128,
     batch_size: int = 8,
 ) -> tuple[float, list[dict[str, Any]]]:
     """The share of greedy completions that equal their reference, and all completions."""
     examples: list[Example] = encode(
-        records, tokenizer, prompt_template, completion_template, max_length, chat=chat
+        records,
+        tokenizer,
+        prompt_template,
+        completion_template,
+        max_length,
+        chat=chat,
+        split_special_tokens=split_special_tokens,
     )
     return generate_exact_match(
         model,

@@ -7,19 +7,23 @@ run first cuts it back to the checkpoint, so that it holds each step once.
 from __future__ import annotations
 
 import ctypes
-import json
+import math
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rosa_train.files import write_file
+from rosa_train.files import json_lines, json_text, read_json_lines, write_file
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+# Without a progress bar, the seconds between two lines that say how far the run is.
+LINE_SECONDS = 60.0
 
 
 class PeakMemory:
@@ -83,6 +87,9 @@ class Metrics:
         self._every = every
         self._board: Any = None
         self._bar: Any = None
+        self._start, self._total = start, total
+        self._began = time.monotonic()
+        self._said_at = -math.inf
         self.lines = 0
         if not main:
             return
@@ -107,7 +114,7 @@ class Metrics:
             return
         numbers = {name: value for name, value in numbers.items() if value is not None}
         # With one write call per line, a killed process can tear only the last line.
-        self._file.write(json.dumps({"step": step, "phase": phase, **numbers}) + "\n")
+        self._file.write(json_text({"step": step, "phase": phase, **numbers}) + "\n")
         self._file.flush()
         self.lines += 1
         is_step = phase in ("warmup", "train")
@@ -119,6 +126,8 @@ class Metrics:
             self._bar.update(1)
             if due:
                 self._bar.set_postfix(phase=phase, loss=f"{numbers['loss']:.3f}", refresh=False)
+        elif is_step:
+            self._say_progress(step, numbers)
 
     def say(self, text: str) -> None:
         """Prints a line for people on stderr, without breaking the progress bar."""
@@ -127,6 +136,19 @@ class Metrics:
                 self._bar.write(text, file=sys.stderr)
             else:
                 print(text, file=sys.stderr, flush=True)
+
+    def _say_progress(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Says now and then how far the run is: the only sign of life in a log."""
+        now = time.monotonic()
+        if now - self._said_at < LINE_SECONDS:
+            return
+        self._said_at = now
+        # Masks and evaluations so far are counted, as there may be more of them.
+        left = (now - self._began) / (step - self._start) * (self._total - step)
+        self.say(
+            f"step {step:,} of {self._total:,}: loss {numbers['loss']:.4f}, "
+            f"{numbers['tokens_per_s']:,.0f} tokens/s, {_duration(left)} left"
+        )
 
     def sync(self) -> None:
         """Waits until metrics.jsonl is on the disk. A checkpoint relies on it."""
@@ -143,28 +165,26 @@ class Metrics:
             self._bar.close()
 
 
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last line that a killed process tore is left out.
+    """The lines of a metrics.jsonl, none if it is missing. A torn last line is left out.
 
     Raises:
         ValueError: a complete line is not JSON. The message has file and line.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends in a newline
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"metrics: {path}:{number}: expected JSON, got {error}") from error
-    return rows
+    return read_json_lines(path) if path.exists() else []
 
 
 def cut(source: Path, lines: int, target: Path) -> None:
     """Makes `target` the first `lines` lines of `source`, atomically. Both may be one file."""
     rows = read(source)[:lines]
-    write_file(target, "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(target, json_lines(rows))
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from rosa_train.files import write_file
+from rosa_train.files import write_json
 from rosa_train.run import metrics
 from rosa_train.run.setup import Run
 
@@ -60,5 +62,20 @@ def write_result(run: Run, load_seconds: float) -> Result:
     )
     result.seconds["load"] = load_seconds
     if run.accelerator.is_main_process:
-        write_file(run.out / "result.json", json.dumps(dataclasses.asdict(result), indent=2))
+        # A run that is resumed later is compared with these arguments.
+        values = dataclasses.asdict(result) | {"arguments": run.state.arguments}
+        write_json(run.out / "result.json", values)
     return result
+
+
+def read_result(out: Path) -> Result:
+    """The result of a complete run."""
+    values = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    values["eval_losses"] = {int(step): loss for step, loss in values["eval_losses"].items()}
+    return Result(**{name: values[name] for name in Result.__dataclass_fields__})
+
+
+def say_complete(run: Run) -> None:
+    """Says on stderr that a run was complete before it was resumed."""
+    if run.accelerator.is_main_process:
+        print(f"{run.out}: the run is complete already; nothing is trained", file=sys.stderr)

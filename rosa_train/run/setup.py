@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,14 +25,15 @@ from rosa_train.config import (
 )
 from rosa_train.data.dataset import Dataset, read_dataset
 from rosa_train.data.order import BatchOrder
-from rosa_train.files import write_file
+from rosa_train.files import write_json
 from rosa_train.methods.budget import Allocation, allocate
 from rosa_train.methods.method import Method, method_named
 from rosa_train.methods.schedule import plan
 from rosa_train.run import checkpoint as checkpoints
 from rosa_train.run import distributed, metrics
-from rosa_train.run.folder import prepare_folder, starting_point
+from rosa_train.run.folder import FolderLock, finished_arguments, prepare_folder, starting_point
 from rosa_train.run.optimizer import make_adamw
+from rosa_train.run.packing import why_not_packed
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Run:
         order: the rows that each step takes.
         steps: the number of optimizer steps of the whole run.
         method: the method, with the branches that train in the end.
-        mask_step: the step before which masks are chosen. None means never.
+        mask_step: masks are chosen after this many steps. None means never.
         model, allocation: the model with its adapter, and each layer's rank and nonzeros.
         adamw, optimizer: AdamW, and the same as accelerate wraps it.
         state: the state from which the run starts.
+        complete: whether the run in the folder is complete, so that nothing is left to train.
     """
 
     model_args: ModelArguments
@@ -71,6 +72,7 @@ class Run:
     adamw: torch.optim.Optimizer
     optimizer: Any
     state: checkpoints.State
+    complete: bool
 
     @property
     def final(self) -> Path:
@@ -83,11 +85,15 @@ def prepare(
     data_args: DataArguments,
     method_args: MethodArguments,
     train_args: TrainArguments,
+    lock: FolderLock,
 ) -> Run:
     """Prepares everything before the first step. The folder is written last, if all is well."""
     out = Path(train_args.output_dir)
     accelerator = make_accelerator(train_args)
-    resumed_from = starting_point(out, train_args)
+    if accelerator.is_main_process:
+        lock.take_if_there()
+    finished = finished_arguments(out, train_args)
+    resumed_from = starting_point(out, train_args) if finished is None else None
     method = method_named(method_args.method)
 
     # -- data and model
@@ -100,7 +106,7 @@ def prepare(
     eval_dataset = None
     if data_args.eval_source:
         eval_dataset = read_dataset(data_args, tokenizer, training=False)
-    order, steps = _order_and_steps(len(dataset), train_args, accelerator.num_processes)
+    order, steps = order_and_steps(len(dataset), train_args, accelerator.num_processes)
     method, mask_step = plan(method, method_args.schedule, steps)
     model: Any = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
@@ -108,6 +114,13 @@ def prepare(
         attn_implementation=model_args.attn_implementation,
     ).to(accelerator.device)
     check_fit(model, method, dataset, data_args, method_args, train_args)
+    if data_args.packing:
+        reason = why_not_packed(model, accelerator.device, accelerator.autocast)
+        expect(
+            reason is None,
+            "packing", "a model that keeps packed examples apart",
+            f"{type(model).__name__}: {reason}; leave --packing out",
+        )  # fmt: skip
 
     # -- the arguments that decide the weights, which must equal the checkpoint's
     arguments = fingerprint(model_args, data_args, method_args, train_args) | {
@@ -117,9 +130,11 @@ def prepare(
         "model": checkpoints.digest(model),
     }
     state = checkpoints.State(0, False, 0, 0, arguments)
+    if finished is not None:
+        checkpoints.check_arguments(out, finished, arguments)
     if resumed_from is not None:
         state = checkpoints.read_state(resumed_from)
-        checkpoints.check_arguments(resumed_from, state, arguments)
+        checkpoints.check_arguments(resumed_from, state.arguments, arguments)
         state = replace(state, arguments=arguments)
 
     # -- what trains
@@ -138,10 +153,10 @@ def prepare(
 
     # -- the first process writes the folder
     distributed.barrier()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and finished is None:
+        lock.take_before_writing(train_args, resumed_from)
         prepare_folder(out, train_args, resumed_from, state)
-        text = json.dumps(flat(model_args, data_args, method_args, train_args), indent=2)
-        write_file(out / "args.json", text)
+        write_json(out / "args.json", flat(model_args, data_args, method_args, train_args))
     return Run(
         model_args=model_args,
         method_args=method_args,
@@ -160,6 +175,7 @@ def prepare(
         adamw=adamw,
         optimizer=optimizer,
         state=state,
+        complete=finished is not None,
     )
 
 
@@ -176,7 +192,7 @@ def open_metrics(run: Run) -> metrics.Metrics:
     )
 
 
-def _order_and_steps(rows: int, args: TrainArguments, world: int) -> tuple[BatchOrder, int]:
+def order_and_steps(rows: int, args: TrainArguments, world: int) -> tuple[BatchOrder, int]:
     """The rows that each optimizer step takes, and the number of steps."""
     step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     order = BatchOrder(rows, step_rows, seed=args.seed)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from rosa_train.data.dataset import Dataset
 from rosa_train.methods.schedule import learning_rate_factor
 from rosa_train.run.checkpoint import checkpoints
 from rosa_train.run.evaluate import target_loss
@@ -52,7 +53,17 @@ def check_loss(
     """Raises `FloatingPointError` unless the loss over all processes is finite."""
     if not math.isfinite(loss):
         bad = [s for s, one in zip(shares, losses, strict=True) if not one.isfinite()]
-        raise _not_finite(run, step, f"loss of {loss}", bad)
+        raise not_finite(run, run.dataset, step + 1, f"loss of {loss}", bad)
+
+
+def check_evaluation(run: Run, step: int, loss: float, bad: Sequence[Sequence[int]]) -> None:
+    """Raises `FloatingPointError` unless the evaluation loss after `step` steps is finite.
+
+    `bad` has this process's batches whose loss is not.
+    """
+    if not math.isfinite(loss):
+        assert run.eval_dataset is not None
+        raise not_finite(run, run.eval_dataset, step, f"evaluation loss of {loss}", bad)
 
 
 def clip_gradients(
@@ -67,14 +78,19 @@ def clip_gradients(
     limit = run.train_args.max_grad_norm or math.inf
     norm = float(run.accelerator.clip_grad_norm_(trained, limit))
     if run.accelerator.scaler is None and not math.isfinite(norm):
-        raise _not_finite(run, step, f"gradient of norm {norm}", shares)
+        raise not_finite(run, run.dataset, step + 1, f"gradient of norm {norm}", shares)
     return norm
 
 
-def _not_finite(run: Run, step: int, what: str, bad: Sequence[Sequence[int]]) -> FloatingPointError:
+def not_finite(
+    run: Run, dataset: Dataset, step: int, what: str, bad: Sequence[Sequence[int]]
+) -> FloatingPointError:
+    """The error of numbers that are not finite, with records and last checkpoint."""
     saved = checkpoints(run.out)
-    where = "; ".join(run.dataset.where(rows) for rows in bad) or "a batch of another process"
+    where = "; ".join(dataset.where(rows) for rows in bad[:2]) or "a batch of another process"
+    if len(bad) > 2:  # NaN weights spoil every batch of the evaluation
+        where += f"; and {len(bad) - 2} more batches"
     last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
     return FloatingPointError(
-        f"train: expected finite numbers, got a {what} at step {step + 1} on {where}; {last}"
+        f"train: expected finite numbers, got a {what} at step {step} on {where}; {last}"
     )

@@ -21,7 +21,18 @@ from rosa_train.run.metrics import Metrics, PeakMemory
 from rosa_train.run.optimizer import add_new_groups, learning_rates, trained_parameters
 from rosa_train.run.setup import Run
 from rosa_train.run.signals import Interrupted, Signals
-from rosa_train.run.step import backward, check_loss, clip_gradients, seed_of, set_learning_rates
+from rosa_train.run.step import (
+    backward,
+    check_evaluation,
+    check_loss,
+    clip_gradients,
+    seed_of,
+    set_learning_rates,
+)
+
+# Without `save_steps` a checkpoint is due after these seconds. A kill then loses 10 minutes at
+# most. A checkpoint of an adapter takes less than a second, and one of a whole model a minute.
+SAVE_SECONDS = 600.0
 
 
 class Trainer:
@@ -40,6 +51,7 @@ class Trainer:
         self._memory = PeakMemory(self._device)
         self._phase = ""
         self._stop_agreed = False
+        self._saved_at = time.monotonic()
         self.step, self.masked = run.state.step, run.state.masked
         self.tokens = run.state.tokens
         self._trained = trained_parameters(run.model)
@@ -60,7 +72,10 @@ class Trainer:
 
     def checkpoint_is_due(self) -> bool:
         """Whether it is time to save a checkpoint."""
-        return _due(self.step, self._run.train_args.save_steps)
+        every = self._run.train_args.save_steps
+        if every is None:
+            return time.monotonic() - self._saved_at >= SAVE_SECONDS
+        return _due(self.step, every)
 
     def must_stop(self, signals: Signals) -> bool:
         """Whether a signal ends the run now. Several processes agree on it during a step."""
@@ -70,9 +85,10 @@ class Trainer:
 
     def mask_phase(self) -> None:
         """Chooses the masks. The sparse branch then trains, and is held inside the weights."""
-        run, saving = self._run, self._run.train_args.save_steps
+        run, saving = self._run, self._run.train_args.save_steps != 0
         if self.step > 0 and saving:
             self.save()  # a process that is killed in the mask phase loses nothing
+        self._log.say(f"step {self.step}: choosing the masks")
         began = self._enter("mask")
         set_masks(run.model, choose_masks(run, self._log.say))
         self.masked = True
@@ -87,6 +103,7 @@ class Trainer:
             resident=sum(path == "resident" for path in paths.values()),
             **self._cost(began),
         )
+        self._log.say(f"chose the masks in {time.perf_counter() - began:.1f} s")
         if saving:
             self.save(just_masked=True)
 
@@ -126,7 +143,8 @@ class Trainer:
         run, dataset = self._run, self._run.eval_dataset
         assert dataset is not None
         began = self._enter("eval")
-        loss, targets = evaluate_dataset(run.model, dataset, run.train_args, run.accelerator)
+        loss, targets, bad = evaluate_dataset(run.model, dataset, run.train_args, run.accelerator)
+        check_evaluation(run, self.step, loss, bad)
         self._log.write(self.step, "eval", loss=loss, targets=targets, **self._cost(began))
         self._log.say(f"step {self.step}: evaluation loss {loss:.4f}")
 
@@ -136,6 +154,7 @@ class Trainer:
         if not run.accelerator.is_main_process:
             return None
         self._log.sync()
+        self._saved_at = time.monotonic()
         scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else {}
         return checkpoints.save(
             run.out,
@@ -175,6 +194,7 @@ class Trainer:
             return
         began = self._enter("generate")
         examples = run.eval_dataset.examples[:count]
+        self._log.say(f"completing {len(examples)} evaluation examples")
         share = generate_predictions(
             run.model, run.tokenizer, examples, run.out, run.train_args, run.accelerator
         )
@@ -217,4 +237,4 @@ class Trainer:
 
 
 def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
+    return every is not None and every > 0 and step % every == 0

@@ -380,6 +380,7 @@ def test_extra_memory_stays_near_one_layer(
                 batches=[x.detach()] * count,
                 loss_fn=model,
                 scope=scope,
+                memory_bytes=largest,
             )
         )
 

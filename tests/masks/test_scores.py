@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,16 +22,18 @@ from torch import Tensor, nn
 
 import rosa_kernels as rk
 from rosa_kernels import CsrPattern, RosaLinear
-from rosa_kernels.masks import scores
+from rosa_kernels.masks import scores, spare_memory
 from rosa_kernels.masks.build import build_masks
 from rosa_kernels.masks.gradients import base_weight
 from rosa_kernels.masks.robust_pca import rpca
 from rosa_kernels.masks.scores import (
     SCORES,
     count_tokens,
+    default_memory,
     forwards,
     give_scores,
     groups_within,
+    one_pass_memory,
     random_scores,
 )
 from rosa_kernels.masks.targets import find_targets, target_shapes
@@ -270,6 +273,9 @@ def test_count_tokens_counts_labels_with_a_loss() -> None:
     assert count_tokens(labels) == 1
 
 
+LEAST = 4 * 56 * 32  # of the largest layer of tiny("llama")
+
+
 class Counted:
     """The model's loss, which also counts its calls."""
 
@@ -284,11 +290,13 @@ class Counted:
 @pytest.mark.parametrize(
     ("score", "count", "memory", "passes", "for_each_group"),
     [
-        ("grad_mean_squared", 1, None, 1, False),
-        ("grad_mean_squared", 3, None, 3, True),
+        ("grad_mean_squared", 1, LEAST, 1, False),
+        ("grad_mean_squared", 3, LEAST, 3, True),
+        ("grad_mean_squared", 3, None, 3, False),
         ("grad_mean_squared", 3, 10**9, 3, False),
-        ("grad_mean", 2, None, 2, True),
-        ("rpca", 1, None, 1, False),
+        ("grad_mean", 2, LEAST, 2, True),
+        ("grad_mean", 2, None, 2, False),
+        ("rpca", 1, LEAST, 1, False),
         ("grasp", 1, None, 3, True),
         ("grasp", 2, 10**9, 6, False),
     ],
@@ -332,6 +340,38 @@ def test_groups_within_a_memory_limit() -> None:
         groups_within(shapes, 255)
 
 
+def test_default_memory_is_a_quarter_of_the_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = find_targets(tiny("llama"))
+    total = one_pass_memory(target_shapes(targets))
+    assert len(groups_within(target_shapes(targets), total)) == 1
+    assert len(groups_within(target_shapes(targets), total - 1)) == 2
+    for free, expected in ((8 * total, 2 * total), (4 * total, total), (0, LEAST)):
+        monkeypatch.setattr(spare_memory, "_free", lambda _, free=free: free)
+        assert default_memory("grad_mean", targets) == expected
+        assert default_memory("grad_mean", targets, processes=2) == max(expected // 2, LEAST)
+        # GraSP's scores depend on the groups.
+        assert default_memory("grasp", targets) == LEAST
+
+
+def test_free_memory_is_within_the_containers_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spare_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(spare_memory, "_MEMINFO", tmp_path / "meminfo")
+    cpu = torch.device("cpu")
+    assert spare_memory.spare_memory([cpu]) == 0  # unknown
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
+    assert spare_memory.spare_memory([cpu, cpu]) == 4000 * 1024 // 4
+    (tmp_path / "memory.max").write_text("max\n")
+    assert spare_memory.spare_memory([cpu]) == 4000 * 1024 // 4
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 100\n")
+    assert spare_memory.spare_memory([cpu]) == 400 // 4
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert spare_memory.spare_memory([cpu]) == 0
+
+
 def test_every_score_makes_different_masks() -> None:
     model = tiny("llama")
     targets = find_targets(model)
@@ -353,7 +393,7 @@ def test_every_score_makes_different_masks() -> None:
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("memory_bytes", [None, 10**9])
+@pytest.mark.parametrize("memory_bytes", [LEAST, 10**9])
 def test_forwards_predicts_the_number_of_passes(
     score: str, count: int, memory_bytes: int | None
 ) -> None:

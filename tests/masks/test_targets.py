@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import sweep
 from mask_models import tiny
 from torch import Tensor, nn
 
 from rosa_kernels import RosaLinear
-from rosa_kernels.masks.targets import find_targets, target_shapes
+from rosa_kernels.masks.targets import as_rule, find_targets, saved_modules, target_shapes
 
 LLAMA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -29,17 +30,38 @@ def test_all_linear_excludes_the_output_head():
 
 
 def test_all_linear_excludes_tied_layers():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(8, 4)
-            self.inner = nn.Linear(4, 4)
-            self.out = nn.Linear(4, 8, bias=False)
-            self.out.weight = self.embed.weight
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "inner": nn.Linear(4, 4)})
+    model["out"] = nn.Linear(4, 8, bias=False)
+    for how in ("parameter", "memory"):
+        if how == "parameter":
+            model["out"].weight = model["embed"].weight
+        else:
+            model["out"].weight = nn.Parameter(model["embed"].weight.data)
+        assert list(find_targets(model)) == ["inner"]
+        with pytest.raises(ValueError, match=r"got out, which is tied: .* with embed.weight"):
+            find_targets(model, ["out"])
 
-    assert list(find_targets(Tied())) == ["inner"]
-    with pytest.raises(ValueError, match="weight with no other, got out, which shares it with e"):
-        find_targets(Tied(), ["out"])
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_check:FutureWarning")
+def test_models_with_adapters_of_peft_are_refused():
+    peft = pytest.importorskip("peft")
+    inner = tiny("llama")
+    outer = peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for model in (inner, outer):
+        with pytest.raises(ValueError, match=r"without adapters of PEFT, got .*unload\(\) first"):
+            find_targets(model)
+    assert len(find_targets(outer.unload())) == 14
+
+
+def test_a_layer_compiled_alone_is_refused():
+    model = tiny("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = torch.compile(mlp.up_proj, backend="eager")
+    assert len(find_targets(model)) == 13
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj that torch.compile wraps alone"):
+        find_targets(model, ["up_proj"])
+    model = torch.compile(tiny("llama"), backend="eager")
+    assert len(find_targets(model, r"model\.layers\..*_proj")) == 14
 
 
 RULES = [
@@ -85,6 +107,38 @@ def test_no_match_lists_the_candidates():
         find_targets(tiny("gpt2"), r".*q_proj")
     with pytest.raises(ValueError, match=r"without \['q_proj'\]; candidates"):
         find_targets(tiny("llama"), ["q_proj"], ["q_proj"])
+
+
+def test_each_name_without_a_match_is_named():
+    model = tiny("llama")
+    with pytest.raises(
+        ValueError, match=r"target_modules: .* got \['typo', 'x.*'\]; candidates: q"
+    ):
+        find_targets(model, ["q_proj", "typo", "x.*"])
+    for typo in (["typo"], "typo", r".*typo.*"):
+        with pytest.raises(
+            ValueError, match=r"exclude_modules: expected to match a module, got .*typ"
+        ):
+            find_targets(model, "all-linear", typo)
+    with pytest.raises(
+        ValueError, match=r"exclude_modules: expected a regular expression, got '\('"
+    ):
+        find_targets(model, "all-linear", "(")
+    # A name may be excluded that is no target anyway.
+    assert find_targets(model, "all-linear", ["lm_head"]).keys() == find_targets(model).keys()
+    # An adapter of PEFT may name modules of other models.
+    assert len(find_targets(model, ["q_proj", "c_attn"], ["h"], strict=False)) == 2
+
+
+def test_a_single_name_may_be_a_string():
+    model = tiny("llama")
+    for name in ("q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj"):
+        assert find_targets(model, name).keys() == find_targets(model, [name]).keys()
+    assert len(find_targets(model, exclude_modules="k_proj")) == 12
+    assert len(find_targets(model, modules_to_save="mlp")) == 8
+    assert [*saved_modules(model, "lm_head")] == ["lm_head"]
+    assert as_rule("q_proj") == ["q_proj"]  # PEFT would take it as a regular expression
+    assert [as_rule(rule) for rule in ("all-linear", ".*q_proj")] == ["all-linear", ".*q_proj"]
 
 
 @pytest.mark.parametrize(
@@ -146,3 +200,12 @@ def test_layers_an_adapter_would_miss_are_excluded(reason):
             ValueError, match=f"got 'all-linear'; candidates: -; left out: {reason}"
         ):
             find_targets(nn.Sequential(module))
+
+
+def test_layers_of_bitsandbytes_are_named_as_quantised() -> None:
+    quantised = type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+    model = nn.Sequential(quantised(4, 4))
+    with pytest.raises(ValueError, match="left out: 0 of class Linear4bit: bitsandbytes has quan"):
+        find_targets(model)
+    with pytest.raises(ValueError, match="got 0 of class Linear4bit: bitsandbytes has quantised"):
+        find_targets(model, ["0"])

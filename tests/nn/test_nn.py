@@ -311,6 +311,30 @@ def test_layers_that_cannot_be_replaced_are_refused(reason: str) -> None:
         RosaLinear.from_linear(REFUSED[reason](), rank=2)
 
 
+def test_layers_whose_hooks_were_removed_are_plain(mask: CsrPattern) -> None:
+    """accelerate leaves the class's own forward on the instance, bound to the old layer."""
+    linear = nn.Linear(N, M)
+    linear.forward = linear.forward  # type: ignore[method-assign]
+    layer = rosa(linear, mask)
+    x = torch.randn(3, N)
+    assert_near(layer.to_linear("default")(x), layer(x).detach().double())
+
+
+def test_another_weight_while_merged_or_resident_is_refused(mask: CsrPattern) -> None:
+    for how in ("resident", "merged"):
+        layer = rosa(nn.Linear(N, M), mask)
+        w = layer.weight.detach().clone()
+        if how == "merged":
+            layer.merge()
+        else:
+            make_resident(layer, adam(layer))
+        layer(torch.randn(3, N))
+        layer.weight = nn.Parameter(w, requires_grad=False)
+        layer.path()  # it must not take the new weight for the one with the adapter
+        with pytest.raises(RuntimeError, match="the weight that holds the adapter, got another"):
+            layer(torch.randn(3, N))
+
+
 def test_hooks_and_attributes_move_to_the_new_layer(mask: CsrPattern) -> None:
     linear = nn.Linear(N, M)
     linear.note = "mine"
@@ -466,10 +490,13 @@ def test_a_step_between_forward_and_backward_raises(mask: CsrPattern) -> None:
 
 def test_which_weights_may_be_resident(mask: CsrPattern) -> None:
     model = nn.ModuleDict(
-        {"own": nn.Linear(N, M), "tied": nn.Linear(N, M), "head": nn.Linear(N, M)}
+        {name: nn.Linear(N, M) for name in ("own", "tied", "head", "aliased", "k", "v")}
     )
     model["head"].weight = model["tied"].weight
-    for name in ("own", "tied"):
+    model["aliased"].weight.data = model["head"].weight.data
+    fused = torch.randn(2 * M, N)
+    model["k"].weight.data, model["v"].weight.data = fused.chunk(2)
+    for name in ("own", "tied", "aliased", "k", "v"):
         model[name] = rosa(model[name], mask)
     overlapping = nn.Linear(N, M)
     overlapping.weight = nn.Parameter(torch.randn(1, N).expand(M, N))
@@ -478,13 +505,18 @@ def test_which_weights_may_be_resident(mask: CsrPattern) -> None:
     handle = make_resident(model, adam(model))
     assert handle.paths == {
         "own": "resident",
-        "tied": "scatter: another module shares the weight",
+        "tied": "scatter: head.weight shares the weight's memory",
+        "aliased": "scatter: head.weight shares the weight's memory",
+        "k": "resident",
+        "v": "resident",
         "overlapping": "separate: elements of the weight share memory",
     }
     assert torch.equal(model["head"].weight, before["head"])
     x = torch.randn(4, N)
     for name in handle.paths:
         assert_near(model[name](x), expected(model[name], before[name], "default", x))
+    handle.remove()
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in model.items())
 
 
 def test_unwritable_weights_use_the_separate_path(mask: CsrPattern) -> None:

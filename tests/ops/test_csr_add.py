@@ -111,6 +111,17 @@ def test_a_target_that_overlaps_itself_is_refused(pattern: CsrPattern, name: str
     assert torch.equal(w, before)
 
 
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_values_inside_the_target_are_refused(pattern: CsrPattern, op: str) -> None:
+    w = torch.randn(pattern.shape)
+    before = w.clone()
+    with pytest.raises(RuntimeError, match=rf"{op}: expected values that share no memory with the"):
+        getattr(rk, op)(w, pattern, w.view(-1)[: pattern.nnz])
+    assert torch.equal(w, before)
+    both = torch.randn(w.numel() + pattern.nnz)  # neighbours in one storage
+    getattr(rk, op)(both[: w.numel()].view(pattern.shape), pattern, both[w.numel() :])
+
+
 def make_leaf(x: torch.Tensor) -> torch.Tensor:
     return x.requires_grad_()
 

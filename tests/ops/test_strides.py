@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosa_kernels.strides import empty_like_order, overlaps_itself
+from rosa_kernels.strides import empty_like_order, overlaps_itself, share_memory
 
 SIZES = st.integers(0, 4)
 STRIDES = st.integers(0, 6)
@@ -19,12 +19,15 @@ def strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
     return torch.zeros(64).as_strided(shape, strides)
 
 
-def shares_memory(x: torch.Tensor) -> bool:
-    addresses = [
-        sum(i * stride for i, stride in zip(index, x.stride(), strict=True))
+def addresses(x: torch.Tensor) -> list[int]:
+    return [
+        x.storage_offset() + sum(i * stride for i, stride in zip(index, x.stride(), strict=True))
         for index in itertools.product(*map(range, x.shape))
     ]
-    return len(set(addresses)) < len(addresses)
+
+
+def shares_memory(x: torch.Tensor) -> bool:
+    return len({*addresses(x)}) < x.numel()
 
 
 @settings(max_examples=500)
@@ -42,6 +45,20 @@ def test_slices_of_a_matrix_do_not_overlap(
     x = torch.zeros(6, 7).permute(order)[to::down, ::right]
     assert not shares_memory(x)
     assert not overlaps_itself(x)
+
+
+BLOCK = st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 5), st.integers(1, 6))
+
+
+@settings(max_examples=300)
+@given(BLOCK, BLOCK, st.booleans())
+def test_blocks_of_a_matrix_share_memory_or_not(
+    one: tuple[int, ...], two: tuple[int, ...], transposed: bool
+) -> None:
+    x = torch.zeros(6, 6).t() if transposed else torch.zeros(6, 6)
+    a, b = (x[top : top + rows, left : left + cols] for top, rows, left, cols in (one, two))
+    overlap = not {*addresses(a)}.isdisjoint(addresses(b))
+    assert share_memory(a, b) is share_memory(b, a) is overlap
 
 
 @pytest.mark.parametrize(

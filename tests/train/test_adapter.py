@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import sweep
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import rosa_kernels as rk
 from rosa_kernels.masks.targets import find_targets, target_shapes
@@ -17,6 +20,7 @@ from rosa_train import files
 from rosa_train.adapters import save as adapter_module
 from rosa_train.adapters.attach import attach, set_masks
 from rosa_train.adapters.load import load_adapter
+from rosa_train.adapters.merge import export_merged, unload
 from rosa_train.adapters.save import save_adapter
 from rosa_train.adapters.switch import adapter_spec, rosa_modules, set_adapter, trainable_parameters
 from rosa_train.methods.budget import allocate
@@ -215,6 +219,81 @@ def test_spa_before_its_masks_cannot_be_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# -- wrapped models --------------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = compiled(block)
+    return model
+
+
+WRAPPERS = [compiled, compiled_blocks, checkpoint_wrapper, nn.DataParallel]
+
+
+@sweep(wrap=WRAPPERS)
+def test_a_wrapped_model_has_plain_names(wrap, saved, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrapped")
+    plain = make_llama()
+    load_adapter(plain, saved)
+    out = logits(plain)
+    # The adapter is loaded before and after wrapping.
+    inside, outside = make_llama(), wrap(make_llama())
+    load_adapter(inside, saved)
+    load_adapter(outside, saved)
+    for index, model in enumerate((wrap(inside), outside)):
+        assert torch.equal(logits(model), out)
+        save_adapter(model, folder / f"adapter{index}")
+        for name in (CONFIG, WEIGHTS):
+            assert (folder / f"adapter{index}" / name).read_bytes() == (saved / name).read_bytes()
+        export_merged(model, None, folder / f"export{index}")
+        exported = type(plain).from_pretrained(folder / f"export{index}").eval()
+        torch.testing.assert_close(logits(exported), out, rtol=1e-4, atol=1e-5)
+        assert find_targets(model, r"model\.layers\..*_proj").keys() == find_targets(plain).keys()
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+        assert rk.nn.make_resident(model, optimizer).paths.keys() == rosa_modules(plain).keys()
+        assert torch.equal(logits(model), out)
+        unload(model)
+        assert torch.equal(logits(model), logits(make_llama()))
+
+
+def test_keys_of_a_wrapper_are_refused(folder):
+    tensors = load_file(folder / WEIGHTS)
+    wrapped = "base_model.model._orig_mod."
+    changed = {name.replace("base_model.model.", wrapped, 1): t for name, t in tensors.items()}
+    save_file(changed, folder / WEIGHTS, {"shapes": "{}", "method": "rosa"})
+    with pytest.raises(ValueError, match=r"_orig_mod\.model\.layers[^|]*\|[^|]*\| no such"):
+        load_adapter(make_llama(), folder)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group that has only this process."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_trainable_adapter_comes_before_ddp(saved):
+    model = make_llama()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="DistributedDataParallel does not wrap yet"):
+        load_adapter(wrapped, saved, trainable=True)
+    load_adapter(wrapped, saved)
+    plain = make_llama()
+    load_adapter(plain, saved)
+    assert torch.equal(logits(wrapped), logits(plain))
+    targets = find_targets(plain)
+    with pytest.raises(ValueError, match="DistributedDataParallel does not wrap yet"):
+        set_masks(wrapped, make_masks(targets))
+
+
 # -- PEFT ------------------------------------------------------------------------------------------
 
 
@@ -249,6 +328,38 @@ def test_peft_loads_our_rank_patterns_and_saved_modules(tmp_path):
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(make_llama(), tmp_path).eval()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-6)
+
+
+TIED = [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]]
+
+
+@ignore_pefts_warning
+@pytest.mark.filterwarnings("ignore:Model with:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has:UserWarning")
+@sweep(saved=TIED)
+def test_tied_modules_to_save_equal_those_of_peft(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def make() -> nn.Module:
+        return make_llama(tie_word_embeddings=True)
+
+    model = make()
+    give(model, "lora", modules_to_save=saved)
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-6)
+    again = make()
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    theirs = peft_model(make, target_modules=["q_proj"], modules_to_save=saved)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = make()
+    load_adapter(model, tmp_path / "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-6)
+    config = config_of(tmp_path / "theirs") | {"ensure_weight_tying": True}
+    (tmp_path / "theirs" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="ensure_weight_tying to be unset"):
+        load_adapter(make(), tmp_path / "theirs")
 
 
 @ignore_pefts_warning

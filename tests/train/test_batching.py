@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import sweep
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,8 +15,9 @@ from torch import Tensor
 from rosa_train.data.collate import collate_packed, pack, pad, pad_prompts
 from rosa_train.data.examples import Example
 from rosa_train.data.order import BatchOrder
+from rosa_train.run.packing import why_not_packed
 
-from .train_models import MODELS
+from .train_models import MODELS, transformers
 
 small = st.integers(1, 6)
 
@@ -176,6 +179,37 @@ def test_packed_examples_do_not_see_each_other(kind: str, attention: str) -> Non
     counting = torch.arange(packed["input_ids"].shape[1]).expand(len(rows), -1)
     leaking = gradients(model, packed | {"position_ids": counting})
     assert abs(float(leaking[0] - loss)) > 1e-2
+
+
+def of_config(kind: str, **options: Any) -> Callable[[], Any]:
+    """A function that makes a tiny model of another kind, with its usual initial weights."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4} | options
+    make = transformers.AutoModelForCausalLM.from_config
+    return lambda: make(getattr(transformers, f"{kind}Config")(**sizes))
+
+
+SIZES = {"intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2}
+APART = {
+    "llama": MODELS["llama"],
+    "gpt2": MODELS["gpt2"],
+    "experts": of_config("Mixtral", num_local_experts=4, **SIZES),
+}
+LEAKING = {
+    "learned positions": of_config("OPT", ffn_dim=48, num_hidden_layers=2, word_embed_proj_dim=32),
+    "alibi": of_config("Bloom", n_layer=2, n_head=4),
+    "state": of_config("Mamba", num_hidden_layers=2, state_size=4),
+    "convolution": of_config("Lfm2", layer_types=["conv", "full_attention"], **SIZES),
+}
+
+
+@sweep(model=APART | LEAKING, dtype=[torch.float32, torch.bfloat16])
+def test_models_that_mix_packed_examples_are_found(model: Any, dtype: torch.dtype) -> None:
+    reason = why_not_packed(model.to(dtype).train(), torch.device("cpu"))
+    assert (reason is not None) == (type(model).__name__[:3] in ("OPT", "Blo", "Mam", "Lfm"))
+    # The model is as it was.
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_batched_generation_equals_generation_of_single_prompts() -> None:

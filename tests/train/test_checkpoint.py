@@ -181,9 +181,9 @@ def test_folder_without_a_state_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_differing_arguments_are_listed(tmp_path: Path) -> None:
-    checkpoint.check_arguments(tmp_path, state(1), {"rank": 2})
+    checkpoint.check_arguments(tmp_path, {"rank": 2}, {"rank": 2})
     with pytest.raises(ValueError, match=r"rank: 2 there, 3 here\n  seed: None there, 1 here"):
-        checkpoint.check_arguments(tmp_path, state(1), {"rank": 3, "seed": 1})
+        checkpoint.check_arguments(tmp_path, {"rank": 2}, {"rank": 3, "seed": 1})
 
 
 @pytest.mark.parametrize("file", ["model", "optimizer"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import torch
 
 from rosa_train import __main__ as cli
 from rosa_train.cli.parse import parse_run
-from rosa_train.config import flat
+from rosa_train.config import ARGUMENTS, flat
 
 from .train_runs import ROOT, arguments, command_line, write_all
 
@@ -99,6 +102,32 @@ def test_every_command_has_help(command: str, capsys) -> None:
     assert f"python -m rosa_train {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_has_groups_and_each_option_once(command: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    shown = re.findall(r"^  (?:-h, )?--([\w-]+)", text, flags=re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    names = {field.name for kind in ARGUMENTS for field in dataclasses.fields(kind)}
+    hidden = {"method", "density", "rank_pattern", "density_pattern", "resume_from_checkpoint"}
+    expected = names | {"help"} if command == "train" else (names - hidden) | {"help", "methods"}
+    assert set(shown) == expected
+    groups = re.findall(r"^(\w[\w, ]*):$", text, flags=re.MULTILINE)
+    assert groups == [
+        "options", "model", "data", "method and masks", "training, evaluation and checkpoints",
+        "examples",
+    ]  # fmt: skip
+    assert "default: None" not in text
+    assert "default: False" not in text
+    flowing = " ".join(text.split())
+    assert "hub. (required)" in flowing
+    assert flowing.count("(required)") == 2
+    assert "decoupled weight decay. (default: 0.0)" in flowing
+    assert f"  python -m rosa_train {command} --me" in text.replace("train --model", "train --me")
+
+
 def test_methods_command_lists_all_methods(capsys) -> None:
     code, out, _ = run(capsys, "methods")
     assert code == 0
@@ -140,6 +169,22 @@ def test_command_line_options_override_a_yaml_file(world: Path, tmp_path: Path) 
     assert data.packing is True
 
 
+@pytest.mark.parametrize("equals", [False, True])
+def test_templates_are_unescaped_on_the_command_line(
+    world: Path, tmp_path: Path, equals: bool
+) -> None:
+    file = tmp_path / "run.json"
+    values = json.loads((world / "run.json").read_text())
+    kept = r"\nabla \theta \\ {prompt}"
+    file.write_text(json.dumps(values | {"prompt_template": kept}))
+    given = ["--completion_template", r"\\nabla\t{completion}\n\alpha"]
+    (_, data, _, _), _ = parse_run(
+        "train", "", [str(file), *(["=".join(given)] if equals else given)]
+    )
+    assert data.prompt_template == kept
+    assert data.completion_template == "\\nabla\t{completion}\n\\alpha"
+
+
 # -- commands on a finished run
 
 
@@ -151,7 +196,13 @@ def test_train_prints_a_summary(world: Path, capsys) -> None:
     assert code == 0
     assert said.startswith("rosa: ")
     assert "5 steps, evaluation loss" in said
-    assert said.endswith(f"Wrote {out / 'adapter'}\n")
+    command = "python -m rosa_train"
+    assert said.splitlines()[1:] == [
+        f"Wrote {out / 'adapter'}",
+        f"Try it        {command} generate {out} PROMPT",
+        f"Draw it       {command} plot {out}",
+        f"Merge it      {command} export {out} {out}-merged",
+    ]
 
 
 @pytest.mark.parametrize("source", ["run", "run/adapter", "run/checkpoint-5"])
@@ -244,7 +295,7 @@ def refused(capsys, argv: list[str], expected: str, code: int = 2) -> str:
         ({"train_file": "no.jsonl"}, "no.jsonl"),
         ({"model_name_or_path": None}, "the following arguments are required"),
         ({"model_name_or_path": "/no/such/model"}, "got /no/such/model: no such folder"),
-        ({"model_name_or_path": "tests"}, "got tests: no config.json in it"),
+        ({"model_name_or_path": "tests"}, "tests: no config.json in it"),
         ({"target_modules": "nothing"}, "candidates: q_proj"),
         ({"rank": None, "density": None, "budget": "1"}, "budget: expected at least"),
         ({"rank": None, "density": None, "budget": "many"}, "budget: expected a budget like"),
@@ -261,6 +312,20 @@ def test_train_refuses_bad_options(world: Path, capsys, changes: dict, expected:
     assert message.startswith("rosa_train train: error: ")
     assert message.count("\n") == 1
     assert not (world / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_file_is_not_a_folder(command, place, world, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("mine")
+    argv = [command, *options(world, output_dir=tmp_path / place)]
+    if command == "compare":
+        argv = [*argv[: argv.index("--density")], *argv[argv.index("--density") + 2 :]]
+        argv += ["--methods", "lora"]
+    message = refused(capsys, argv, "file")
+    assert "expected a " in message
+    assert "Errno" not in message
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_train_names_the_line_of_malformed_records(world: Path, tmp_path, capsys) -> None:
@@ -306,6 +371,8 @@ def test_train_refuses_bad_option_files(tmp_path, capsys, name, text, expected) 
         (["generate", "/no/such", "hi"], "got /no/such: no such folder"),
         (["generate", "{}", "hi", "--model", "/no/such"], "got /no/such: no such folder"),
         (["export", "{}/..", "out"], "expected an adapter to merge"),
+        (["export", "{}", "tests"], "export: expected a new or empty folder, got tests with"),
+        (["generate", "{}", "--file", "x", "--output", "x"], "another file than --file"),
         (["export", "{}"], "the following arguments are required: DIR"),
         (["plot", "tests"], "plot: expected the folder of a run"),
         (["fetch-smollm2", "{}/new", "--wheel", "no.whl"], "got no file at no.whl"),
@@ -318,6 +385,52 @@ def test_other_commands_refuse_bad_arguments(world: Path, capsys, argv, expected
     argv = [arg.format(world / "run") if arg.startswith("{}") else arg for arg in argv]
     message = refused(capsys, argv, expected)
     assert message.startswith(f"rosa_train {argv[0]}: error: ")
+
+
+def test_a_model_that_is_nowhere_is_refused(world: Path, tmp_path, capsys, monkeypatch) -> None:
+    """The hub is asked once. Here it cannot be reached."""
+    asked: list[str] = []
+
+    def unreachable(self, name: str, *, timeout: float) -> None:
+        asked.append(name)
+        assert timeout <= 5
+        raise ConnectionError("Name or service not known\n(and more)")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.chdir(tmp_path)
+    expected = "got no/such: no such folder, and the hub says: Name or service not known\n"
+    for changes in ({"model_name_or_path": "no/such"}, {"tokenizer_name": "no/such"}):
+        refused(capsys, ["train", *options(world, **changes)], expected)
+        refused(capsys, ["compare", *options(world, **changes)], expected)
+    assert asked == ["no/such"] * 4
+    shutil.copytree(world / "run" / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "no/such"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    message = refused(capsys, ["generate", "adapter", "hi"], "no such folder")
+    assert message.endswith(" names this base model; --model gives another place\n")
+    assert run(capsys, "generate", "adapter", "abc=", "--model", world)[0] == 0
+
+
+def test_a_quantised_model_is_refused(world: Path, tmp_path, capsys) -> None:
+    shutil.copytree(world, tmp_path / "base", ignore=shutil.ignore_patterns("run"))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    argv = ["train", *options(world, model_name_or_path=tmp_path / "base")]
+    refused(capsys, argv, "quantised by bitsandbytes: quantised base models cannot be trained")
+
+
+def test_relative_models_are_found_from_elsewhere(world: Path, tmp_path, capsys, monkeypatch):
+    shutil.copytree(world, tmp_path / "base", ignore=shutil.ignore_patterns("run"))
+    shutil.copytree(world, tmp_path / "words", ignore=shutil.ignore_patterns("run", "*.safetens*"))
+    monkeypatch.chdir(tmp_path)
+    argv = options(world, model_name_or_path="base", tokenizer_name="words", output_dir="out")
+    assert run(capsys, "train", *argv, "--save_steps", 2)[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    for source in ("../out", "../out/checkpoint-2", "../out/adapter"):
+        assert run(capsys, "generate", source, "abc=")[0] == 0
 
 
 def test_adapter_of_another_model_is_refused(world: Path, tmp_path, capsys) -> None:
@@ -411,6 +524,27 @@ def test_prompts_may_follow_options(tmp_path: Path, capsys: pytest.CaptureFixtur
     error = capsys.readouterr().err
     assert "absent" in error
     assert "unrecognized" not in error
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["methods"], ["plot", "--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_prints_nothing(argv: list[str], unbuffered: str) -> None:
+    """As in `rosa_train --help | head`, where head has gone. Python writes at once or at exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "rosa_train", *argv],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writer)
+    # argparse ignores a pipe that is closed, so its help ends with status 0 if unbuffered.
+    assert done.returncode in ((0, 141) if argv[0] == "plot" else (141,))
+    assert done.stderr == ""
 
 
 def test_a_broken_pipe_prints_nothing() -> None:

@@ -54,7 +54,7 @@ HERE = Path("here")
         ({"learning_rate": -1.0}, "--learning_rate: expected a number >= 0, got -1.0"),
         ({"learning_rate": float("inf")}, "--learning_rate: expected a number >= 0, got inf"),
         ({"adam_beta2": 1.0}, r"--adam_beta2: expected a number in \[0, 1\), got 1.0"),
-        ({"save_steps": 0}, "--save_steps: expected a positive integer, got 0"),
+        ({"save_steps": -1}, "--save_steps: expected an integer >= 0, got -1"),
         ({"logging_steps": None}, "--logging_steps: expected a positive integer, got None"),
         ({"mixed_precision": "fp8"}, "--mixed_precision: expected one of no, bf16, fp16"),
         (
@@ -140,9 +140,14 @@ def test_argument_names_are_unique_and_have_help() -> None:
     assert all(f.metadata["help"].endswith((".", ")")) for f in fields)
 
 
-def test_escapes_in_templates_become_newlines_and_tabs() -> None:
-    args = DataArguments(
-        train_file="x.jsonl", prompt_template=r"Q: {q}\nA:\t", completion_template="\n{a}"
-    )
-    assert args.prompt_template == "Q: {q}\nA:\t"
-    assert args.completion_template == "\n{a}"
+def test_templates_hold_any_text() -> None:
+    texts = {"prompt_template": "\\nabla {q}\n\\theta", "completion_template": "\\\\ {a}"}
+    args = DataArguments(train_file="x.jsonl", **texts)
+    assert args.prompt_template == texts["prompt_template"]
+    assert args.completion_template == texts["completion_template"]
+
+
+def test_a_single_name_may_be_a_string() -> None:
+    args = MethodArguments(exclude_modules="k_proj", modules_to_save="lm_head")
+    assert (args.excluded, args.modules_to_save) == (["k_proj"], ["lm_head"])
+    assert MethodArguments(exclude_modules="").excluded is None

@@ -160,6 +160,8 @@ def test_bad_templates_are_refused(tokenizer: Any, template: str, message: str) 
     ("value", "message"),
     [
         (None, r"x\.jsonl:2: expected a value in field 'a', got null"),
+        (float("nan"), r"x\.jsonl:2: expected a value in field 'a', got nan, which JSON does not"),
+        ([1e999], r"x\.jsonl:2: expected a value in field 'a', got \[inf\], which JSON does not"),
         ("\ud800", r"x\.jsonl:2: expected text in field 'a', got the lone surrogate '\\ud800'"),
     ],
 )

@@ -175,13 +175,16 @@ def test_merged_adapter_can_be_exported(keep_base, tmp_path):
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
-def test_export_keeps_bfloat16_and_tied_weights(tmp_path):
+@pytest.mark.parametrize("untied", [False, True])
+def test_export_keeps_bfloat16_and_tied_weights(untied, tmp_path):
     model = make_llama(tie_word_embeddings=True).to(torch.bfloat16)
-    give(model, modules_to_save=["embed_tokens", "model.norm"])
+    give(model, modules_to_save=["model.norm"] + ["embed_tokens"] * untied)
     export_merged(model, None, tmp_path)
     exported = load(tmp_path)
     assert exported.dtype == torch.bfloat16
-    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    assert (exported.lm_head.weight is exported.model.embed_tokens.weight) is not untied
+    assert torch.equal(exported.lm_head.weight, model.lm_head.weight)
     merge(model)
     weights = dict(model.named_parameters())
     for name, parameter in exported.named_parameters():
@@ -218,7 +221,7 @@ def test_failed_export_leaves_the_old_one(tmp_path):
     before = snapshot(model)
     for folder in ("merged", "new"):
         with pytest.raises(ValueError, match=f"NaN or Inf in {last}"):
-            export_merged(model, None, tmp_path / folder)
+            export_merged(model, None, tmp_path / folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == files
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     after = snapshot(model)
@@ -227,19 +230,53 @@ def test_failed_export_leaves_the_old_one(tmp_path):
     assert not load(tmp_path / "new").get_submodule(last).weight.isfinite().all()
 
 
-def test_export_removes_old_shards_and_keeps_other_files(tmp_path):
+def test_overwriting_an_export_keeps_other_files(tmp_path):
     model = make_llama()
     give(model)
+    export_merged(model, None, tmp_path)
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"old")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
-    export_merged(model, None, tmp_path)
+    export_merged(model, None, tmp_path, overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {
         "config.json",
         "generation_config.json",
+        "merged_from.json",
         "model.safetensors",
         "notes.txt",
     }
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_export_refuses_folders_of_others(overwrite, tmp_path):
+    base, export, other = tmp_path / "base", tmp_path / "export", tmp_path / "other"
+    make_llama().save_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    give(model)
+    export_merged(model, None, export)
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    (base / "merged_from.json").write_text("{}")  # a base model may be an export, too
+    (tmp_path / "link").symlink_to(base)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    folders = {base: "base model's", tmp_path / "link": "base model's", other: "new or empty"}
+    for folder, words in (folders if overwrite else folders | {export: "--overwrite"}).items():
+        with pytest.raises(FileExistsError, match=words):
+            export_merged(model, None, folder, overwrite=overwrite)
+    with pytest.raises(NotADirectoryError, match="expected a folder, got the file"):
+        export_merged(model, None, other / "notes.txt", overwrite=overwrite)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_weights_tied_after_attach_are_refused(tmp_path):
+    model = make_llama()
+    give(model)
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    first.weight.data = second.weight.data
+    for run in (merge, lambda model: export_merged(model, None, tmp_path / "new")):
+        with pytest.raises(RuntimeError, match=r"got .*0\.mlp\.up_proj, which is tied to .*1\.mlp"):
+            run(model)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_export_of_other_model_classes_is_refused(tmp_path):

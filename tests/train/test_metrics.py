@@ -9,19 +9,36 @@ import pytest
 import torch
 
 from rosa_train.files import write_file
+from rosa_train.run import metrics
 from rosa_train.run.metrics import Metrics, PeakMemory, cut, read, summary
 
 
 def test_lines_are_written_once_and_read_back(tmp_path: Path) -> None:
     log = Metrics(tmp_path, main=True, start=0, total=2)
-    log.write(1, "train", loss=2.5, grad_norm=None)
-    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "phase": "train", "loss": 2.5}]
+    log.write(1, "train", loss=2.5, tokens_per_s=1.0, grad_norm=None)
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "phase": "train", "loss": 2.5, "tokens_per_s": 1.0}
+    ]
     log.close()
     again = Metrics(tmp_path, main=True, start=1, total=2)
-    again.write(2, "train", loss=2.0)
+    again.write(2, "train", loss=2.0, tokens_per_s=1.0)
     again.close()
     assert again.lines == 2
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_progress_is_said_now_and_then(tmp_path: Path, capsys, monkeypatch) -> None:
+    """A step takes 20 s here, and a line is due each minute."""
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    log = Metrics(tmp_path, main=True, start=2, total=1000)
+    for step in range(3, 12):
+        clock[0] += 20
+        log.write(step, "train", loss=2.5, tokens_per_s=1234.0)
+    log.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"step {n} of 1,000" for n in (3, 6, 9)]
+    assert lines[0] == "step 3 of 1,000: loss 2.5000, 1,234 tokens/s, 5 h 32 min left"
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
@@ -115,7 +132,7 @@ def test_tensorboard_has_each_step_once(tmp_path: Path) -> None:
     for start, stop in ((0, 4), (2, 6)):  # killed after step 4, resumed from step 2
         log = Metrics(tmp_path, main=True, start=start, total=6, report_to="tensorboard")
         for step in range(start + 1, stop + 1):
-            log.write(step, "train", loss=float(start))
+            log.write(step, "train", loss=float(start), tokens_per_s=1.0)
         log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

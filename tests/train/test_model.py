@@ -154,6 +154,9 @@ def test_alpha_pattern_sets_the_scaling():
     assert scaling["model.layers.0.self_attn.q_proj"] == 2
     assert scaling["model.layers.0.self_attn.v_proj"] == 4
     assert scaling["model.layers.1.self_attn.v_proj"] == 16
+    other = {"alpha_pattern": {"q_proj": 1, "typo": 2}, "adapter_name": "other"}
+    with pytest.raises(ValueError, match=r"alpha_pattern: expected keys .* got \['typo'\] on lay"):
+        attach(model, "lora", allocation, targets, **other)
 
 
 def test_full_trains_every_parameter():
@@ -236,6 +239,17 @@ def test_a_bad_attachment_changes_nothing(run, message):
     assert adapter_names(model) == ["default"]
 
 
+def test_targets_that_share_memory_are_refused():
+    model = make_llama()
+    targets = find_targets(model, ["down_proj"])
+    first, second = targets.values()
+    first.weight.data = second.weight.data
+    allocation = allocate("lora", target_shapes(targets), rank=2)
+    with pytest.raises(ValueError, match=r"got .*0\.mlp\.down_proj, which is tied to .*1\.mlp"):
+        attach(model, "lora", allocation, targets)
+    assert not rosa_modules(model)
+
+
 def test_failed_attach_changes_nothing(monkeypatch):
     model = make_llama()
     give(model, target_modules=["q_proj"])
@@ -298,7 +312,7 @@ def test_switch_disable_and_delete_adapters(model):
     base = logits(model)
     give(model, "rosa", "one")
     one = logits(model)
-    give(model, "lora", "two", seed=2, target_modules=["up_proj", "c_fc"])
+    give(model, "lora", "two", seed=2, target_modules=r".*(up_proj|c_fc)")
     two = logits(model)
     assert not torch.equal(one, two)
     for name, expected in [("one", one), ("two", two), ("one", one)]:
@@ -367,9 +381,12 @@ def test_each_adapter_keeps_its_own_saved_modules():
 
 def test_saved_module_with_tied_weights():
     model = make_llama(tie_word_embeddings=True)
-    base = logits(model)
+    base, embedding = logits(model), model.model.embed_tokens.weight
+    before = embedding.detach().clone()
     give(model, "lora", "one", modules_to_save=["lm_head"])
     one = logits(model)
+    assert torch.equal(embedding, before)
+    assert not torch.equal(model.lm_head.weight, before)
     give(model, "lora", "two", seed=2, modules_to_save=["embed_tokens"])
     two = logits(model)
     set_adapter(model, "one")
@@ -378,6 +395,11 @@ def test_saved_module_with_tied_weights():
     assert torch.equal(logits(model), two)
     with disable_adapter(model):
         assert torch.equal(logits(model), base)
+    delete_adapter(model, "one")
+    assert torch.equal(logits(model), two)
+    unload(model)
+    assert torch.equal(logits(model), base)
+    assert model.lm_head.weight is model.model.embed_tokens.weight is embedding
 
 
 def test_adapter_attached_as_not_trainable_does_not_train():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -120,10 +123,11 @@ def test_tradeoff_figure_has_a_point_per_method() -> None:
         [(4.0, 0.5), (5.0, 0.25)],
         [(7.0, 0.5), (8.0, 0.25)],
     ]
-    assert [[text.get_text() for text in axis.texts] for axis in fig.axes] == [["lora", "rosa"]] * 4
+    shown = [sorted(text.get_text() for text in axis.texts) for axis in fig.axes]
+    assert shown == [["lora", "rosa"]] * 4
     assert all(axis.get_xlim()[0] == 0 for axis in fig.axes)
     colors = [point.get_color() for point in fig.axes[0].lines]
-    assert colors == [plot.look("lora")["color"], plot.look("rosa")["color"]]
+    assert colors == [look["color"] for look in plot.looks(["lora", "rosa"])]
 
 
 def test_tradeoff_figure_without_exact_match_or_rows() -> None:
@@ -164,6 +168,81 @@ def test_read_run_refuses_folders_without_steps(tmp_path) -> None:
         plot.read_run(tmp_path)
 
 
-def test_unknown_names_get_distinct_looks() -> None:
-    looks = {str(plot.look(name, i)) for i, name in enumerate([*plot._LOOKS, "x", "y", "z"])}
-    assert len(looks) == len(plot._LOOKS) + 3
+def test_runs_get_distinct_looks() -> None:
+    names = ["rosa (a)", "rosa (b)", "rosa (c)", *list(plot._LOOKS)[1:], "x", "y"]
+    found = plot.looks(names)
+    assert len({str(one) for one in found}) == len(names)
+    assert found[0] == plot.looks(["rosa"])[0]
+
+
+def write_run(folder: Path, method: str, **args: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines()))
+    (folder / "args.json").write_text(json.dumps({"method": method, **args}))
+    return folder
+
+
+def test_labels_and_caption_tell_runs_apart(tmp_path: Path) -> None:
+    args = {"model_name_or_path": "/models/tiny", "train_file": "/data/viggo/train.jsonl"}
+    folders = [
+        write_run(tmp_path / "a" / "run", "rosa", **args),
+        write_run(tmp_path / "b" / "run", "rosa", **args),
+        write_run(tmp_path / "c", "rosa", **args),
+        write_run(tmp_path / "d", "lora", **args | {"model_name_or_path": "hub/small"}),
+    ]
+    assert plot.labels(folders) == [
+        f"rosa ({folders[0]})", f"rosa ({folders[1]})", "rosa (c)", "lora",
+    ]  # fmt: skip
+    for folder in folders:
+        os.utime(folder / "metrics.jsonl", (1764331200, 1764331200))
+    assert plot.caption(folders) == "tiny and small, viggo/train.jsonl, 28 November 2025"
+    assert plot.caption(folders[:1]) == "tiny, viggo/train.jsonl, 28 November 2025"
+
+
+def texts_that_overlap(fig) -> list[tuple[str, str]]:
+    from matplotlib.text import Text
+
+    fig.canvas.draw()
+    boxes = [
+        (text.get_text(), Text.get_window_extent(text))  # an annotation's own has its line, too
+        for axis in fig.axes
+        for text in axis.texts
+    ]
+    return [
+        (one, other)
+        for (one, box), (other, second) in combinations(boxes, 2)
+        if box.overlaps(second)
+    ]
+
+
+def test_labels_of_equal_points_do_not_overlap() -> None:
+    """All methods have the same exact match, and nearly the same memory and time."""
+    for match in (0.0, 0.5, 1.0):
+        rows = [
+            {
+                "method": method,
+                "eval_loss": 0.2 + i / 1e4,
+                "exact_match": match,
+                "peak_bytes": 2e9 + i,
+                "train_seconds": 70.0 + i / 10,
+            }
+            for i, method in enumerate(plot._LOOKS)
+        ]
+        with plot.style():
+            assert texts_that_overlap(plot.tradeoff_figure(rows, "a title")) == []
+
+
+def test_masks_of_several_runs_are_named_apart() -> None:
+    with plot.style():
+        fig = plot.run_figure({f"rosa ({name})": lines() for name in "abcd"}, "a title")
+        assert texts_that_overlap(fig) == []
+    said = [text.get_text() for text in fig.axes[0].texts]
+    assert said == [f"rosa ({name}): masks, 5.0 s" for name in "abcd"]
+
+
+def test_steps_are_whole_numbers() -> None:
+    for count in (1, 2, 4, 35, 1000):
+        with plot.style():
+            fig = plot.run_figure({"lora": lines(count, mask_after=None)})
+            fig.canvas.draw()
+        assert all(float(tick).is_integer() for tick in fig.axes[0].get_xticks()), count

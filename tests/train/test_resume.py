@@ -72,7 +72,9 @@ def test_resume_after_kills_at_random_times(
         out = tmp_path / f"out{chains}"
         while True:
             after = rng.uniform(0, seconds)
-            pid = runs.start(log, source, out, resume_from_checkpoint="last", **LONG)
+            saved = out.exists() and checkpoints(out)
+            how = {"resume_from_checkpoint": "last"} if saved else {"overwrite_output_dir": True}
+            pid = runs.start(log, source, out, **how, **LONG)
             if len(moments) < kills:
                 time.sleep(after)
                 os.kill(pid, signal.SIGKILL)  # not counted if the run has ended
@@ -177,3 +179,116 @@ def test_resuming_with_other_data_is_refused(source: Path, tmp_path: Path) -> No
     settings |= {"train_file": str(tmp_path / "other.jsonl"), "resume_from_checkpoint": "last"}
     with pytest.raises(ValueError, match=r"data: '[0-9a-f]+' there"):
         train(*arguments(source, out, **settings))
+
+
+# -- what else may be in the folder
+
+
+def files_of(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("save_steps", [0, 2])
+def test_a_complete_run_is_not_trained_again(
+    save_steps: int, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"max_steps": 4, "save_steps": save_steps}
+    settings |= {"eval_file": str(source / "eval.jsonl")}
+    first = train(*arguments(source, out, **settings))
+    assert bool(checkpoints(out)) == bool(save_steps)
+    before, last = files_of(out), settings | {"resume_from_checkpoint": "last"}
+    capsys.readouterr()
+    assert train(*arguments(source, out, **last)) == first
+    assert f"{out}: the run is complete already" in capsys.readouterr().err
+    other_data = tmp_path / "other.jsonl"
+    other_data.write_text((source / "train.jsonl").read_text().replace("a", "b"))
+    for changes, words in (
+        ({"learning_rate": 1e-3}, r"learning_rate: 0\.01 there, 0\.001 here"),
+        ({"max_steps": 6}, "steps: 4 there, 6 here"),
+        ({"train_file": str(other_data)}, "data: '[0-9a-f]+' there"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(*arguments(source, out, **last | changes))
+    assert files_of(out) == before
+
+
+def test_a_run_without_checkpoint_is_not_resumed(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings: dict[str, Any] = {"max_steps": 4, "save_steps": 0}
+    train(*arguments(source, out, **settings))
+    (out / "result.json").unlink()
+    before = files_of(out)
+    last = settings | {"resume_from_checkpoint": "last"}
+    with pytest.raises(ValueError, match=r"--overwrite_output_dir starts again.*without"):
+        train(*arguments(source, out, **last))
+    assert files_of(out) == before
+    # A run that was killed before its first step has left nothing to lose.
+    shutil.rmtree(out / "adapter")
+    (out / "metrics.jsonl").write_text("")
+    train(*arguments(source, out, **last))
+    assert (out / "result.json").exists()
+
+
+def test_only_a_run_can_be_overwritten(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.py").write_text("1")
+    settings: dict[str, Any] = {"max_steps": 1, "schedule": "lora_only", "density": None}
+    again = settings | {"overwrite_output_dir": True}
+    with pytest.raises(ValueError, match=r"expected a folder with a run .*, got .*model"):
+        train(*arguments(source, tmp_path, **again))
+    assert (tmp_path / "model" / "mine.py").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="--output_dir: expected a folder, got the file"):
+        train(*arguments(source, tmp_path / "file", **again))
+
+
+def test_two_runs_cannot_share_a_folder(runs: Runs, source: Path, tmp_path: Path) -> None:
+    """The first run is stopped in step 5, so that it has the folder when the second starts."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    first = runs.start(log, source, out, _signal=(9, signal.SIGSTOP), **LONG)
+    deadline = time.monotonic() + 60
+    while "stopped" not in (state := _state(first)):  # Linux
+        assert time.monotonic() < deadline, state
+        time.sleep(0.02)
+    try:
+        for how in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "last"}):
+            before = files_of(out)
+            assert runs(log, source, out, **how, **LONG) == 1
+            assert "--output_dir: expected a folder without a run in progress" in log.read_text()
+            assert files_of(out) == before
+    finally:
+        os.kill(first, signal.SIGKILL)
+    assert runs.wait(first) == -signal.SIGKILL
+    # A killed run leaves no lock.
+    assert runs(log, source, out, overwrite_output_dir=True, **LONG) == 0, log.read_text()
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text().split("State:")[1].split("\n")[0]
+
+
+def test_runs_that_start_together_do_not_mix(runs: Runs, source: Path, tmp_path: Path) -> None:
+    """Neither finds the folder when it starts, so each takes the lock only before it writes."""
+    out = tmp_path / "out"
+    both = [runs.start(tmp_path / f"log{i}", source, out, seed=i, **LONG) for i in range(2)]
+    status = [runs.wait(pid) for pid in both]
+    assert sorted(status) == [0, 1]
+    assert json.loads((out / "args.json").read_text())["seed"] == status.index(0)
+    assert len(json.loads((out / "result.json").read_text())["losses"]) == LONG["max_steps"]
+
+
+def test_checkpoints_are_due_by_time(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rosa_train.run import trainer
+
+    settings: dict[str, Any] = {"max_steps": 5, "save_total_limit": None}
+    names = {}
+    for seconds in (600.0, 0.0):
+        monkeypatch.setattr(trainer, "SAVE_SECONDS", seconds)
+        train(*arguments(source, tmp_path / str(seconds), **settings))
+        names[seconds] = [path.name for path in checkpoints(tmp_path / str(seconds))]
+    masked = ["checkpoint-3", "checkpoint-3-masked"]
+    assert names[600.0] == masked
+    assert names[0.0] == ["checkpoint-1", "checkpoint-2", *masked, "checkpoint-4", "checkpoint-5"]

@@ -1,4 +1,4 @@
-"""Learning rate schedules, and the step at which the masks are made."""
+"""Learning rate schedules, and the step at which masks are chosen."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 from rosa_train.adapters.load import load_adapter
 from rosa_train.data.dataset import read_dataset
-from rosa_train.run import mask_phase, metrics, setup, step
+from rosa_train.run import evaluate, mask_phase, metrics, setup, step
 from rosa_train.run.checkpoint import checkpoints, read_state
 from rosa_train.run.evaluate import target_loss
 from rosa_train.run.train import train
@@ -38,6 +40,31 @@ def infinite_gradient(loss: torch.Tensor) -> torch.Tensor:
 
 
 # -- what a run does ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_first_says_what_it_will_do(
+    method: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"max_steps": 4, "save_total_limit": None}
+    if method != "full":
+        changes["modules_to_save"] = ["model.norm"]
+    result = train(*arguments(source, tmp_path / "out", **sizes(method) | changes))
+    said_all = capsys.readouterr().err  # transformers' progress bar comes first
+    head, *lines = said_all[said_all.index("Training") :].splitlines()
+    assert head == f"Training with {method}"
+    said = {line[2:14].strip(): line[15:] for line in lines[:7]}
+    assert said["model"] == f"{source}, float32, on cpu, 1 threads"
+    assert said["targets"].startswith("all para" if method == "full" else "14 layers (q_proj, k_")
+    share = f"{result.trainable / 18_208:.2%} of the model's 18,208"
+    assert said["trainable"] == f"{result.trainable:,} parameters, {share}"
+    assert said["examples"] == "41 to train, none to evaluate (--eval_file)"
+    masks = {"rosa": "; masks are chosen after step 3", "spa": "; masks are chosen after step 0"}
+    assert said["steps"] == "4 of 8 rows" + masks.get(method, "")
+    at = " and at the masks" if method in masks else ""
+    assert said["checkpoints"] == f"every 10 minutes{at}, in {tmp_path / 'out'}; all are kept"
+    assert said["result"].startswith(str(result.final))
+    assert lines[7].startswith("step 0: choosing" if method == "spa" else "step 1 of 4: loss ")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +159,39 @@ def test_packing_does_not_change_the_loss(source: Path, tmp_path: Path) -> None:
         for packing in (False, True)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_packing_of_a_leaking_model_is_refused(source: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(source, tmp_path / "opt")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    config = transformers.OPTConfig(**sizes, num_attention_heads=4, word_embed_proj_dim=32)
+    transformers.OPTForCausalLM(config).save_pretrained(model)
+    with pytest.raises(ValueError, match=r"--packing: .* got OPTForCausalLM: a change in one exam"):
+        train(*arguments(model, tmp_path / "out", packing=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_for_one_mask_pass_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 3, "schedule": "wl1"}
+    ample = train(*arguments(source, tmp_path / "ample", **settings))
+    assert "masks:" not in capsys.readouterr().err  # there is memory for one pass
+    monkeypatch.setattr(mask_phase, "default_memory", lambda *_: 4 * 48 * 32)
+    little = train(*arguments(source, tmp_path / "little", **settings))
+    said = re.search(
+        r"masks: (\d+) forwards for 2 batches, .*; 2 forwards with --mask_memory (\d+)",
+        capsys.readouterr().err,
+    )
+    assert said is not None
+    assert int(said[1]) > 2
+    for memory, passes in ((int(said[2]), 2), (int(said[2]) - 1, 4)):
+        given = settings | {"mask_memory": str(memory)}
+        exact = train(*arguments(source, tmp_path / str(memory), **given))
+        err = capsys.readouterr().err
+        assert ("masks:" in err) == (passes > 2)
+        assert passes == 2 or f"masks: {passes} forwards for 2 batches" in err
+        assert exact.losses == little.losses == ample.losses
 
 
 def test_gradient_checkpointing_gives_the_same_losses(source: Path, tmp_path: Path) -> None:
@@ -317,7 +377,7 @@ def test_folder_with_a_run_is_not_overwritten(source: Path, tmp_path: Path) -> N
     (out / "mine.txt").touch()
     with pytest.raises(ValueError, match=r"--output_dir: .*metrics\.jsonl.*checkpoint-4"):
         train(*arguments(source, out, **settings))
-    again = {"max_steps": 5, "overwrite_output_dir": True, "schedule": "wl1"}
+    again = {"max_steps": 5, "overwrite_output_dir": True, "schedule": "wl1", "save_steps": 0}
     train(*arguments(source, out, **again))
     assert len(metrics.read(out / "metrics.jsonl")) == 6
     assert checkpoints(out) == []
@@ -355,6 +415,54 @@ def test_nonfinite_loss_or_gradient_stops_the_run(
     resumed = train(*arguments(source, out, **settings, resume_from_checkpoint="last"))
     whole = train(*arguments(source, tmp_path / "whole", **settings))
     assert resumed.losses == whole.losses
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_nonfinite_numbers_stop_the_mask_phase(
+    kind: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        loss = target_loss(*args)
+        calls += 1
+        if calls != 2:  # the second of two batches of four rows
+            return loss
+        return loss * torch.nan if kind == "loss" else infinite_gradient(loss)
+
+    monkeypatch.setattr(mask_phase, "target_loss", poisoned)
+    out = tmp_path / "out"
+    what = "loss of nan" if kind == "loss" else "gradient that is not finite .*"
+    message = (
+        rf"a {what} in the mask phase at step 3 on \S*train\.jsonl:\d+.*; the last good checkpoint "
+        rf"is {out}/checkpoint-3$"
+    )
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(*arguments(source, out))
+    assert str(caught.value).count("train.jsonl:") == (4 if kind == "loss" else 8)
+
+
+def test_nan_evaluation_loss_stops_the_run(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = target_loss(*args)
+        return loss * torch.nan if calls == 4 else loss  # the second batch, after step 4
+
+    monkeypatch.setattr(evaluate, "target_loss", poisoned)
+    out = tmp_path / "out"
+    evaluation = {"eval_file": str(source / "eval.jsonl"), "eval_steps": 2, "save_steps": 2}
+    message = rf"evaluation loss of nan at step 4 on \S*eval.jsonl:\d+.*; .* is {out}/checkpoint-2$"
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(*arguments(source, out, schedule="lora_only", **evaluation))
+    assert str(caught.value).count("eval.jsonl:") == 3  # 11 examples in batches of 8
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+    assert not (out / "result.json").exists()
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(
