@@ -5,7 +5,6 @@ A row is one (run, case, kernel, mode, charge). Ratios are computed from rows an
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -75,7 +74,11 @@ def read(path: Path) -> list[Row]:
 
 
 def _parse(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+    # Lines end only at line feeds. str.splitlines would also end them at U+2028.
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
