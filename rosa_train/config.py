@@ -309,8 +309,8 @@ class TrainArguments(_Checked):
     learning_rate: Annotated[float, NON_NEGATIVE] = option(
         7e-4, "Peak learning rate of the low-rank branch."
     )
-    sparse_learning_rate: Annotated[float, NON_NEGATIVE] = option(
-        2e-4, "Peak learning rate of the sparse branch."
+    sparse_learning_rate: Annotated[float | None, NON_NEGATIVE] = option(
+        None, "Peak learning rate of the sparse branch (default: 2e-3 for spa, 2e-4 for rosa)."
     )
     full_learning_rate: Annotated[float, NON_NEGATIVE] = option(
         5e-5, "Peak learning rate of whole weights (full, modules_to_save)."

@@ -24,6 +24,8 @@ class Method:
         sparse: the layer has S with a fixed mask.
         train_a: whether A trains. Otherwise A keeps its initial values.
         lr_b_ratio: B's learning rate divided by A's.
+        sparse_lr: the default learning rate of S. 2e-4 is that of RoSA's authors. S on its own
+            needs a higher one: docs/trainer.md has the measurements.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Method:
     sparse: bool = False
     train_a: bool = True
     lr_b_ratio: float = 1.0
+    sparse_lr: float = 2e-4
 
     @property
     def trains_a(self) -> bool:
@@ -73,6 +76,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "a sparse update S on a fixed mask",
                 "arXiv 2401.04679",
                 sparse=True,
+                sparse_lr=2e-3,
             ),
             Method(
                 "rosa",

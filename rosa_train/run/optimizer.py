@@ -120,11 +120,12 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def _groups(model: nn.Module, method: Method, args: TrainArguments) -> list[dict[str, Any]]:
+    given = args.sparse_learning_rate
     return param_groups(
         model,
         method,
         lora_lr=args.learning_rate,
-        sparse_lr=args.sparse_learning_rate,
+        sparse_lr=method.sparse_lr if given is None else given,
         full_lr=args.full_learning_rate,
         weight_decay=args.weight_decay,
     )

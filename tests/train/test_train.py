@@ -99,6 +99,19 @@ def test_each_method_learns(
     assert Path(result.final).name == ("model" if method == "full" else "adapter")
 
 
+@pytest.mark.parametrize(("method", "rate"), [("spa", 2e-3), ("rosa", 2e-4)])
+def test_default_sparse_learning_rate(
+    method: str, rate: float, source: Path, tmp_path: Path
+) -> None:
+    for given, expected in ((None, rate), (5e-3, 5e-3)):
+        out = tmp_path / str(given)
+        settings = sizes(method) | {"max_steps": 4, "lr_scheduler_type": "constant"}
+        settings |= {"sparse_learning_rate": given, "warmup_steps": 0}
+        train(*arguments(source, out, **settings))
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["sparse_learning_rate"] == expected
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_model_has_the_reported_loss(method: str, source: Path, tmp_path: Path) -> None:
     settings = sizes(method) | {"max_steps": 6, "eval_file": str(source / "eval.jsonl")}
